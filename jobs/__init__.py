@@ -1,0 +1,1 @@
+"""What was asked for: specification, plan, state, record and report of a job. Knows no torch."""

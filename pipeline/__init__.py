@@ -1,0 +1,1 @@
+"""What happens to the rows: reading, prompts, tokenizers, parts, audit and index. Knows no torch, no Ray, no HTTP."""

@@ -1,0 +1,1 @@
+"""The cosine index: build, save, load, search."""

@@ -1,0 +1,1 @@
+"""Experts across ranks: where they lie and how tokens travel to them."""
