@@ -37,7 +37,7 @@ ACTIVATIONS = frozenset(_ACTIVATIONS)
 def multiplies_bfloat16() -> bool:
     """Whether the CPU has instructions for bfloat16 products, so that torch's are faster than float32's."""
     features = torch.cpu.get_capabilities()
-    return any(features.get(name, False) for name in ("amx_bf16", "avx512_bf16", "arm_bf16"))
+    return any(features.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 def _packs(dtype: torch.dtype, device: torch.device) -> bool:
