@@ -135,10 +135,7 @@ class PartBuilder:
         if self._settle(offset):
             each = self._vectors_a_row(field)
             assert 0 <= sample < each
-            if field not in self._matrices:
-                width = self._layout.schema.field(self._layout.vectors[field]).type.list_size
-                self._matrices[field] = np.zeros((self._num_rows * each, width), np.float32)
-            self._matrices[field][offset * each + sample] = vector
+            self._matrix(field)[offset * each + sample] = vector
             if not self._layout.samples:
                 self._results[offset] = (None, None, prompt_tokens, None, None)
 
@@ -206,6 +203,15 @@ class PartBuilder:
 
     def _vectors_a_row(self, field: EmbedField) -> int:
         return 1 if field == "prompt" else self._layout.samples
+
+    def _matrix(self, field: EmbedField) -> npt.NDArray[np.float32]:
+        """The vectors of a field [rows * vectors a row, d]; zeros take no memory until they are written to."""
+        matrix = self._matrices.get(field)
+        if matrix is None:
+            width = self._layout.schema.field(self._layout.vectors[field]).type.list_size
+            matrix = np.zeros((self._num_rows * self._vectors_a_row(field), width), np.float32)
+            self._matrices[field] = matrix
+        return matrix
 
     def _refuse_vectors(self) -> None:
         """Rows with a vector that can't be searched for become `nonfinite`."""
@@ -283,9 +289,7 @@ class PartBuilder:
 
     def _vector_column(self, field: EmbedField, offsets: Integers, samples: Integers) -> pa.Array[Any]:
         kind = self._layout.schema.field(self._layout.vectors[field]).type
-        matrix = self._matrices.get(field)
-        if matrix is None:
-            return pa.nulls(len(offsets), kind)
+        matrix = self._matrix(field)
         failed = np.zeros(self._num_rows, bool)
         failed[list(self._failed)] = True
         each = self._vectors_a_row(field)

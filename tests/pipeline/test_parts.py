@@ -366,3 +366,13 @@ def records_of(case: Events, row: int) -> list[dict[str, Any]]:
             record[column] = [float(row), 1.0 + (sample if field == "generation" else 0)]
         records.append(record)
     return records
+
+
+def test_a_part_whose_rows_all_failed_has_null_vectors(folder: JobFolder) -> None:
+    builder = PartBuilder(RecordLayout.of(samples=3, embeds="both", dimension=2), split=0, first_row=0, num_rows=4)
+    for row in range(4):
+        builder.fail(row, RowError("empty_prompt", "nothing"))
+    attempt = builder.write(folder)
+    table = written(folder, attempt)
+    assert table["generation_embedding"].null_count == table.num_rows == attempt.errors == 4
+    assert attempt.vectors == {"prompt": 0, "generation": 0}
