@@ -39,7 +39,7 @@ def test_a_packed_bank_answers_as_a_plain_one() -> None:
         matrix = torch.randn(37, 20)
         for bank in banks:
             bank.put(slot, matrix)
-    x, bias, runs = torch.randn(8, 20), torch.randn(3, 37), [5, 0, 3]
+    x, bias, runs = torch.randn(8, 20), torch.randn(3, 37), torch.tensor([5, 0, 3])
     torch.testing.assert_close(ops.grouped_linear(x, banks[0], runs, bias), ops.grouped_linear(x, banks[1], runs, bias))
     torch.testing.assert_close(ops.grouped_linear(x, banks[0], runs), ops.grouped_linear(x, banks[1], runs))
 
