@@ -31,7 +31,7 @@ _LANES = 64  # tokens summed together on the way to a cumulative sum over a whol
 
 @dataclass(slots=True, kw_only=True)
 class Choices:
-    """The token of each draw; by index, the logprobs where asked for, and errors (such a draw's token means nothing)."""
+    """Each draw's token; by index, the logprobs asked for and the errors (the token of such a draw means nothing)."""
 
     token_ids: list[int]
     logprobs: dict[int, float] = field(default_factory=dict)

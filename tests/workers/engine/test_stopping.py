@@ -25,7 +25,8 @@ def read(pieces: list[str], *stops: str) -> tuple[str, int | None]:
     for token in range(len(pieces)):
         if search.push(token):
             return search.text, token
-    return search.text, len(pieces) if search.flush() else None
+    ended = len(pieces) if search.flush() else None
+    return search.text, ended
 
 
 def test_a_stop_string_across_three_tokens_is_found_and_left_out() -> None:
