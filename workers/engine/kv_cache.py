@@ -107,6 +107,7 @@ class KVCache:
         self.groups = groups
         self.block_tokens = block_tokens
         self.pools: list[KVPool] = decoder.new_pools([group.num_blocks for group in groups], block_tokens)
+        self._device = decoder.device
         self._layers = [group.layers for group in decoder.groups]
 
     @property
@@ -117,6 +118,6 @@ class KVCache:
         """Copy blocks (source, target), a list a group, in every layer of the group."""
         for layers, pairs in zip(self._layers, copies, strict=True):
             if pairs:
-                sources, targets = torch.tensor(pairs, dtype=torch.int64).T.contiguous()
+                sources, targets = torch.tensor(pairs, dtype=torch.int64, device=self._device).T.contiguous()
                 for layer in layers:
                     self.pools[layer].copy_blocks(sources, targets)

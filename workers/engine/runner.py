@@ -22,10 +22,9 @@ Int32s = npt.NDArray[np.int32]
 class Runner:
     """Executes steps on one decoder and its cache."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, device: torch.device) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
         self.decoder = decoder
         self.cache = cache
-        self.device = device
 
     def hidden(self, batch: StepBatch) -> torch.Tensor:
         """Copy blocks, then compute the step's tokens -> hidden states after the final norm [T, C].
@@ -48,6 +47,8 @@ class Runner:
 
     def logits(self, hidden: torch.Tensor, batch: StepBatch) -> tuple[torch.Tensor, list[int]]:
         """Logits [N, V] of each sequence that draws, and for every draw its row among them."""
+        if not batch.draws:
+            return hidden.new_empty((0, self.decoder.vocab_size), dtype=torch.float32), []
         ends = np.cumsum(np.array(batch.counts, dtype=np.int64)) - 1
         rows, row_of = np.unique(np.array(batch.draw_rows, dtype=np.int64), return_inverse=True)
         return self.decoder.logits(hidden[self._tensor(ends[rows])]), row_of.tolist()
@@ -70,7 +71,7 @@ class Runner:
         )
 
     def _tensor(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device, non_blocking=True)
+        return torch.from_numpy(values).to(self.decoder.device, non_blocking=True)
 
 
 def block_table(tables: list[array[int]]) -> Int32s:
@@ -80,5 +81,3 @@ def block_table(tables: list[array[int]]) -> Int32s:
     table = np.full((len(tables), width), -1, dtype=np.int32)
     table[np.arange(width) < lengths[:, None]] = np.frombuffer(b"".join(tables), dtype=np.int32)
     return table
-
-
