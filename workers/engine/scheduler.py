@@ -116,6 +116,7 @@ class Scheduler:
             first_kept=[0] * len(self.tables.groups),
             # Pooling over all positions needs all of them computed, and blocks that nobody will look for are not kept.
             reuses_prefix=generates or (isinstance(request, EmbedRequest) and request.pooling == "last"),
+            takes_argmax=isinstance(request, GenerateRequest) and request.takes_argmax,
             siblings_to_come=request.params.n - 1 if isinstance(request, GenerateRequest) else 0,
         )
         self._arrivals += 1
@@ -240,21 +241,20 @@ class Scheduler:
     def _put(self, batch: StepBatch, sequence: Sequence, count: int) -> None:
         start, tokens = sequence.num_computed, sequence.tokens
         end = start + count
+        done = end == len(tokens)
+        batch.starts.append(start)
+        batch.counts.append(count)
+        for tables, table in zip(batch.block_tables, sequence.tables, strict=True):
+            tables.append(table)
+        batch.sequences.append(sequence)
         if count == 1:
             batch.token_ids.append(tokens[start])
         else:
             batch.token_ids.extend(tokens[start:end])
-        batch.starts.append(start)
-        batch.counts.append(count)
-        for group, table in enumerate(sequence.tables):
-            batch.block_tables[group].append(table)
-        batch.sequences.append(sequence)
-        self.tables.publish(sequence, start, end)
-        done = end == len(tokens)
-        if not (done and end > sequence.num_prompt):
-            batch.num_prefill_tokens += count
-        elif count > 1:
-            batch.num_prefill_tokens += count - 1
+        if count > 1 or end % self.tables.block_tokens == 0:
+            self.tables.publish(sequence, start, end)
+        decodes = done and end > sequence.num_prompt
+        batch.num_prefill_tokens += count - 1 if decodes else count
         if done and isinstance(sequence.request, GenerateRequest):
             row = len(batch.sequences) - 1
             batch.draws.append(sequence)
@@ -276,6 +276,7 @@ class Scheduler:
                 tables=self.tables.new_tables(),
                 first_kept=[0] * len(self.tables.groups),
                 reuses_prefix=True,
+                takes_argmax=first.takes_argmax,
                 elder=first,
             )
             for sample in range(1, 1 + first.siblings_to_come)
