@@ -43,7 +43,7 @@ class StepBatch:
     draws: list[Sequence] = field(default_factory=list)
     draw_rows: list[int] = field(default_factory=list)
     num_prefill_tokens: int = 0  # of T: prompt tokens, and generated ones computed again
-    num_found_tokens: int = 0  # positions that admitted sequences found in the cache
+    num_found_tokens: int = 0  # positions that admitted sequences found by their prefix
     num_preempted: int = 0
 
 
@@ -211,8 +211,9 @@ class Scheduler:
             if sequence is None:
                 return
             # Blocks left free for those that run, so that a newcomer isn't thrown out again a few steps later.
-            copies = self.tables.admit(sequence, reserve=len(self._running))
-            if copies is None:
+            reserve = len(self._running)
+            copies = self.tables.fork(sequence, reserve)
+            if copies is None and not self.tables.admit(sequence, reserve):
                 return
             start = sequence.num_computed
             count = min(len(sequence.tokens) - start, budget)
@@ -225,9 +226,11 @@ class Scheduler:
                 self._num_waiting -= 1
             sequence.phase = Phase.RUNNING
             insort(self._running, sequence, key=_order)
-            for group, pairs in enumerate(copies):
-                batch.copies[group].extend(pairs)
-            batch.num_found_tokens += start
+            if copies is None:
+                batch.num_found_tokens += start
+            else:
+                for group, pairs in enumerate(copies):
+                    batch.copies[group].extend(pairs)
             self._put(batch, sequence, count)
             budget -= count
 

@@ -82,7 +82,7 @@ def alone(tiny_engine: MakeEngine, prompts: Prompts) -> list[list[Any]]:
         ({"num_blocks": 12}, "preemptions"),
         ({"num_blocks": 12, "reuse_prefixes": False}, "preemptions"),
         ({"step_tokens": 7}, "chunks"),
-        ({"step_tokens": 33, "num_blocks": 14, "max_sequences": 5}, "preemptions"),
+        ({"step_tokens": 33, "num_blocks": 9, "max_sequences": 6}, "preemptions"),
         ({"max_sequences": 3}, "a batch of 3"),
     ],
     ids=str,
@@ -424,7 +424,7 @@ def test_a_text_without_an_embedding_is_named(tiny_engine: MakeEngine) -> None:
 
 
 def test_generation_and_embedding_run_side_by_side(tiny_engine: MakeEngine, prompts: Prompts, block_bytes: int) -> None:
-    engine = tiny_engine(kv_cache_bytes=14 * block_bytes, step_tokens=16)
+    engine = tiny_engine(kv_cache_bytes=8 * block_bytes, step_tokens=40)
     params = SamplingParams(max_new_tokens=12)
     for i, prompt in enumerate(prompts[:20]):
         engine.add(GenerateRequest(request_id=2 * i, token_ids=prompt, params=params))
