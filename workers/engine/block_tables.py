@@ -21,6 +21,19 @@ class GroupCache:
     window: int | None = None
 
 
+def blocks_needed(num_tokens: int, *, window: int | None, block_tokens: int, step_tokens: int) -> int:
+    """The most blocks of a group that a sequence of `num_tokens` cached positions holds at once, sharing none.
+
+    Example: blocks of 4, steps of 4 tokens, a window of 6: a step reads or writes 5 + 4 positions, which may lie across
+    3 blocks and touch a fourth.
+    """
+    whole = -(-num_tokens // block_tokens)
+    if window is None:
+        return whole
+    span = window - 1 + min(step_tokens, num_tokens)
+    return min(whole, -(-(span - 1) // block_tokens) + 1)
+
+
 class BlockTables:
     """Gives blocks to sequences and takes them back.
 
@@ -41,13 +54,13 @@ class BlockTables:
         return [array("i") for _ in self.groups]
 
     def blocks_needed(self, group: int, num_tokens: int) -> int:
-        """The most blocks that a sequence of `num_tokens` cached positions holds at once in `group`, alone."""
-        whole = -(-num_tokens // self.block_tokens)
-        window = self.groups[group].window
-        if window is None:
-            return whole
-        span = window - 1 + min(self.step_tokens, num_tokens)  # positions read or written in one step
-        return min(whole, -(-(span - 1) // self.block_tokens) + 1)
+        """See the function of this name."""
+        return blocks_needed(
+            num_tokens,
+            window=self.groups[group].window,
+            block_tokens=self.block_tokens,
+            step_tokens=self.step_tokens,
+        )
 
     def could_ever_hold(self, num_tokens: int) -> bool:
         return all(self.blocks_needed(g, num_tokens) <= cache.num_blocks for g, cache in enumerate(self.groups))

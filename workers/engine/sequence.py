@@ -40,7 +40,7 @@ class Sequence:
     siblings_to_come: int = 0  # samples of this request that start when its prompt is computed
     elder: Sequence | None = None  # the first sample, whose prompt blocks this one shares
     ended_by: str | None = None  # "stop", "length", "vector" or "error"
-    logprobs: list[float] | None = None
+    logprobs: list[float] = field(default_factory=list)
 
     @property
     def sample(self) -> int:

@@ -21,6 +21,7 @@ class StopSearch:
 
     def __init__(self, decoder: TokenDecoder, stops: tuple[str, ...]) -> None:
         self.text = ""
+        self.ended = False
         self._decoder = decoder
         self._stops = stops
 
@@ -42,4 +43,5 @@ class StopSearch:
         found = [begin for begin in begins if begin >= 0]
         if found:
             self.text = self.text[: min(found)]
-        return bool(found)
+            self.ended = True
+        return self.ended
