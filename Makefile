@@ -8,7 +8,6 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install -c const
 RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 WEIGHTS := .cache/weights/gemma-3-270m-q4_k_m.gguf
-DEMO := out/demo
 
 .PHONY: help demo test test-weights check bench clean
 .DELETE_ON_ERROR:
@@ -22,7 +21,7 @@ help:
 	@echo "make clean         remove what these made, except .venv"
 
 demo: $(RUN_STAMP)
-	@$(BIN)/python examples/demo/demo.py $(DEMO)
+	@$(BIN)/python examples/demo/demo.py
 
 test: $(DEV_STAMP)
 	$(BIN)/python -m pytest
