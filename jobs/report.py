@@ -21,8 +21,9 @@ import yaml
 
 from jobs.progress import Progress
 from jobs.report_page import render
-from pipeline.durable import replace_file
+from pipeline.durable import replace_file, storage_errors
 from pipeline.job_folder import JobFolder, read_job
+from pipeline.parts import CommitLog
 
 MAX_EXAMPLES = 3
 MAX_MESSAGE_CHARS = 300
