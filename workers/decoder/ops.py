@@ -1,0 +1,110 @@
+"""The heavy arithmetic. A variant is chosen by the type of the handle; each has its reference here in plain torch.
+
+T tokens, C input width, N output width, F feed-forward width, H heads, K key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.decoder.attention import (
+    AttentionMetadata,
+    AttentionSpec,
+    KVPool,
+    PlainPool,
+    reference_paged_attention,
+)
+from workers.decoder.weight import DenseBank, DenseWeight, ExpertBank, Weight
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+ACTIVATIONS = frozenset(_ACTIVATIONS)
+
+
+def new_weight(matrix: Tensor) -> Weight:
+    """The handle that is fastest where matrix [out, in] lies. It keeps `matrix` itself or a copy in another layout."""
+    return DenseWeight(matrix)
+
+
+def new_bank(
+    experts: Sequence[int], out_features: int, in_features: int, *, dtype: torch.dtype, device: torch.device
+) -> ExpertBank:
+    """An unfilled bank with a slot for each of `experts`."""
+    return DenseBank(experts, out_features, in_features, dtype=dtype, device=device)
+
+
+def new_pool(
+    spec: AttentionSpec, num_blocks: int, block_tokens: int, *, dtype: torch.dtype, device: torch.device
+) -> KVPool:
+    """An empty pool of the variant that attends fastest with `spec` on `device`."""
+    return PlainPool(spec, num_blocks, block_tokens, dtype=dtype, device=device)
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """x [T, C] times weight [N, C] transposed, plus bias [N] -> [T, N] in x's dtype."""
+    assert isinstance(weight, DenseWeight), type(weight)
+    return F.linear(x, weight.tensor.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def grouped_linear(x: Tensor, bank: ExpertBank, rows_per_slot: Sequence[int], bias: Tensor | None = None) -> Tensor:
+    """x [T, C], sorted by slot, each run of rows_per_slot times its slot's matrix, plus bias [slots, N] -> [T, N]."""
+    assert isinstance(bank, DenseBank), type(bank)
+    out = x.new_empty(x.shape[0], bank.out_features)
+    begin = 0
+    for slot, rows in enumerate(rows_per_slot):
+        if rows:
+            own_bias = None if bias is None else bias[slot].to(x.dtype)
+            out[begin : begin + rows] = F.linear(x[begin : begin + rows], bank.tensor[slot].to(x.dtype), own_bias)
+            begin += rows
+    assert begin == x.shape[0], (begin, x.shape)
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., C] over its root mean square, times weight [C]; computed in float32, -> x's dtype."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """x [..., C] less its mean, over its standard deviation, times weight, plus bias; in float32, -> x's dtype."""
+    return F.layer_norm(x.float(), weight.shape, weight, bias, eps).to(x.dtype)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """x [T, H, D] with column i of each head rotated against column i + half by cosine, sine [T, half] -> [T, H, D].
+
+    Columns from 2 * half on stay as they are (rotary embedding, Su et al. 2021, in the order of GPT-NeoX and Llama).
+    """
+    half = cosine.shape[-1]
+    cosine, sine = cosine[:, None].to(x.dtype), sine[:, None].to(x.dtype)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine, rest], dim=-1)
+
+
+def act_mul(gate_up: Tensor, activation: str = "silu") -> Tensor:
+    """activation(gate) * up for gate_up [T, 2F], the gate in the first half -> [T, F] (Shazeer 2020)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return _ACTIVATIONS[activation](gate) * up
+
+
+def act(x: Tensor, activation: str) -> Tensor:
+    """activation(x), elementwise."""
+    return _ACTIVATIONS[activation](x)
+
+
+def paged_attention(query: Tensor, pool: KVPool, metadata: AttentionMetadata, sinks: Tensor | None = None) -> Tensor:
+    """query [T, H, D] over all keys of its sequence that `pool.spec` lets it see -> [T, H, Dv].
+
+    The step's own keys are in the pool already. sinks [H]: see `reference_paged_attention`.
+    """
+    assert isinstance(pool, PlainPool), type(pool)
+    return reference_paged_attention(query, pool, metadata, sinks)
