@@ -66,7 +66,7 @@ def run(
 @app.command()
 def status(context: typer.Context, out: JobDirectory, as_json: AsJson = False) -> None:
     """A job directory's progress."""
-    from jobs.report import describe_status, job_status
+    from jobs.status import describe_status, job_status
 
     found = job_status(out)
     context.obj.answer(found, describe_status(found))
@@ -203,7 +203,7 @@ def _run(spec: Any, answers: Answers, *, limit: int | None = None, retry_errors:
             result = run_job(spec, limit=limit, retry_errors=retry_errors, on_progress=display)
     except KeyboardInterrupt:
         return answers.refuse(f"stopped; what is done is kept. To go on: {answers.command_line}", INTERRUPTED)
-    answers.answer(result.report, describe_report(result.report))
+    answers.answer(result.report, describe_report(result.report, Path(spec.output.path)))
     return 0
 
 

@@ -7,6 +7,7 @@ fast it went comes from the controller, which hands over its progress reports.
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,9 +22,10 @@ import yaml
 
 from jobs.progress import Progress
 from jobs.report_page import render
+from jobs.status import job_status, latest_commits
+from jobs.terminal import human_seconds
 from pipeline.durable import replace_file, storage_errors
 from pipeline.job_folder import JobFolder, read_job
-from pipeline.parts import CommitLog
 
 MAX_EXAMPLES = 3
 MAX_MESSAGE_CHARS = 300
@@ -108,8 +110,7 @@ def histogram(lengths: Counter[int]) -> dict[str, list[int]]:
 def make_report(folder: JobFolder, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The report of what is committed now. `runs`: a `run_record` for each run so far."""
     job, state = read_job(folder), job_status(folder.root)
-    log = CommitLog(folder.root)
-    summary = summarize([folder.part(split) for split in sorted(log.commits())])
+    summary = summarize([folder.part(split) for split in sorted(latest_commits(folder))])
     return {
         "name": job["spec"]["name"],
         "model": job["spec"]["model"],
@@ -143,6 +144,24 @@ def write_report(out: Path, history: Sequence[Progress], started_at: str) -> dic
     return report
 
 
+def describe_report(report: dict[str, Any], out: Path) -> str:
+    """What a person is told at the end of a run."""
+    rows, tokens, runs = report["rows"], report["tokens"], report["runs"]
+    lines = [f"{report['name']}: {rows['done']:,} of {rows['total']:,} rows done ({report['state']})"]
+    lines += [
+        f"  {found['count']:,} rows failed with {code}, the first of them row {found['examples'][0]['row']:,}: "
+        + " ".join(found["examples"][0]["message"].split())
+        for code, found in report["errors"].items()
+    ]
+    lines.append(f"  {tokens['prompt']:,} tokens read, {tokens['completion']:,} generated")
+    if runs and runs[-1]["rows"]:
+        lines[-1] += f"; this run: {runs[-1]['tokens_per_s']:,.0f} tokens/s, {human_seconds(runs[-1]['elapsed_s'])}"
+    lines.append(f"  results: {out / 'parts'}, {out / 'report.html'}")
+    if report["index"] is not None:
+        lines.append(f"  search:  {shlex.join(['gristmill', 'query', str(out)])} 'TEXT'")
+    return "\n".join(lines)
+
+
 def _earlier_runs(folder: JobFolder) -> list[dict[str, Any]]:
     """Also of a report that a crash or a person damaged: then none, since it only says how fast things went."""
     try:
@@ -156,6 +175,7 @@ def _total(lengths: Counter[int]) -> int:
     return sum(length * count for length, count in lengths.items())
 
 
-def _counts(column: pa.Array) -> dict[Any, int]:
+def _counts(column: pa.Array[Any]) -> dict[Any, int]:
     """Value -> how often it occurs; nulls are left out."""
-    return {item["values"]: item["counts"] for item in pc.value_counts(column.drop_null()).to_pylist()}
+    found = pc.value_counts(column.drop_null())
+    return dict(zip(found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from jobs.terminal import human_seconds
@@ -11,25 +12,34 @@ from jobs.terminal import human_seconds
 _WIDTH, _HEIGHT, _MARGIN = 640, 180, 44
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1d2430; --soft: #667085; --line: #d9dee7; --bar: #3b6fb6; --bad: #b3402f; --paper: #fff }
+:root { color-scheme: light dark; --ink: #1d2430; --soft: #667085; --line: #d9dee7; --bar: #3b6fb6; --bad: #b3402f;
+        --paper: #fff }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #344054; --bar: #7aa7e0; --bad: #ee8a7a; --paper: #14181f } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem;
        margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
-.soft { color: var(--soft) } .bad { color: var(--bad) }
+h1 { font-size: 1.6rem; margin-bottom: .2rem }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
+.soft { color: var(--soft) }
+.bad { color: var(--bad) }
 .tiles { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1.2rem 0 }
 .tile { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem 1rem; min-width: 8rem }
 .tile b { display: block; font-size: 1.4rem }
-table { border-collapse: collapse; width: 100% } th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line);
-       vertical-align: top } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
-svg { max-width: 100%; height: auto } svg text { fill: var(--soft); font: 11px system-ui, sans-serif }
-pre { background: color-mix(in srgb, var(--line) 35%, transparent); padding: .8rem; border-radius: .5rem; overflow-x: auto }
+table { border-collapse: collapse; width: 100% }
+th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
+svg { max-width: 100%; height: auto }
+svg text { fill: var(--soft); font: 11px system-ui, sans-serif }
+pre { background: color-mix(in srgb, var(--line) 35%, transparent); padding: .8rem; border-radius: .5rem;
+      overflow-x: auto }
 """
 
 
 def render(report: dict[str, Any], spec_yaml: str) -> str:
-    """The page for a report as `jobs.report` makes it, and the job it is about. All text in it is escaped: it may come from rows."""
+    """The page for a report as `jobs.report` makes it, and the job it is about.
+
+    All text in it is escaped, since it may come from rows.
+    """
     rows, tokens, runs = report["rows"], report["tokens"], report["runs"]
     state = "finished" if report["state"] == "finished" else f"{report['state']}: {rows['done']:,} of {rows['total']:,}"
     sections = [
@@ -52,10 +62,11 @@ def render(report: dict[str, Any], spec_yaml: str) -> str:
         _facts("Index", report["index"] or {}),
         f"<h2>The job</h2><pre>{_text(spec_yaml)}</pre>",
     ]
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{_text(report['name'])} – Gristmill</title>"
-        f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style><body>{''.join(sections)}</body></html>\n"
+    head = (
+        f"<meta charset=utf-8><title>{_text(report['name'])} – Gristmill</title>"
+        f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>"
     )
+    return f"<!doctype html><html lang=en>{head}<body>{''.join(sections)}</body></html>\n"
 
 
 def _text(value: object) -> str:
@@ -89,7 +100,7 @@ def _throughput(number: int, run: dict[str, Any]) -> str:
     series = run["series"]
     rates = [
         ((before[0] + after[0]) / 2, (after[2] - before[2]) / (after[0] - before[0]))
-        for before, after in zip(series, series[1:], strict=False)
+        for before, after in pairwise(series)
         if after[0] > before[0]
     ]
     if not rates:
@@ -101,7 +112,8 @@ def _throughput(number: int, run: dict[str, Any]) -> str:
     drawing = (
         f"<polyline points='{points}' fill=none stroke='var(--bar)' stroke-width=2 />"
         f"<text x=0 y=24>{top:,.0f}</text><text x=0 y={_HEIGHT - 20}>0</text>"
-        f"<text x={_MARGIN} y={_HEIGHT - 4}>0:00</text><text x={_WIDTH} y={_HEIGHT - 4} text-anchor=end>{human_seconds(end)}</text>"
+        f"<text x={_MARGIN} y={_HEIGHT - 4}>0:00</text>"
+        f"<text x={_WIDTH} y={_HEIGHT - 4} text-anchor=end>{human_seconds(end)}</text>"
     )
     return f"<h2>Tokens a second, run {number}</h2>{_svg(drawing, f'tokens a second over time, up to {top:,.0f}')}"
 
@@ -115,11 +127,10 @@ def _histogram(title: str, histogram: dict[str, list[int]]) -> str:
     bars = []
     for number, count in enumerate(counts):
         x, height = _MARGIN + number * step, count / top * (_HEIGHT - 40)
-        name = f"{edges[number]}" if edges[number + 1] == edges[number] + 1 else f"{edges[number]}–{edges[number + 1] - 1}"
-        bars.append(
-            f"<rect x={x + 1:.1f} y={_HEIGHT - 20 - height:.1f} width={step - 2:.1f} height={height:.1f} fill='var(--bar)'>"
-            f"<title>{name}: {count:,}</title></rect>"
-        )
+        low, high = edges[number], edges[number + 1] - 1
+        name = f"{low}" if low == high else f"{low}–{high}"
+        place = f"x={x + 1:.1f} y={_HEIGHT - 20 - height:.1f} width={step - 2:.1f} height={height:.1f}"
+        bars.append(f"<rect {place} fill='var(--bar)'><title>{name}: {count:,}</title></rect>")
         if number % max(1, len(counts) // 10) == 0:
             bars.append(f"<text x={x + step / 2:.1f} y={_HEIGHT - 4} text-anchor=middle>{edges[number]}</text>")
     scale = f"<text x=0 y=24>{top:,}</text><text x=0 y={_HEIGHT - 20}>0</text>"

@@ -37,8 +37,8 @@ def latest_commits(folder: JobFolder) -> dict[int, Commit]:
 def job_status(out: Path) -> dict[str, Any]:
     """{"state", "rows", "splits", "errors", "tokens", "index", ...}. UserError where there is no job.
 
-    `state` is running, finished, or stopped (rows or the index are left to do); `rows["ok"]` and `rows["errors"]` are of
-    the committed rows, `rows["done"]`.
+    `state` is running, finished, or stopped (rows or the index are left to do). `rows["done"]` counts committed rows,
+    `rows["ok"]` and `rows["errors"]` among them.
     """
     folder = open_job(out)
     job, holder = read_job(folder), lock_holder(folder)
@@ -47,7 +47,9 @@ def job_status(out: Path) -> dict[str, Any]:
     total = sum(split["num_rows"] for split in splits)
     done, failed = sum(commit.rows for commit in commits), sum(commit.errors for commit in commits)
     index = index_summary(folder)
-    whole = bool(splits) and done == total and (job["spec"]["index"] is None or (index is not None and index["current"]))
+    whole = (
+        bool(splits) and done == total and (job["spec"]["index"] is None or (index is not None and index["current"]))
+    )
     codes: dict[str, int] = {}
     for commit in commits:
         for code, count in commit.error_codes.items():

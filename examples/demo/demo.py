@@ -1,7 +1,7 @@
 """`make demo`: a small model upcycled to a Mixture-of-Experts, a job over a real corpus, three queries of its index.
 
-`python examples/demo/demo.py` runs the commands that it prints. What is there already (corpus, model, a job that is done
-in part or whole) is used again; `rm -r out/demo` begins anew.
+`python examples/demo/demo.py` runs the commands that it prints. What is there already (corpus, model, a job done in
+part or whole) is used again; `rm -r out/demo` begins anew.
 """
 
 from __future__ import annotations
@@ -55,12 +55,19 @@ def say(text: str = "") -> None:
 def quote(text: str, *, width: int = WIDTH, lines: int = 2) -> str:
     """At most `lines` lines, indented, from the beginning of `text`."""
     return textwrap.fill(
-        " ".join(text.split()), width, initial_indent="    ", subsequent_indent="    ", max_lines=lines, placeholder=" …"
+        " ".join(text.split()),
+        width,
+        initial_indent="    ",
+        subsequent_indent="    ",
+        max_lines=lines,
+        placeholder=" …",
     )
 
 
 def show_generations(job: Path, *, number: int) -> None:
-    rows = ds.dataset(job / "parts").to_table(columns=["row", "title", "passage", "text"], filter=ds.field("text").is_valid())
+    rows = ds.dataset(job / "parts").to_table(
+        columns=["row", "title", "passage", "text"], filter=ds.field("text").is_valid()
+    )
     for index in range(number):
         row = rows.slice((2 * index + 1) * rows.num_rows // (2 * number), 1).to_pylist()[0]
         say(f"\n  row {row['row']}, {row['title']}")

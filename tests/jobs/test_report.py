@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from jobs.progress import Progress
 from jobs.report import NUM_BINS, histogram, run_record, summarize
 from jobs.report_page import render
