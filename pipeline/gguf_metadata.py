@@ -20,9 +20,10 @@ _STRING, _ARRAY = 8, 9
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
 
-def read_gguf_metadata(path: Path, *, prefix: str = "") -> dict[str, GgufValue]:
-    """Return the metadata whose keys begin with `prefix`, in file order. UserError when the file is not whole GGUF.
+def read_gguf_metadata(path: Path, *, prefix: str | tuple[str, ...] = "") -> dict[str, GgufValue]:
+    """Return the metadata whose keys begin with `prefix` (or one of them), in file order.
 
+    UserError when the file is not whole GGUF.
     `read_gguf_metadata(path, prefix="general.")["general.architecture"]` is for instance `"llama"`.
     """
     try:
@@ -60,7 +61,7 @@ class _Header:
         self._path = path
         self._at = 0
 
-    def read(self, prefix: str) -> dict[str, GgufValue]:
+    def read(self, prefix: str | tuple[str, ...]) -> dict[str, GgufValue]:
         if self._data[:4] != b"GGUF":
             raise UserError(f"{self._path}: not a GGUF file (it does not begin with 'GGUF')")
         self._at = 4

@@ -104,7 +104,20 @@ def load_tokenizer(path: Path) -> Tokenizer:
         instead = f" (only {' and '.join(others)}; save it again with a current transformers)" if others else ""
         raise UserError(f"{path}: no tokenizer.json or tokenizer.model in it{instead}")
     if path.suffix == ".gguf":
-        from pipeline.tokenizers.gguf_vocabulary import load_gguf
-
-        return load_gguf(path)
+        return _load_gguf(path)
     raise UserError(f"{path}: no tokenizer there: neither a directory nor a .gguf file")
+
+
+def _load_gguf(path: Path) -> Tokenizer:
+    from pipeline.tokenizers.gguf_vocabulary import Vocabulary
+
+    vocabulary = Vocabulary(path)
+    if vocabulary.kind == "gpt2":
+        from pipeline.tokenizers.gguf_byte_level import byte_level_tokenizer
+
+        return byte_level_tokenizer(vocabulary)
+    if vocabulary.kind == "llama":
+        from pipeline.tokenizers.gguf_sentence_piece import sentence_piece_tokenizer
+
+        return sentence_piece_tokenizer(vocabulary)
+    raise UserError(f"{path}: vocabularies of the kind {vocabulary.kind!r} are not supported (gpt2 and llama are)")
