@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, Final, cast
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.durable import file_sha256, storage_errors, sync_folder, write_all
+from pipeline.durable import HashedFile, file_sha256, storage_errors, sync_folder
 from pipeline.errors import JobError
 from pipeline.records import embedded_fields
 
@@ -55,19 +53,14 @@ def write_part(table: pa.Table, path: Path) -> tuple[str, int]:
 
     JobError where the storage fails; nothing is left then.
     """
+    group_rows = _ROW_GROUP_ROWS
+    if table.nbytes > _ROW_GROUP_BYTES:
+        group_rows = max(table.num_rows * _ROW_GROUP_BYTES // table.nbytes, 1)
     with storage_errors("writing", path):
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            sink = _HashingSink(handle)
-            _write_parquet(table, sink)
-            os.fsync(handle)
-            sync_folder(path.parent)
-        except Exception:
-            path.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(handle)
-    return sink.digest.hexdigest(), sink.size_bytes
+        with HashedFile(path) as file, pq.ParquetWriter(file.sink, table.schema, **_settings(table.schema)) as writer:
+            writer.write_table(table, row_group_size=group_rows)
+        sync_folder(path.parent)
+    return file.sha256, file.size_bytes
 
 
 def records_to_keep(path: Path, sha256: str, *, retry_errors: bool) -> pa.Table:
@@ -83,41 +76,8 @@ def records_to_keep(path: Path, sha256: str, *, retry_errors: bool) -> pa.Table:
     return table.filter(pc.is_null(table["error_code"])) if retry_errors else table
 
 
-class _HashingSink:
-    """A file object for Parquet's writer that hashes what passes through."""
-
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
-        self.digest = hashlib.sha256()
-        self.size_bytes = 0
-        self.closed = False
-
-    def write(self, content: bytes) -> int:
-        self.digest.update(content)
-        write_all(self._handle, content)
-        self.size_bytes += len(content)
-        return len(content)
-
-    def tell(self) -> int:
-        return self.size_bytes
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def _write_parquet(table: pa.Table, sink: _HashingSink) -> None:
-    group_rows = _ROW_GROUP_ROWS
-    if table.nbytes > _ROW_GROUP_BYTES:
-        group_rows = max(table.num_rows * _ROW_GROUP_BYTES // table.nbytes, 1)
-    with pq.ParquetWriter(cast(IO[bytes], sink), table.schema, **_column_settings(table.schema)) as writer:
-        writer.write_table(table, row_group_size=group_rows)
-
-
 @lru_cache(maxsize=8)
-def _column_settings(schema: pa.Schema) -> dict[str, Any]:
+def _settings(schema: pa.Schema) -> dict[str, Any]:
     """How each column is stored.
 
     Dictionaries only where few values repeat: building one over long texts costs four times the writing. Vectors are
