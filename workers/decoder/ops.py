@@ -18,6 +18,7 @@ from workers.decoder.attention import (
     PlainPool,
     reference_paged_attention,
 )
+from workers.decoder.precision import multiplies_bfloat16
 from workers.decoder.weight import DenseBank, DenseWeight, ExpertBank, Weight
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -51,18 +52,24 @@ def new_pool(
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [T, C] times weight [N, C] transposed, plus bias [N] -> [T, N] in x's dtype."""
     assert isinstance(weight, DenseWeight), type(weight)
-    return F.linear(x, weight.tensor.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return _product(x, weight.tensor, bias)
 
 
-def grouped_linear(x: Tensor, bank: ExpertBank, rows_per_slot: Sequence[int], bias: Tensor | None = None) -> Tensor:
-    """x [T, C], sorted by slot, each run of rows_per_slot times its slot's matrix, plus bias [slots, N] -> [T, N]."""
+def _product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """x times matrix transposed, in x's dtype, except that bfloat16 is multiplied as such where the hardware can."""
+    dtype = matrix.dtype if matrix.dtype != x.dtype and multiplies_bfloat16(x.device) else x.dtype
+    return F.linear(x.to(dtype), matrix.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+
+
+def grouped_linear(x: Tensor, bank: ExpertBank, rows_per_slot: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, C], sorted by slot, each run of rows_per_slot [slots] times its slot's matrix, plus bias [slots, N]."""
     assert isinstance(bank, DenseBank), type(bank)
     out = x.new_empty(x.shape[0], bank.out_features)
     begin = 0
-    for slot, rows in enumerate(rows_per_slot):
+    for slot, rows in enumerate(rows_per_slot.tolist()):
         if rows:
-            own_bias = None if bias is None else bias[slot].to(x.dtype)
-            out[begin : begin + rows] = F.linear(x[begin : begin + rows], bank.tensor[slot].to(x.dtype), own_bias)
+            own_bias = None if bias is None else bias[slot]
+            out[begin : begin + rows] = _product(x[begin : begin + rows], bank.tensor[slot], own_bias)
             begin += rows
     assert begin == x.shape[0], (begin, x.shape)
     return out

@@ -75,16 +75,12 @@ class BlockTables:
             low, high = (middle, high) if self.could_ever_hold(middle) else (low, middle)
         return low
 
-    def admit(self, sequence: Sequence, reserve: int) -> list[list[tuple[int, int]]] | None:
+    def admit(self, sequence: Sequence, reserve: int) -> bool:
         """Start a sequence from what the cache already holds of it, if all its tokens' blocks are to be had now.
 
-        `reserve` blocks a group are left free for those that run already. Sets num_computed to the positions found (at
-        least the last token is always left to compute) and returns the block copies (source, target), a list a group,
-        to be made before the step's arithmetic; None, and nothing changed, where there is no room.
+        `reserve` blocks a group are left free for those that run already. Sets num_computed to the positions found; at
+        least the last token is always left to compute. False, and nothing changed, where there is no room.
         """
-        forked = self._fork(sequence, reserve)
-        if forked is not None:
-            return forked
         found = self._match(sequence) if sequence.reuses_prefix and self.reuse_prefixes else 0
         wanted: list[list[int]] = []  # a group: the found blocks it needs
         for g, allocator in enumerate(self.allocators):
@@ -96,7 +92,7 @@ class BlockTables:
             revived = sum(allocator.references(block) == 0 for block in hits)
             fresh = max(0, self.blocks_needed(g, len(sequence.tokens)) - len(hits))
             if fresh + reserve > allocator.num_free - revived:
-                return None
+                return False
             wanted.append(hits)
         for g, (allocator, hits) in enumerate(zip(self.allocators, wanted, strict=True)):
             for block in hits:
@@ -104,7 +100,41 @@ class BlockTables:
             sequence.first_kept[g] = found - len(hits)
             sequence.tables[g] = array("i", [-1] * (found - len(hits)) + hits)
         sequence.num_computed = found * self.block_tokens
-        return [[] for _ in self.groups]
+        return True
+
+    def fork(self, sequence: Sequence, reserve: int) -> list[list[tuple[int, int]]] | None:
+        """Start a later sample from the prompt's blocks of its request's first one, while that one holds them.
+
+        The prompt's last block, if the prompt fills only part of it, is copied, since both samples go on writing there.
+        -> these copies (source, target), a list a group, to be made before the step's arithmetic. None, and nothing
+        changed, where there is no such first sample any more or no room; `reserve` as for `admit`.
+        """
+        elder, end = sequence.elder, sequence.num_prompt
+        if elder is None or not elder.settled or elder.num_computed < end:
+            return None
+        shared, part = divmod(end, self.block_tokens)
+        copies: list[list[tuple[int, int]]] = []
+        for g, allocator in enumerate(self.allocators):
+            if elder.first_kept[g] > self._first_read(g, end):
+                return None
+            fresh = self.blocks_needed(g, len(sequence.tokens)) - (shared - self._first_read(g, end))
+            if max(fresh, 1 if part else 0) + reserve > allocator.num_free:
+                return None
+        for g, allocator in enumerate(self.allocators):
+            first = self._first_read(g, end)
+            held = elder.tables[g][first:shared]
+            for block in held:
+                allocator.share(block)
+            sequence.first_kept[g] = first
+            sequence.tables[g] = array("i", [-1] * first) + held
+            copies.append([])
+            if part:
+                target = allocator.allocate()
+                sequence.tables[g].append(target)
+                copies[g].append((elder.tables[g][shared], target))
+        sequence.digests = elder.digests[:shared]
+        sequence.num_computed = end
+        return copies
 
     def extend(self, sequence: Sequence, end: int) -> bool:
         """Blocks for positions below `end`, where computing goes on at num_computed; False where there are too few.
@@ -185,35 +215,3 @@ class BlockTables:
         allocator = self.allocators[group]
         first = self._first_read(group, num_blocks * self.block_tokens)
         return all(allocator.find(digest) is not None for digest in sequence.digests[first:num_blocks])
-
-    def _fork(self, sequence: Sequence, reserve: int) -> list[list[tuple[int, int]]] | None:
-        """Share the prompt's blocks with the request's first sample, while that one holds them; else None.
-
-        The prompt's last block, if the prompt fills only part of it, is copied, since both samples go on writing there.
-        """
-        elder, end = sequence.elder, sequence.num_prompt
-        if elder is None or not elder.settled or elder.num_computed < end:
-            return None
-        shared, part = divmod(end, self.block_tokens)
-        copies: list[list[tuple[int, int]]] = []
-        for g, allocator in enumerate(self.allocators):
-            if elder.first_kept[g] > self._first_read(g, end):
-                return None
-            fresh = self.blocks_needed(g, len(sequence.tokens)) - (shared - self._first_read(g, end))
-            if max(fresh, 1 if part else 0) + reserve > allocator.num_free:
-                return None
-        for g, allocator in enumerate(self.allocators):
-            first = self._first_read(g, end)
-            held = elder.tables[g][first:shared]
-            for block in held:
-                allocator.share(block)
-            sequence.first_kept[g] = first
-            sequence.tables[g] = array("i", [-1] * first) + held
-            copies.append([])
-            if part:
-                target = allocator.allocate()
-                sequence.tables[g].append(target)
-                copies[g].append((elder.tables[g][shared], target))
-        sequence.digests = elder.digests[:shared]
-        sequence.num_computed = end
-        return copies

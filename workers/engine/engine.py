@@ -19,15 +19,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.errors import RowError, UserError
+from pipeline.errors import RowError
 from pipeline.model_path import resolve_model
 from pipeline.tokenizer import Tokenizer, load_tokenizer
+from pipeline.tokenizers.checkpoint import directory_facts
 from workers.decoder.model import Decoder
 from workers.engine import offline
 from workers.engine.block_tables import BlockTables
 from workers.engine.endings import Ending, Endings
 from workers.engine.kv_cache import CacheShape, GroupNeed, KVCache, auto_budget_bytes, split_budget
-from workers.engine.request import EmbedRequest, Finished, GenerateRequest, Output, Request, SamplingParams
+from workers.engine.request import Finished, GenerateRequest, Output, Request, SamplingParams
 from workers.engine.runner import Runner
 from workers.engine.sampler import Choices, choose
 from workers.engine.scheduler import Scheduler, StepBatch
@@ -133,9 +134,11 @@ class Engine:
         """Load decoder and tokenizer from what `model:` may be in a job. A checkpoint without a tokenizer is fine."""
         found = resolve_model(str(path))
         decoder = Decoder.load(found, device=device, dtype=dtype)
+        tokenizer, eos_ids = _vocabulary(found)
         return cls(
             decoder,
-            load_tokenizer(found),
+            tokenizer,
+            eos_ids=eos_ids,
             kv_cache_bytes=kv_cache_bytes,
             max_context=max_context,
             step_tokens=step_tokens,
@@ -162,6 +165,10 @@ class Engine:
             ending=ending,
             num_samples=request.params.n if isinstance(request, GenerateRequest) else 1,
         )
+
+    def check(self, params: SamplingParams) -> None:
+        """ValueError if this engine can't follow `params`: stop strings without a tokenizer."""
+        self._endings.of(params)
 
     def abort(self, request_id: int) -> None:
         """Forget a request; it gets no answer. Unknown ids (it may have finished just now) are no error."""
@@ -335,6 +342,14 @@ class Engine:
             return None
         strange = next(token for token in token_ids if not 0 <= token < vocabulary)
         return RowError("internal", f"token id {strange} is outside the model's vocabulary of {vocabulary}")
+
+
+def _vocabulary(path: Path) -> tuple[Tokenizer | None, frozenset[int]]:
+    """The checkpoint's tokenizer, if it has one, and the tokens that end a text."""
+    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None, directory_facts(path, {}, lambda token: None, digest="").eos_ids
+    tokenizer = load_tokenizer(path)
+    return tokenizer, tokenizer.eos_ids
 
 
 def _failed(request: Request, error: RowError) -> Finished:

@@ -1,9 +1,10 @@
 """How much memory the cache of keys and values gets, how it is split among the layer groups, and the pools themselves.
 
 The budget is kept: pools are made once, never grown, and together never exceed it. `auto` is what max_sequences
-sequences that fill their context could use at most, but no more than half of the main memory that is available when the
-engine is made (weights are loaded by then), or 85% of a GPU's free memory. On CPU the operating system provides pages as
-they are first written, so a short job never touches most of it. Engines that share a machine should be given a budget.
+sequences that fill their context could use at most, but no more than half of the main memory that is available when
+the engine is made (weights are loaded by then), or 85% of what a GPU has free. On CPU the operating system provides
+pages as they are first written, so a short job never touches most of it. Engines that share a machine should be given
+budgets.
 
 Groups share the budget so that sequences of TYPICAL_TOKENS fill all of them at the same time.
 """
@@ -55,7 +56,7 @@ class CacheShape:
 
 def split_budget(needs: Sequence[GroupNeed], budget_bytes: int, shape: CacheShape) -> tuple[GroupCache, ...]:
     """Blocks for each group, within `budget_bytes` in all. ValueError if it doesn't buy one block a group."""
-    typical = [self_blocks for self_blocks in (shape.blocks(n, min(TYPICAL_TOKENS, shape.max_context)) for n in needs)]
+    typical = [shape.blocks(need, min(TYPICAL_TOKENS, shape.max_context)) for need in needs]
     together = sum(blocks * need.block_bytes for blocks, need in zip(typical, needs, strict=True))
     groups = []
     for blocks, need in zip(typical, needs, strict=True):

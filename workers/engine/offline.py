@@ -51,6 +51,8 @@ def generate(
     for name, given in (("params", each), ("keys", keys)):
         if given is not None and len(given) != len(prompts):
             raise ValueError(f"{len(given)} {name} for {len(prompts)} prompts; give one for each")
+    for distinct in {params} if isinstance(params, SamplingParams) else set(each):
+        engine.check(distinct)  # before a long call begins, not in the middle of it
     own_keys = _Keys()
 
     def requests() -> Iterator[tuple[int, Request | RowError]]:

@@ -111,6 +111,12 @@ class GenerateRequest:
     def __post_init__(self) -> None:
         _check_integer("key", self.key, least=0, most=2**64 - 1)
 
+    @property
+    def takes_argmax(self) -> bool:
+        """Whether the token with the greatest logit is all that is asked."""
+        params = self.params
+        return not (params.temperature or params.penalises or params.logprobs or self.vocabulary_mask is not None)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbedRequest:

@@ -75,7 +75,7 @@ class Runner:
 
 
 def block_table(tables: list[array[int]]) -> Int32s:
-    """Tables of different lengths -> int32 [S, B], filled up with -1. No Python loop over blocks: about 50 us for 256."""
+    """Tables of different lengths -> int32 [S, B], filled up with -1; no Python loop over blocks."""
     lengths = np.fromiter(map(len, tables), dtype=np.int64, count=len(tables))
     width = int(lengths.max(initial=0))
     table = np.full((len(tables), width), -1, dtype=np.int32)

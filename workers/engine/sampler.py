@@ -47,7 +47,7 @@ def choose(logits: torch.Tensor, draws: list[Sequence], rows: list[int]) -> Choi
         for i, row in enumerate(rows):
             if not finite[row]:
                 choices.errors[i] = RowError("nonfinite", "the model's logits are not finite numbers")
-    special = [i for i, sequence in enumerate(draws) if not _is_plain(sequence) and i not in choices.errors]
+    special = [i for i, sequence in enumerate(draws) if not sequence.takes_argmax and i not in choices.errors]
     if special:
         _choose_one_by_one(logits, draws, rows, special, choices)
     return choices
@@ -66,17 +66,6 @@ def _argmax(logits: torch.Tensor) -> tuple[npt.NDArray[np.int64], Floats]:
 def _params(sequence: Sequence) -> SamplingParams:
     assert isinstance(sequence.request, GenerateRequest)
     return sequence.request.params
-
-
-def _is_plain(sequence: Sequence) -> bool:
-    params = _params(sequence)
-    assert isinstance(sequence.request, GenerateRequest)
-    return (
-        params.temperature == 0
-        and not params.penalises
-        and not params.logprobs
-        and sequence.request.vocabulary_mask is None
-    )
 
 
 def _choose_one_by_one(

@@ -43,7 +43,7 @@ class StepBatch:
     draws: list[Sequence] = field(default_factory=list)
     draw_rows: list[int] = field(default_factory=list)
     num_prefill_tokens: int = 0  # of T: prompt tokens, and generated ones computed again
-    num_found_tokens: int = 0  # positions that admitted sequences found in the cache
+    num_found_tokens: int = 0  # positions that admitted sequences found by their prefix
     num_preempted: int = 0
 
 
@@ -116,6 +116,7 @@ class Scheduler:
             first_kept=[0] * len(self.tables.groups),
             # Pooling over all positions needs all of them computed, and blocks that nobody will look for are not kept.
             reuses_prefix=generates or (isinstance(request, EmbedRequest) and request.pooling == "last"),
+            takes_argmax=isinstance(request, GenerateRequest) and request.takes_argmax,
             siblings_to_come=request.params.n - 1 if isinstance(request, GenerateRequest) else 0,
         )
         self._arrivals += 1
@@ -210,8 +211,9 @@ class Scheduler:
             if sequence is None:
                 return
             # Blocks left free for those that run, so that a newcomer isn't thrown out again a few steps later.
-            copies = self.tables.admit(sequence, reserve=len(self._running))
-            if copies is None:
+            reserve = len(self._running)
+            copies = self.tables.fork(sequence, reserve)
+            if copies is None and not self.tables.admit(sequence, reserve):
                 return
             start = sequence.num_computed
             count = min(len(sequence.tokens) - start, budget)
@@ -224,9 +226,11 @@ class Scheduler:
                 self._num_waiting -= 1
             sequence.phase = Phase.RUNNING
             insort(self._running, sequence, key=_order)
-            for group, pairs in enumerate(copies):
-                batch.copies[group].extend(pairs)
-            batch.num_found_tokens += start
+            if copies is None:
+                batch.num_found_tokens += start
+            else:
+                for group, pairs in enumerate(copies):
+                    batch.copies[group].extend(pairs)
             self._put(batch, sequence, count)
             budget -= count
 
@@ -240,21 +244,20 @@ class Scheduler:
     def _put(self, batch: StepBatch, sequence: Sequence, count: int) -> None:
         start, tokens = sequence.num_computed, sequence.tokens
         end = start + count
+        done = end == len(tokens)
+        batch.starts.append(start)
+        batch.counts.append(count)
+        for tables, table in zip(batch.block_tables, sequence.tables, strict=True):
+            tables.append(table)
+        batch.sequences.append(sequence)
         if count == 1:
             batch.token_ids.append(tokens[start])
         else:
             batch.token_ids.extend(tokens[start:end])
-        batch.starts.append(start)
-        batch.counts.append(count)
-        for group, table in enumerate(sequence.tables):
-            batch.block_tables[group].append(table)
-        batch.sequences.append(sequence)
-        self.tables.publish(sequence, start, end)
-        done = end == len(tokens)
-        if not (done and end > sequence.num_prompt):
-            batch.num_prefill_tokens += count
-        elif count > 1:
-            batch.num_prefill_tokens += count - 1
+        if count > 1 or end % self.tables.block_tokens == 0:
+            self.tables.publish(sequence, start, end)
+        decodes = done and end > sequence.num_prompt
+        batch.num_prefill_tokens += count - 1 if decodes else count
         if done and isinstance(sequence.request, GenerateRequest):
             row = len(batch.sequences) - 1
             batch.draws.append(sequence)
@@ -276,6 +279,7 @@ class Scheduler:
                 tables=self.tables.new_tables(),
                 first_kept=[0] * len(self.tables.groups),
                 reuses_prefix=True,
+                takes_argmax=first.takes_argmax,
                 elder=first,
             )
             for sample in range(1, 1 + first.siblings_to_come)

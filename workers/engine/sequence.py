@@ -33,6 +33,7 @@ class Sequence:
     tables: list[array[int]]
     first_kept: list[int]  # a group's table entries before this one are -1
     reuses_prefix: bool
+    takes_argmax: bool
     num_computed: int = 0
     settled: bool = False  # ran a whole step since it was admitted, so what `tables` holds below num_computed is there
     phase: Phase = Phase.WAITING

@@ -28,10 +28,11 @@ VOCABULARY = 997
 def sequence(
     prompt: list[int], *, key: int = 0, sample: int = 0, mask: VocabularyMask | None = None, **params: Any
 ) -> Sequence:
+    request = GenerateRequest(
+        request_id=0, token_ids=prompt, params=SamplingParams(**params), key=key, vocabulary_mask=mask
+    )
     return Sequence(
-        request=GenerateRequest(
-            request_id=0, token_ids=prompt, params=SamplingParams(**params), key=key, vocabulary_mask=mask
-        ),
+        request=request,
         order=(0, sample),
         tokens=array("q", prompt),
         num_prompt=len(prompt),
@@ -39,6 +40,7 @@ def sequence(
         tables=[],
         first_kept=[],
         reuses_prefix=True,
+        takes_argmax=request.takes_argmax,
     )
 
 
