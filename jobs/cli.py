@@ -148,8 +148,9 @@ def upcycle(
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Experts a token.")] = 2,
 ) -> None:
     """Turn a dense checkpoint into a Mixtral-format Mixture-of-Experts that computes the same."""
-    from pipeline.model_path import resolve_model
     from workers.decoder.upcycle import upcycle as write_upcycled
+
+    from pipeline.model_path import resolve_model
 
     if top_k > experts:
         raise UserError(f"--top-k {top_k}: there are only {experts} experts")

@@ -19,10 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
+from pipeline.index.manifest import parts_digest
 
 from jobs.progress import Progress
 from jobs.report_page import render
-from jobs.status import job_status, latest_commits
+from jobs.status import committed_status, latest_commits
 from jobs.terminal import human_seconds
 from pipeline.durable import replace_file, storage_errors
 from pipeline.job_folder import JobFolder, read_job
@@ -109,14 +110,15 @@ def histogram(lengths: Counter[int]) -> dict[str, list[int]]:
 
 def make_report(folder: JobFolder, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The report of what is committed now. `runs`: a `run_record` for each run so far."""
-    job, state = read_job(folder), job_status(folder.root)
-    summary = summarize([folder.part(split) for split in sorted(latest_commits(folder))])
+    job, status, commits = read_job(folder), committed_status(folder), latest_commits(folder)
+    summary = summarize([folder.part(split) for split in sorted(commits)])
     return {
         "name": job["spec"]["name"],
         "model": job["spec"]["model"],
         "fingerprint": job["fingerprint"],
-        "state": state["state"],
-        "rows": state["rows"],
+        "parts_digest": parts_digest(commits),
+        "state": status["state"],
+        "rows": status["rows"],
         "errors": {
             code: {"count": count, "examples": summary.examples[code]} for code, count in summary.errors.most_common()
         },
@@ -126,7 +128,7 @@ def make_report(folder: JobFolder, runs: list[dict[str, Any]]) -> dict[str, Any]
             "prompt_tokens": histogram(summary.prompt_lengths),
             "completion_tokens": histogram(summary.completion_lengths),
         },
-        "index": state["index"],
+        "index": status["index"],
         "runs": runs,
         "spec": job["spec"],
     }

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pipeline.index.manifest import MANIFEST_NAME, parts_digest, read_manifest
 
 from pipeline.commits import Commit, read_commits
 from pipeline.errors import JobError, UserError
@@ -41,32 +45,52 @@ def job_status(out: Path) -> dict[str, Any]:
     `rows["ok"]` and `rows["errors"]` among them.
     """
     folder = open_job(out)
-    job, holder = read_job(folder), lock_holder(folder)
+    holder = lock_holder(folder)
+    status = committed_status(folder)
+    if holder is not None:
+        return status | {"state": "running", "holder": str(holder)}
+    return status | {"holder": None}
+
+
+def committed_status(folder: JobFolder) -> dict[str, Any]:
+    """The same by what is committed, whoever is at work: `state` is finished or stopped."""
+    job = read_job(folder)
     splits = read_plan(folder)["splits"] if folder.plan_file.is_file() else []
-    commits = latest_commits(folder).values()
+    commits = latest_commits(folder)
     total = sum(split["num_rows"] for split in splits)
-    done, failed = sum(commit.rows for commit in commits), sum(commit.errors for commit in commits)
-    index = index_summary(folder)
-    whole = (
-        bool(splits) and done == total and (job["spec"]["index"] is None or (index is not None and index["current"]))
-    )
-    codes: dict[str, int] = {}
-    for commit in commits:
-        for code, count in commit.error_codes.items():
-            codes[code] = codes.get(code, 0) + count
+    done, failed = sum(commit.rows for commit in commits.values()), sum(commit.errors for commit in commits.values())
+    index = index_summary(folder, commits)
+    indexed = job["spec"]["index"] is None or (index is not None and index["current"])
+    codes: Counter[str] = Counter()
+    for commit in commits.values():
+        codes.update(commit.error_codes)
     return {
         "name": job["spec"]["name"],
-        "output": str(out),
-        "state": "running" if holder is not None else "finished" if whole else "stopped",
-        "holder": str(holder) if holder is not None else None,
+        "output": str(folder.root),
+        "state": "finished" if splits and done == total and indexed else "stopped",
         "rows": {"total": total, "done": done, "ok": done - failed, "errors": failed},
-        "errors": dict(sorted(codes.items())),
+        "errors": dict(codes.most_common()),
         "splits": {"total": len(splits), "done": len(commits)},
         "tokens": {
-            "prompt": sum(commit.prompt_tokens for commit in commits),
-            "completion": sum(commit.completion_tokens for commit in commits),
+            "prompt": sum(commit.prompt_tokens for commit in commits.values()),
+            "completion": sum(commit.completion_tokens for commit in commits.values()),
         },
         "index": index,
+    }
+
+
+def index_summary(folder: JobFolder, commits: Mapping[int, Commit]) -> dict[str, Any] | None:
+    """What index.json says, and whether it is of the parts as they are now. None where there is no index."""
+    if not (folder.index / MANIFEST_NAME).is_file():
+        return None
+    manifest = read_manifest(folder.index)
+    return {
+        "kind": manifest.kind,
+        "vectors": manifest.num_vectors,
+        "dimension": manifest.dimension,
+        "shards": len(manifest.shards),
+        "pooling": manifest.provenance.pooling,
+        "current": [job.parts_digest for job in manifest.jobs] == [parts_digest(commits)],
     }
 
 
