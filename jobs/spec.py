@@ -83,6 +83,7 @@ class InputSpec(Section):
     path: Annotated[str | tuple[str, ...] | None, BeforeValidator(_path_or_paths)] = None
     job: Text | None = None
     id: Text | None = None
+    format: Text = "auto"  # by the files' names; `lines` or `text` where plain text is otherwise than they suggest
 
     @model_validator(mode="after")
     def _one_source(self) -> InputSpec:
@@ -249,7 +250,7 @@ def fingerprint_parts(
     """
     return {
         "model": dict(sorted(model_digest.items())),
-        "input": {"id": spec.input.id, "files": [list(file) for file in input_files]},
+        "input": {"id": spec.input.id, "format": spec.input.format, "files": [list(file) for file in input_files]},
         "prompt": spec.prompt.model_dump(mode="json"),
         "generate": spec.generate.model_dump(mode="json") if spec.generate else None,
         "embed": spec.embed.model_dump(mode="json") if spec.embed else None,

@@ -216,6 +216,7 @@ def parts_of(spec: JobSpec, **changes: object) -> str:
 
 OTHER_VALUES = {
     "input.id": "doc_id",
+    "input.format": "lines",
     "prompt.template": "other",
     "prompt.column": "other",
     "prompt.chat": False,
