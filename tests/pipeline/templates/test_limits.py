@@ -36,7 +36,7 @@ ENDLESS = {
     + "y" * 100_000
     + "{% endfor %}{% endset %}",
     "loops in a macro": "{% macro m() %}{% for i in range(9999) %}{{ 'y' * 99999 }}{% endfor %}{% endmacro %}{{ m() }}",
-    "loops in a filter block": "{% filter upper %}{% for i in range(999) %}{{ 'y' * 99999 }}{% endfor %}{% endfilter %}",
+    "loops in a filter": "{% filter upper %}{% for i in range(999) %}{{ 'y' * 99999 }}{% endfor %}{% endfilter %}",
     "recursion that branches": "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}{{ m(90) }}",
     "recursion that does not end": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "a recursive loop": "{% for a in range(99) recursive %}{{ loop(range(99)) }}{% endfor %}",
