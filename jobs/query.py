@@ -89,7 +89,7 @@ def embed_queries(texts: Sequence[str], made: Provenance, spec: JobSpec) -> npt.
     difference = made.difference(here)
     if difference is not None:
         raise UserError(
-            f"model {made.model}: has changed since the index was made: {difference}; put the old one back, or embed anew"
+            f"model {made.model}: has changed since the index was made ({difference}); put the old one back or embed anew"
         )
     query_text = QueryText(made.query_template)
     tokens = tokenizer.encode_batch([query_text.build(text) for text in texts])

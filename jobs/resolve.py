@@ -5,12 +5,17 @@ Nothing is written, and neither torch nor Ray is loaded.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from jobs.spec import JobSpec, JsonObject, fingerprint, fingerprint_parts
+from jobs.spec import JobSpec, JsonObject, OutputSpec, PromptSpec, fingerprint, fingerprint_parts
+from pipeline.errors import UserError
 from pipeline.model_path import model_digest, resolve_model
-from pipeline.source import Source, Split
+from pipeline.prompts import template_columns
+from pipeline.source import Source, Split, auto_rows_per_split
+from pipeline.suggest import did_you_mean
+from workers.pooling_choice import resolve_pooling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +61,7 @@ def resolve(spec: JobSpec, planned: PlannedJob | None = None) -> ResolvedJob:
     settled = _settle(spec, source, model_path, planned)
     rows_per_split = settled.output.rows_per_split
     assert rows_per_split != "auto"
-    if (
-        planned is not None
-        and source.to_json() == planned.source
-        and planned.spec.output.rows_per_split == rows_per_split
-    ):
+    if planned is not None and source.to_json() == planned.source and planned.spec.output.rows_per_split == rows_per_split:
         splits = planned.splits
     else:
         splits = tuple(source.splits(rows_per_split))

@@ -111,9 +111,7 @@ def _refuse_foreign(folder: JobFolder) -> None:
         raise UserError(f"output.path {root} is a file; name a folder")
     for name in ("parts", "commits", "index"):
         if (root / name).is_dir() and any((root / name).iterdir()):
-            raise UserError(
-                f"output.path {root} has a folder {name}/ but no job.json, so it is not a job's; name another"
-            )
+            raise UserError(f"output.path {root} has a folder {name}/ but no job.json, so it is not a job's; name another")
 
 
 def _refuse_other(folder: JobFolder, job: ResolvedJob, planned: PlannedJob) -> None:
