@@ -140,9 +140,9 @@ def write_report(out: Path, history: Sequence[Progress], started_at: str) -> dic
     runs = [*_earlier_runs(folder), *([run_record(history, started_at)] if history else [])]
     report = make_report(folder, runs)
     with storage_errors("writing the report in", out):
-        replace_file(out / "report.json", json.dumps(report, indent=2).encode())
+        replace_file(out / "report.json", json.dumps(report, indent=2).encode(), drafts=folder.attempts)
         page = render(report, yaml.safe_dump(report["spec"], sort_keys=False, allow_unicode=True))
-        replace_file(out / "report.html", page.encode())
+        replace_file(out / "report.html", page.encode(), drafts=folder.attempts)
     return report
 
 

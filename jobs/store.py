@@ -82,8 +82,7 @@ def read_planned(folder: JobFolder) -> PlannedJob | None:
         return PlannedJob(
             spec=JobSpec.model_validate(job["spec"]),
             fingerprint=job["fingerprint"],
-            parts=job["covers"],
-            date=job["date"],
+            covers=job["covers"],
             source=plan["source"],
             splits=tuple(Split.from_json(split) for split in plan["splits"]),
         )
@@ -100,7 +99,7 @@ def _plan(folder: JobFolder, job: ResolvedJob) -> None:
         splits=[split.to_json() for split in job.splits],
         document={"source": job.source.to_json()},
     )
-    document = {"spec": job.spec.to_json(), "date": job.date, "covers": job.parts}
+    document = {"spec": job.spec.to_json(), "covers": job.covers}
     write_job(folder, fingerprint=job.fingerprint, document=document)
 
 
@@ -111,7 +110,9 @@ def _refuse_foreign(folder: JobFolder) -> None:
         raise UserError(f"output.path {root} is a file; name a folder")
     for name in ("parts", "commits", "index"):
         if (root / name).is_dir() and any((root / name).iterdir()):
-            raise UserError(f"output.path {root} has a folder {name}/ but no job.json, so it is not a job's; name another")
+            raise UserError(
+                f"output.path {root} has a folder {name}/ but no job.json, so it is not a job's; name another"
+            )
 
 
 def _refuse_other(folder: JobFolder, job: ResolvedJob, planned: PlannedJob) -> None:
@@ -122,7 +123,7 @@ def _refuse_other(folder: JobFolder, job: ResolvedJob, planned: PlannedJob) -> N
                 "ask for the same or name another output.path"
             )
         return
-    changes = differences(planned.parts, job.parts)
+    changes = differences(planned.covers, job.covers)
     sections = {change.partition(".")[0] for change in changes}
     if sections <= {"model"}:
         raise JobError(

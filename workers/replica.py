@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -53,14 +53,14 @@ class Replica:
         self._resources = resources
         self._group: PlacementGroup = placement_group([resources.bundle()], strategy="PACK")
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_capture_child_tasks=True)
-        actor = ray.remote(ShardActor).options(
+        actor = ray.remote(
             num_cpus=resources.num_cpus,
             num_gpus=resources.num_gpus,
             scheduling_strategy=strategy,
-            concurrency_groups={"orders": 1, "reports": 1},
+            concurrency_groups={"orders": 1, "reports": 1},  # each one thread: orders arrive in order
             max_restarts=0,
-        )
-        self._shards = [actor.remote(settings, name)]
+        )(ShardActor)
+        self._shards = [cast(Any, actor.remote(settings, name))]
         self._heard_at: list[float | None] = [None]  # None until the first report
         self._phases = ["forming"]
         self._asked = {self._ask(rank): rank for rank in range(len(self._shards))}
@@ -124,7 +124,8 @@ class Replica:
         return self._shards[rank].report.options(concurrency_group="reports").remote(REPORT_S)
 
     def _why_not_formed(self) -> str:
-        total, free = ray.cluster_resources(), ray.available_resources()
+        total = cast(dict[str, float], ray.cluster_resources())  # type: ignore[no-untyped-call]
+        free = cast(dict[str, float], ray.available_resources())  # type: ignore[no-untyped-call]
         wanted = self._resources.bundle()
         lacking = [name for name, amount in wanted.items() if total.get(name, 0.0) < amount]
         if lacking:

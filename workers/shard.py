@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import faulthandler
 import logging
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 from pipeline.errors import JobError, UserError
@@ -13,10 +13,15 @@ from pipeline.prompts import PromptBuilder
 from pipeline.records import RecordLayout
 from pipeline.source import Source
 from workers.assignment import Assignment, Failure, ShardReport
+from workers.engine.request import SamplingParams
 from workers.engine_factory import LoadedEngine
 from workers.preparation import Preparation, TextKind
 from workers.row_runner import RowRunner
+from workers.run_log import log_crashes, run_log
+from workers.sampling_choice import resolve_sampling
 from workers.settings import ShardSettings, load_callable
+
+DEFAULT_BATCH_ROWS = 256
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +31,10 @@ class ShardActor:
 
     def __init__(self, settings: ShardSettings, name: str) -> None:
         self._settings = settings
-        _log_to(Path(settings.out), name)
+        out = Path(settings.out)
+        self._log = ExitStack()
+        self._log.enter_context(run_log(out, name))
+        log_crashes(out)
         self._runner: RowRunner | None = None
         self._failure: Failure | None = None
         self._loaded = threading.Event()
@@ -73,3 +81,57 @@ class ShardActor:
             self._runner.run()
 
 
+def build_runner(settings: ShardSettings) -> RowRunner:
+    """Load the engine, and lay the way of a row up to it and from it. UserError for what the job asked wrongly."""
+    loaded: LoadedEngine = load_callable(settings.engine.factory)(settings.engine)
+    model_path, embed = Path(settings.engine.model_path), settings.embed
+    sampling = resolve_sampling(settings.sampling, model_path) if settings.sampling is not None else None
+    source = Source.from_json(settings.source)
+    layout = RecordLayout.of(
+        samples=sampling.n if sampling else 0,
+        embeds=embed.of if embed else None,
+        dimension=loaded.vector_width if embed else None,
+        carried=source.columns.select(settings.carried),
+        id_column=source.schema.field(settings.id_column) if settings.id_column else None,
+    )
+    preparation = Preparation(
+        source,
+        loaded.tokenizer,
+        layout,
+        JobFolder(Path(settings.out)),
+        prompts=_prompts(settings, loaded, sampling),
+        passages=_passages(settings, loaded),
+    )
+    return RowRunner(
+        loaded.engine,
+        preparation,
+        sampling=sampling,
+        pooling=embed.pooling if embed else None,
+        embeds_generation=embed is not None and embed.of != "prompt",
+        batch_rows=settings.engine.max_sequences or DEFAULT_BATCH_ROWS,
+    )
+
+
+def _prompts(settings: ShardSettings, loaded: LoadedEngine, sampling: SamplingParams | None) -> TextKind | None:
+    """A prompt that fills the context leaves no room for a token; one that is cut leaves room for an answer."""
+    if sampling is None:
+        return None
+    room = min(sampling.max_new_tokens, loaded.max_context // 2)
+    prompt = settings.prompt
+    return TextKind(
+        builder=PromptBuilder(template=prompt.template, column=prompt.column),
+        max_tokens=loaded.max_context - 1,
+        shortened_tokens=loaded.max_context - room if prompt.on_too_long == "truncate" else None,
+    )
+
+
+def _passages(settings: ShardSettings, loaded: LoadedEngine) -> TextKind | None:
+    embed, prompt = settings.embed, settings.prompt
+    if embed is None or embed.of == "generation":
+        return None
+    template, column = (embed.template, None) if embed.template is not None else (prompt.template, prompt.column)
+    return TextKind(
+        builder=PromptBuilder(template=template, column=column),
+        max_tokens=loaded.max_context,
+        shortened_tokens=loaded.max_context if prompt.on_too_long == "truncate" else None,
+    )

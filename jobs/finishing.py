@@ -1,0 +1,42 @@
+"""What comes after the last commit: the index, the audit and the report, each from the committed parts alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jobs.report import write_report
+from jobs.spec import JsonObject
+from jobs.store import JobStore
+from jobs.tally import Tally
+from pipeline.audit import audit
+from pipeline.index.build import build_index, index_is_current
+from pipeline.index.manifest import Provenance
+from pipeline.tokenizer import load_tokenizer
+
+
+class Finisher:
+    """Each step may be done again at any time: a crash in it leaves the job as if the step had not begun."""
+
+    def __init__(self, store: JobStore, tally: Tally) -> None:
+        self._store = store
+        self._tally = tally
+        self.written_report: JsonObject | None = None
+
+    def index_is_current(self) -> bool:
+        """True also for a job that has none."""
+        if self._store.job.spec.index is None:
+            return True
+        return index_is_current(self._store.folder, self._store.log.commits, **self._index_arguments())
+
+    def ensure_index(self) -> None:
+        if not self.index_is_current():
+            build_index(self._store.folder, self._store.log.commits, **self._index_arguments())
+
+    def audit(self) -> tuple[str, ...]:
+        return tuple(audit(self._store.folder).problems)
+
+    def report(self) -> None:
+        self.written_report = write_report(
+            self._store.folder.root, self._tally.history, self._tally.started_at, facts=self._tally.facts()
+        )
