@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
+
+from pipeline.audit import audit
 
 from jobs.report import write_report
 from jobs.spec import JsonObject
 from jobs.store import JobStore
 from jobs.tally import Tally
-from pipeline.audit import audit
 from pipeline.index.build import build_index, index_is_current
 from pipeline.index.manifest import Provenance
 from pipeline.tokenizer import load_tokenizer
@@ -39,4 +39,25 @@ class Finisher:
     def report(self) -> None:
         self.written_report = write_report(
             self._store.folder.root, self._tally.history, self._tally.started_at, facts=self._tally.facts()
+        )
+
+    def _index_arguments(self) -> dict[str, Any]:
+        spec = self._store.job.spec
+        assert spec.index is not None
+        return {
+            "job": spec.name,
+            "provenance": self._provenance(),
+            "kind": spec.index.kind,
+            "shards": 1 if spec.index.shards == "auto" else spec.index.shards,
+        }
+
+    def _provenance(self) -> Provenance:
+        job = self._store.job
+        assert job.spec.embed is not None
+        return Provenance(
+            model=job.spec.model,
+            model_files=job.covers["model"],
+            tokenizer=load_tokenizer(job.model_path).digest,
+            pooling=job.spec.embed.pooling,
+            query_template=job.spec.embed.query_template,
         )

@@ -21,7 +21,9 @@ def refuse_output_in_input(spec: JobSpec) -> None:
     if spec.input.job is not None and not is_uri(spec.input.job):
         job = _absolute(spec.input.job)
         if output == job or output.is_relative_to(job):
-            raise UserError(f"output.path {spec.output.path} is inside the job that is read, {spec.input.job}; name another")
+            raise UserError(
+                f"output.path {spec.output.path} is inside the job that is read, {spec.input.job}; name another"
+            )
     paths = spec.input.path if isinstance(spec.input.path, tuple) else (spec.input.path,)
     for path in paths:
         if path is not None and not is_uri(path) and _would_read(path, output):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
-from pipeline.index.manifest import parts_digest
 
 from jobs.progress import Progress
 from jobs.report_page import render
 from jobs.status import committed_status, latest_commits
 from jobs.terminal import human_seconds
 from pipeline.durable import replace_file, storage_errors
+from pipeline.index.manifest import parts_digest
 from pipeline.job_folder import JobFolder, read_job
 
 MAX_EXAMPLES = 3
@@ -78,7 +78,7 @@ def summarize(parts: Sequence[Path]) -> PartsSummary:
     return summary
 
 
-def run_record(history: Sequence[Progress], started_at: str) -> dict[str, Any]:
+def run_record(history: Sequence[Progress], started_at: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """How one run of the controller went. `started_at`: ISO 8601. `series`: [seconds, rows, tokens] since its start."""
     last = history[-1]
     step = max(1, len(history) // MAX_SERIES)
@@ -93,6 +93,7 @@ def run_record(history: Sequence[Progress], started_at: str) -> dict[str, Any]:
         "series": [
             [round(p.elapsed_s, 3), p.rows_done - p.rows_at_start, p.prompt_tokens + p.completion_tokens] for p in kept
         ],
+        **facts,
     }
 
 
@@ -134,10 +135,15 @@ def make_report(folder: JobFolder, runs: list[dict[str, Any]]) -> dict[str, Any]
     }
 
 
-def write_report(out: Path, history: Sequence[Progress], started_at: str) -> dict[str, Any]:
-    """Write report.json and report.html after a run that reported `history`; earlier runs stay in it."""
+def write_report(
+    out: Path, history: Sequence[Progress], started_at: str, *, facts: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write report.json and report.html after a run that reported `history`; earlier runs stay in it.
+
+    `facts` is what else the controller knows of the run: seconds by phase, deaths, the engine's own counts.
+    """
     folder = JobFolder(out)
-    runs = [*_earlier_runs(folder), *([run_record(history, started_at)] if history else [])]
+    runs = [*_earlier_runs(folder), *([run_record(history, started_at, facts or {})] if history else [])]
     report = make_report(folder, runs)
     with storage_errors("writing the report in", out):
         replace_file(out / "report.json", json.dumps(report, indent=2).encode(), drafts=folder.attempts)

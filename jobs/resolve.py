@@ -8,13 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-import pyarrow as pa
-
 from jobs.output_path import refuse_output_in_input
 from jobs.spec import JobSpec, JsonObject, fingerprint, fingerprint_parts
 from pipeline.errors import UserError
 from pipeline.model_path import model_digest, resolve_model
-from pipeline.prompts import PromptBuilder
+from pipeline.row_text import RowText
 from pipeline.source import Source, Split, auto_rows_per_split
 from workers.pooling_choice import resolve_pooling
 
@@ -25,6 +23,7 @@ class PlannedJob:
 
     spec: JobSpec
     fingerprint: str
+    date: str
     covers: JsonObject
     source: JsonObject
     splits: tuple[Split, ...]
@@ -85,18 +84,17 @@ def refuse_unsupported(spec: JobSpec) -> None:
     """UserError for what a later version will do."""
     if spec.cluster.expert_parallel not in ("auto", 1):
         raise UserError(
-            f"cluster.expert_parallel: {spec.cluster.expert_parallel} is not supported yet: a replica is one shard, which "
-            "holds all experts; leave it at 1, and use cluster.replicas for more shards"
+            f"cluster.expert_parallel: {spec.cluster.expert_parallel} is not supported yet: each shard holds all "
+            "experts; leave it at 1, and set cluster.replicas for more shards"
         )
 
 
-def _settle(
-    spec: JobSpec, source: Source, model_path: Path, planned: PlannedJob | None
-) -> tuple[JobSpec, int]:
+def _settle(spec: JobSpec, source: Source, model_path: Path, planned: PlannedJob | None) -> tuple[JobSpec, int]:
     """The spec without what the model or the input decide, and rows_per_split."""
     prompt = spec.prompt
     if _reads_prompt(spec) and prompt.template is None and prompt.column is None:
-        prompt = prompt.model_copy(update={"column": _only_text_column(source)})
+        text = RowText(source.columns, text_column=source.text_column)
+        prompt = prompt.model_copy(update={"column": text.columns[0]})
     settled = spec.model_copy(update={"prompt": prompt})
     carried = _carried(settled, source)
     _refuse_columns(settled, source, carried)
@@ -117,24 +115,15 @@ def _reads_prompt(spec: JobSpec) -> bool:
     return spec.generate is not None or (spec.embed is not None and spec.embed.template is None)
 
 
-def _only_text_column(source: Source) -> str:
-    if source.text_column is not None:
-        return source.text_column
-    texts = [field.name for field in source.schema if pa.types.is_string(field.type)]
-    has = f"several text columns ({', '.join(texts)})" if texts else "no text column"
-    raise UserError(f"the input has {has}; say which in prompt.column, or write a prompt.template")
-
-
 def _carried(spec: JobSpec, source: Source) -> tuple[str, ...]:
     """output.columns; `auto` are those that the prompt and the embedded text are made of."""
-    if spec.output.columns != "auto":
-        return spec.output.columns
-    builders = []
+    texts = []
     if _reads_prompt(spec):
-        builders.append(PromptBuilder(template=spec.prompt.template, column=spec.prompt.column))
+        texts.append(RowText(source.columns, column=spec.prompt.column, template=spec.prompt.template))
     if spec.embed is not None and spec.embed.template is not None:
-        builders.append(PromptBuilder(template=spec.embed.template))
-    return tuple(dict.fromkeys(column for builder in builders for column in builder.columns))
+        texts.append(RowText(source.columns, template=spec.embed.template, section="embed"))
+    named = tuple(dict.fromkeys(column for text in texts for column in text.columns))
+    return named if spec.output.columns == "auto" else spec.output.columns
 
 
 def _refuse_columns(spec: JobSpec, source: Source, carried: tuple[str, ...]) -> None:

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.index.manifest import MANIFEST_NAME, parts_digest, read_manifest
-
 from pipeline.commits import Commit, read_commits
 from pipeline.errors import JobError, UserError
+from pipeline.index.manifest import MANIFEST_NAME, parts_digest, read_manifest
 from pipeline.job_folder import JobFolder, read_job, read_plan
 from pipeline.lock import lock_holder
 

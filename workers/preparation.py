@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipeline.errors import RowError
 from pipeline.job_folder import JobFolder
-from pipeline.prompts import Prompt, PromptBuilder
+from pipeline.prompts import Prompt, PromptBuilder, TextBuilder
 from pipeline.records import RecordLayout
 from pipeline.source import Rows, Source, Split
 from pipeline.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ class TokenizedRows:
 class TextKind:
     """One of the texts that a row gives: the prompt that is continued, or the passage that is embedded."""
 
-    builder: PromptBuilder
+    builder: PromptBuilder | TextBuilder
     max_tokens: int  # more than these are too many
     shortened_tokens: int | None = None  # a text of too many is cut down to these; None: it is refused
 
@@ -103,7 +103,9 @@ class Preparation:
 
     def tokenize_generations(self, texts: Sequence[str]) -> list[Tokens]:
         """Generated texts, to be embedded: tokenized as they are."""
-        return self._encode([Prompt(text=text, add_special_tokens=True) if text else _NOTHING for text in texts])
+        return self._encode(
+            [Prompt(text, add_special_tokens=True, parse_special=False) if text else _NOTHING for text in texts]
+        )
 
     def _tokens(self, kind: TextKind, rows: Rows) -> list[Tokens]:
         """Each row's token ids, or why it has none."""
@@ -138,8 +140,20 @@ class Preparation:
         return [ids or _EMPTY for ids in encoded]
 
     def _cut_down(self, kind: TextKind, rows: Rows, offset: int, num_tokens: int) -> Tokens:
-        too_long = RowError("prompt_too_long", f"{num_tokens:,} tokens, and at most {kind.max_tokens:,} fit")
-        return too_long
+        """What becomes of a text that has too many tokens."""
+        if kind.shortened_tokens is None:
+            return RowError("prompt_too_long", f"{num_tokens:,} tokens, and at most {kind.max_tokens:,} fit")
+        limit = kind.shortened_tokens
+
+        def count(prompt: Prompt) -> int:
+            ids = self._encode([prompt])[0]
+            return limit + 1 if isinstance(ids, RowError) else len(ids)
+
+        shortened = _guarded(
+            lambda at: kind.builder.shorten(rows, at, num_tokens=num_tokens, max_tokens=limit, count_tokens=count),
+            offset,
+        )
+        return shortened if isinstance(shortened, RowError) else self._encode([shortened])[0]
 
 
 def _select(rows: Rows, wanted: range | list[int]) -> Rows:

@@ -53,14 +53,15 @@ class Replica:
         self._resources = resources
         self._group: PlacementGroup = placement_group([resources.bundle()], strategy="PACK")
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_capture_child_tasks=True)
-        actor = ray.remote(
-            num_cpus=resources.num_cpus,
-            num_gpus=resources.num_gpus,
-            scheduling_strategy=strategy,
-            concurrency_groups={"orders": 1, "reports": 1},  # each one thread: orders arrive in order
-            max_restarts=0,
-        )(ShardActor)
-        self._shards = [cast(Any, actor.remote(settings, name))]
+        options: dict[str, Any] = {
+            "num_cpus": resources.num_cpus,
+            "num_gpus": resources.num_gpus,
+            "scheduling_strategy": strategy,
+            "concurrency_groups": {"orders": 1, "reports": 1},  # a thread each: orders arrive in order
+            "max_restarts": 0,
+        }
+        actor: Any = ray.remote(**options)(ShardActor)
+        self._shards = [actor.remote(settings, name)]
         self._heard_at: list[float | None] = [None]  # None until the first report
         self._phases = ["forming"]
         self._asked = {self._ask(rank): rank for rank in range(len(self._shards))}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 
 from pipeline.errors import JobError, UserError
 from pipeline.job_folder import JobFolder
-from pipeline.prompts import PromptBuilder
+from pipeline.prompts import ModelText, PromptBuilder, TextBuilder
 from pipeline.records import RecordLayout
+from pipeline.row_text import RowText
 from pipeline.source import Source
 from workers.assignment import Assignment, Failure, ShardReport
 from workers.engine.request import SamplingParams
@@ -99,8 +101,8 @@ def build_runner(settings: ShardSettings) -> RowRunner:
         loaded.tokenizer,
         layout,
         JobFolder(Path(settings.out)),
-        prompts=_prompts(settings, loaded, sampling),
-        passages=_passages(settings, loaded),
+        prompts=_prompts(settings, source, loaded, sampling),
+        passages=_passages(settings, source, loaded),
     )
     return RowRunner(
         loaded.engine,
@@ -112,26 +114,44 @@ def build_runner(settings: ShardSettings) -> RowRunner:
     )
 
 
-def _prompts(settings: ShardSettings, loaded: LoadedEngine, sampling: SamplingParams | None) -> TextKind | None:
+def _prompts(
+    settings: ShardSettings, source: Source, loaded: LoadedEngine, sampling: SamplingParams | None
+) -> TextKind | None:
     """A prompt that fills the context leaves no room for a token; one that is cut leaves room for an answer."""
     if sampling is None:
         return None
-    room = min(sampling.max_new_tokens, loaded.max_context // 2)
-    prompt = settings.prompt
+    tokenizer, max_context = loaded.tokenizer, loaded.max_context
+    builder = PromptBuilder(
+        settings.prompt,
+        source.columns,
+        model=ModelText(
+            chat_template=tokenizer.chat_template,
+            special_tokens=tokenizer.special_tokens,
+            control_strings=getattr(tokenizer, "control_strings", ()),
+        ),
+        text_column=source.text_column,
+        now=datetime.fromisoformat(settings.date),
+    )
+    room = min(sampling.max_new_tokens, max_context // 2)
     return TextKind(
-        builder=PromptBuilder(template=prompt.template, column=prompt.column),
-        max_tokens=loaded.max_context - 1,
-        shortened_tokens=loaded.max_context - room if prompt.on_too_long == "truncate" else None,
+        builder=builder,
+        max_tokens=max_context - 1,
+        shortened_tokens=max_context - room if settings.on_too_long == "truncate" else None,
     )
 
 
-def _passages(settings: ShardSettings, loaded: LoadedEngine) -> TextKind | None:
+def _passages(settings: ShardSettings, source: Source, loaded: LoadedEngine) -> TextKind | None:
     embed, prompt = settings.embed, settings.prompt
     if embed is None or embed.of == "generation":
         return None
-    template, column = (embed.template, None) if embed.template is not None else (prompt.template, prompt.column)
+    if embed.template is not None:
+        row_text = RowText(source.columns, template=embed.template, section="embed")
+    else:
+        row_text = RowText(
+            source.columns, column=prompt.column, template=prompt.template, text_column=source.text_column
+        )
     return TextKind(
-        builder=PromptBuilder(template=template, column=column),
+        builder=TextBuilder(row_text),
         max_tokens=loaded.max_context,
-        shortened_tokens=loaded.max_context if prompt.on_too_long == "truncate" else None,
+        shortened_tokens=loaded.max_context if settings.on_too_long == "truncate" else None,
     )

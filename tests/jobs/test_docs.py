@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic.fields import FieldInfo
+
 from jobs.cli import app
 from jobs.spec import JobSpec, Section
 from pipeline.errors import ROW_ERROR_CODES
 from pipeline.records import part_schema
-from pydantic.fields import FieldInfo
 
 ROOT = Path(__file__).parents[2]
 
