@@ -142,7 +142,10 @@ def make_report(folder: JobFolder, runs: list[dict[str, Any]]) -> dict[str, Any]
 def write_report(
     out: Path, history: Sequence[Progress], started_at: str, *, facts: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Write report.json and report.html after a run that reported `history`; earlier runs stay in it."""
+    """Write report.json and report.html after a run that reported `history`; earlier runs stay in it.
+
+    `facts` is what else the controller knows of the run: seconds by phase, deaths, the engine's own counts.
+    """
     folder = JobFolder(out)
     runs = [*_earlier_runs(folder), *([run_record(history, started_at, facts or {})] if history else [])]
     report = make_report(folder, runs)
