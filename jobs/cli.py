@@ -75,11 +75,13 @@ def status(context: typer.Context, out: JobDirectory, as_json: AsJson = False) -
 @app.command()
 def verify(context: typer.Context, out: JobDirectory, as_json: AsJson = False) -> int:
     """Check that nothing is missing, changed or there twice. Exit status 0 only if so."""
-    from jobs.report import audit_answer, describe_audit
+    from pipeline.audit import audit
 
-    found = audit_answer(out)
-    context.obj.answer(found, describe_audit(found))
-    return 0 if found["ok"] else 1
+    from jobs.status import describe_audit
+
+    found = audit(out)
+    context.obj.answer(found.to_json(), describe_audit(out, found))
+    return 0 if found.ok else 1
 
 
 @app.command()

@@ -31,9 +31,7 @@ class Tally:
         """`retry_errors`: failed rows count as not done until they were tried again."""
         self._on_progress = on_progress
         self._rows_total = rows_total
-        self._done = {
-            index: split.rows - (split.errors if retry_errors else 0) for index, split in committed.items()
-        }
+        self._done = {index: split.rows - (split.errors if retry_errors else 0) for index, split in committed.items()}
         self._errors = {index: 0 if retry_errors else split.errors for index, split in committed.items()}
         self._rows_at_start = self._rows = sum(self._done.values())
         self._error_rows = sum(self._errors.values())

@@ -22,8 +22,8 @@ from pipeline.errors import JobError, RowError, UserError
 from workers.assignment import Assignment, Counts, Failure, FinishedAssignment, ShardReport
 from workers.engine.request import EmbedRequest, Finished, GenerateRequest, SamplingParams
 from workers.engine.stats import EngineStats
-from workers.preparation import Preparation, Tokens
-from workers.read_ahead import ReadAhead, TokenizedRows
+from workers.preparation import Preparation, TokenizedRows, Tokens
+from workers.read_ahead import ReadAhead
 from workers.work import Work
 
 MAX_UNREAD = 2  # assignments leased ahead of the one that is being read
@@ -37,8 +37,6 @@ log = logging.getLogger(__name__)
 class ShardEngine(Protocol):
     """What a shard needs of its engine; `workers.engine.Engine` is one."""
 
-    @property
-    def max_sequences(self) -> int: ...
     @property
     def has_work(self) -> bool: ...
     @property
@@ -83,12 +81,15 @@ class RowRunner:
         sampling: SamplingParams | None,
         pooling: str | None,
         embeds_generation: bool,
+        batch_rows: int,
     ) -> None:
+        """`batch_rows`: so many requests are kept waiting at the engine, and as many rows are tokenized ahead."""
         self._engine = engine
         self._preparation = preparation
         self._sampling = sampling
         self._pooling = pooling or "mean"
         self._embeds_generation = embeds_generation
+        self._batch_rows = batch_rows
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="parts")
         self._writing: deque[tuple[Work, Future[FinishedAssignment]]] = deque()
 
@@ -108,7 +109,7 @@ class RowRunner:
         self._first_step_at: float | None = None
         self._ahead = ReadAhead(
             preparation.read,
-            max_rows=engine.max_sequences,
+            max_rows=batch_rows,
             max_tokens=MAX_READY_TOKENS,
             on_begun=self._notify,
         )
@@ -199,7 +200,7 @@ class RowRunner:
 
     def _feed(self) -> None:
         """Keep a full batch waiting at the engine; where it has nothing to do, wait a little for rows."""
-        while self._engine.num_waiting < self._engine.max_sequences:
+        while self._engine.num_waiting < self._batch_rows:
             is_idle = not self._engine.has_work and not self._open
             rows = self._ahead.take(IDLE_S if is_idle else 0.0)
             if rows is None:
