@@ -1,4 +1,4 @@
-"""The key-value header of a GGUF file, read without touching its tensors.
+"""The header of a GGUF file: its metadata and where its tensors lie, read without touching them.
 
 `gguf.GGUFReader` makes a numpy view of every string, which takes seconds for a vocabulary; start-up can't wait for
 that. This reads the same header in a tenth of a second. The format is described in ggml's docs/gguf.md.
@@ -9,6 +9,9 @@ from __future__ import annotations
 import mmap
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -17,6 +20,8 @@ GgufValue = bool | int | float | str | list[bool] | list[int] | list[float] | li
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_DIMENSIONS = 8  # the most a tensor can have; ggml's own limit is 4
+_ALIGNMENT = 32  # of the tensors' bytes, unless general.alignment says otherwise
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
 
@@ -26,15 +31,31 @@ def read_gguf_metadata(path: Path, *, prefix: str | tuple[str, ...] = "") -> dic
     UserError when the file is not whole GGUF.
     `read_gguf_metadata(path, prefix="general.")["general.architecture"]` is for instance `"llama"`.
     """
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Header(data, path).read(prefix)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: can't be read as GGUF: {error}") from None  # mmap refuses an empty file
+    with _opened(path) as data:
+        return _Header(data, path).read(prefix)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufTensor:
+    """`shape` in row-major order (GGUF lists it the other way round); `kind` is ggml's number of the number format."""
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int  # bytes from the start of the file
+
+
+def read_gguf_header(
+    path: Path, *, prefix: str | tuple[str, ...] = ""
+) -> tuple[dict[str, GgufValue], dict[str, GgufTensor]]:
+    """As `read_gguf_metadata`, and name -> place of every tensor of this one file, in file order.
+
+    Whether the tensors' bytes are all there is for their reader to find out: it knows the formats' sizes.
+    """
+    prefixes = (prefix,) if isinstance(prefix, str) else prefix
+    with _opened(path) as data:
+        header = _Header(data, path)
+        metadata = header.read((*prefixes, "general.alignment"))
+        return metadata, header.tensors(metadata.get("general.alignment", _ALIGNMENT))
 
 
 def gguf_files(path: Path) -> list[Path]:
@@ -53,6 +74,19 @@ def gguf_files(path: Path) -> list[Path]:
     return files
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[mmap.mmap]:
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: can't be read as GGUF: {error}") from None  # mmap refuses an empty file
+
+
 class _Header:
     """A cursor over the bytes of a GGUF file. Every read is checked against the end of the file."""
 
@@ -60,6 +94,7 @@ class _Header:
         self._data = data
         self._path = path
         self._at = 0
+        self._num_tensors = 0
 
     def read(self, prefix: str | tuple[str, ...]) -> dict[str, GgufValue]:
         if self._data[:4] != b"GGUF":
@@ -70,7 +105,7 @@ class _Header:
             raise UserError(f"{self._path}: big-endian GGUF files are not supported; convert it for this machine")
         if version not in (2, 3):
             raise UserError(f"{self._path}: GGUF version {version} is not supported (2 and 3 are); convert it anew")
-        self._scalar("Q")  # the number of tensors
+        self._num_tensors = int(self._scalar("Q"))
         metadata: dict[str, GgufValue] = {}
         for _ in range(int(self._scalar("Q"))):
             key = self._string()
@@ -80,6 +115,24 @@ class _Header:
             else:
                 self._skip(kind, key)
         return metadata
+
+    def tensors(self, alignment: GgufValue) -> dict[str, GgufTensor]:
+        """Return the tensors, whose list follows the metadata that `read` has gone through."""
+        if not isinstance(alignment, int) or alignment < 1:
+            raise UserError(f"{self._path}: corrupt GGUF header: general.alignment is {alignment!r}")
+        places: dict[str, tuple[tuple[int, ...], int, int]] = {}
+        for _ in range(self._num_tensors):
+            name = self._string()
+            num_dimensions = int(self._scalar("I"))
+            if name in places or num_dimensions > _DIMENSIONS:
+                raise UserError(f"{self._path}: corrupt GGUF header: tensor {name!r} is there twice or has no shape")
+            shape = tuple(int(self._scalar("Q")) for _ in range(num_dimensions))[::-1]
+            places[name] = (shape, int(self._scalar("I")), int(self._scalar("Q")))
+        start = -(-self._at // alignment) * alignment
+        return {
+            name: GgufTensor(shape=shape, kind=kind, offset=start + offset)
+            for name, (shape, kind, offset) in places.items()
+        }
 
     def _value(self, kind: int, key: str) -> GgufValue:
         if kind in _SCALARS:
@@ -103,8 +156,15 @@ class _Header:
             if item in _SCALARS:
                 self._advance(count * struct.calcsize(_SCALARS[item]))
             else:
-                for _ in range(count):
-                    self._advance(int(self._scalar("Q")))
+                self._skip_strings(count)
+
+    def _skip_strings(self, count: int) -> None:
+        data, at, size = self._data, self._at, len(self._data)
+        for _ in range(count):
+            at += 8 + int.from_bytes(data[at : at + 8], "little")
+            if at > size:
+                raise self._truncated()
+        self._at = at
 
     def _array(self, kind: int, key: str) -> tuple[int, int]:
         """Return the item type and the number of items of the array that begins here."""
