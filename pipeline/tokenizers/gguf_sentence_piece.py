@@ -5,10 +5,10 @@ from __future__ import annotations
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from pipeline.errors import UserError
-from pipeline.tokenizers.control_tokens import ControlToken
+from pipeline.tokenizers.added_tokens import AddedToken
 from pipeline.tokenizers.gguf_vocabulary import TokenType, Vocabulary
 from pipeline.tokenizers.piece_decoder import SPACE_SIGN
-from pipeline.tokenizers.sentence_piece import AddedToken, Framing, SentencePieceTokenizer
+from pipeline.tokenizers.sentence_piece import Framing, SentencePieceTokenizer
 
 _KNOWN_TYPES = frozenset(int(kind) for kind in TokenType)
 _PHI3_PLAIN = frozenset({"<unk>", "<s>", "<|endoftext|>"})
@@ -68,7 +68,7 @@ def _strippers(vocabulary: Vocabulary) -> list[AddedToken]:
     if vocabulary.architecture != "phi3":
         return []
     return [
-        AddedToken(token=ControlToken(text=text, token_id=token_id, strips_right=True), special=True)
+        AddedToken(text=text, token_id=token_id, special=True, strips_right=True)
         for token_id, (text, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
         if kind == TokenType.CONTROL and text not in _PHI3_PLAIN
     ]
