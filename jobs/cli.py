@@ -75,9 +75,8 @@ def status(context: typer.Context, out: JobDirectory, as_json: AsJson = False) -
 @app.command()
 def verify(context: typer.Context, out: JobDirectory, as_json: AsJson = False) -> int:
     """Check that nothing is missing, changed or there twice. Exit status 0 only if so."""
-    from pipeline.audit import audit
-
     from jobs.status import describe_audit
+    from pipeline.audit import audit
 
     found = audit(out)
     context.obj.answer(found.to_json(), describe_audit(out, found))
@@ -170,10 +169,12 @@ def train(
     vocab_size: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens in all.", show_default=False)],
 ) -> None:
     """Train a SentencePiece vocabulary."""
+    from pipeline.tokenizers.corpus import corpus_texts
     from pipeline.tokenizers.training import train_tokenizer
 
-    train_tokenizer(corpus, out, kind, vocab_size)
-    say(f"wrote {out}")
+    trained = train_tokenizer(corpus_texts(corpus), out, kind, vocab_size)
+    skipped = f" ({trained.num_skipped} more held no text)" if trained.num_skipped else ""
+    say(f"wrote {out}: {trained.vocab_size} tokens, from {trained.num_texts - trained.num_skipped} texts{skipped}")
 
 
 class Answers:
