@@ -169,12 +169,9 @@ def train(
     vocab_size: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens in all.", show_default=False)],
 ) -> None:
     """Train a SentencePiece vocabulary."""
-    from pipeline.tokenizers.corpus import corpus_texts
-    from pipeline.tokenizers.training import train_tokenizer
+    from jobs.vocabulary import train_vocabulary
 
-    trained = train_tokenizer(corpus_texts(corpus), out, kind, vocab_size)
-    skipped = f" ({trained.num_skipped} more held no text)" if trained.num_skipped else ""
-    say(f"wrote {out}: {trained.vocab_size} tokens, from {trained.num_texts - trained.num_skipped} texts{skipped}")
+    say(train_vocabulary(corpus, out, kind, vocab_size))
 
 
 class Answers:
