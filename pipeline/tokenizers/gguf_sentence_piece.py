@@ -54,6 +54,7 @@ def _model(vocabulary: Vocabulary) -> ModelProto:
     model.trainer_spec.byte_fallback = num_bytes == 256
     model.trainer_spec.unk_id = unknown
     model.trainer_spec.unk_piece = model.pieces[unknown].piece
+    model.trainer_spec.unk_surface = ""  # a control token here as any other
     model.normalizer_spec.name = "identity"
     model.normalizer_spec.add_dummy_prefix = vocabulary.value("add_space_prefix", bool, True)
     model.normalizer_spec.remove_extra_whitespaces = vocabulary.value("remove_extra_whitespaces", bool, False)
