@@ -69,11 +69,24 @@ def pack(matrix: Tensor) -> Tensor:
     *lead, rows, columns = matrix.shape
     panel = panel_columns()
     packed = matrix.new_zeros(*lead, -(-rows // panel), columns, panel)
-    whole = rows // panel
-    packed[..., :whole, :, :] = matrix[..., : whole * panel, :].reshape(*lead, whole, panel, columns).transpose(-1, -2)
-    if rows % panel:
-        packed[..., whole, :, : rows % panel] = matrix[..., whole * panel :, :].transpose(-1, -2)
+    pack_rows(packed, 0, matrix)
     return packed
+
+
+def pack_rows(packed: Tensor, first: int, matrix: Tensor) -> None:
+    """Make matrix [..., n, C] the rows first ... first + n - 1 of packed [..., panels, C, P]."""
+    *lead, rows, columns = matrix.shape
+    panel = packed.shape[-1]
+    at, done = first // panel, 0
+    if first % panel:  # fill up the panel that an earlier part began
+        done = min(rows, panel - first % panel)
+        packed[..., at, :, first % panel : first % panel + done] = matrix[..., :done, :].transpose(-1, -2)
+        at += 1
+    whole, end = (rows - done) // panel, done + (rows - done) // panel * panel
+    panels = matrix[..., done:end, :].reshape(*lead, whole, panel, columns)
+    packed[..., at : at + whole, :, :] = panels.transpose(-1, -2)
+    if end < rows:
+        packed[..., at + whole, :, : rows - end] = matrix[..., end:, :].transpose(-1, -2)
 
 
 def matmul(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
