@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from jobs.progress import Progress
+from jobs.progress import ROWS_PHASE, Progress
 from jobs.report_page import render
 from jobs.status import committed_status, latest_commits
 from jobs.terminal import human_seconds
@@ -49,7 +49,7 @@ class PartsSummary:
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def add(self, batch: pa.RecordBatch) -> None:
-        first = pc.equal(batch.column("sample"), 0)
+        first = pc.equal(batch.column("sample"), pa.scalar(0))
         self.records += batch.num_rows
         self.rows += pc.sum(first).as_py() or 0
         self.finish_reasons.update(_counts(batch.column("finish_reason")))
@@ -57,10 +57,12 @@ class PartsSummary:
         self.completion_lengths.update(_counts(batch.column("completion_tokens")))
         self.errors.update(_counts(batch.column("error_code")))
         failed = batch.filter(batch.column("error_code").is_valid())
-        for code in pc.unique(failed.column("error_code")).to_pylist():
+        for code in _counts(failed.column("error_code")):
             kept = self.examples.setdefault(code, [])
             if len(kept) < MAX_EXAMPLES:
-                of_code = failed.filter(pc.equal(failed.column("error_code"), code)).slice(0, MAX_EXAMPLES - len(kept))
+                of_code = failed.filter(pc.equal(failed.column("error_code"), pa.scalar(code))).slice(
+                    0, MAX_EXAMPLES - len(kept)
+                )
                 kept.extend(
                     {"row": row, "message": (message or "")[:MAX_MESSAGE_CHARS]}
                     for row, message in zip(
@@ -79,10 +81,14 @@ def summarize(parts: Sequence[Path]) -> PartsSummary:
 
 
 def run_record(history: Sequence[Progress], started_at: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """How one run of the controller went. `started_at`: ISO 8601. `series`: [seconds, rows, tokens] since its start."""
-    last = history[-1]
-    step = max(1, len(history) // MAX_SERIES)
-    kept = [*history[:-1:step], last]
+    """How one run of the controller went. `started_at`: ISO 8601. `facts`: what else the controller knows of it.
+
+    Times are of rows alone: from when the first could start until the index is begun. `series`: [seconds, rows, tokens]
+    since then.
+    """
+    running = [progress for progress in history if progress.phase == ROWS_PHASE] or history[-1:]
+    last = running[-1]
+    kept = [*running[: -1 : max(1, len(running) // MAX_SERIES)], last]
     return {
         "started_at": started_at,
         "elapsed_s": round(last.elapsed_s, 3),
@@ -186,4 +192,6 @@ def _total(lengths: Counter[int]) -> int:
 def _counts(column: pa.Array[Any]) -> dict[Any, int]:
     """Value -> how often it occurs; nulls are left out."""
     found = pc.value_counts(column.drop_null())
-    return dict(zip(found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True))
+    values: list[Any] = found.field("values").to_pylist()
+    counts: list[Any] = found.field("counts").to_pylist()
+    return dict(zip(values, counts, strict=True))

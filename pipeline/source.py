@@ -178,9 +178,9 @@ class Source:
     def read(self, split: Split, columns: Sequence[str], *, max_bytes: int = DEFAULT_BATCH_BYTES) -> Iterator[Rows]:
         """The split's rows, in order, in batches of at most `max_bytes` decoded (a row that is larger comes alone).
 
-        JobError where a file can't be read any more or is another than it was at planning.
+        Where no columns are asked for, batches have the first one, so that they have rows at all. JobError where a file can't be read any more or is another than it was at planning.
         """
-        selected = self.columns.select(columns)
+        selected = self.columns.select(columns or self.schema.names[:1])
         row, end = split.first_row, split.first_row + split.num_rows
         cursor = self._cursor(split, selected, max_bytes)
         whole = False

@@ -71,6 +71,10 @@ class Tokenizer(Protocol):
         """Role -> string, `{"bos_token": "<s>", ...}`: the variables that chat templates expect."""
 
     @property
+    def control_strings(self) -> tuple[str, ...]:
+        """Every string that becomes a control token where `parse_special` allows it."""
+
+    @property
     def digest(self) -> str:
         """Hex SHA-256 of all that determines ids. The chat template is not part of it."""
 

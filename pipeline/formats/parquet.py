@@ -22,7 +22,7 @@ from pipeline.locations import Place, locate, one_line
 
 _LOCAL_BUFFER_BYTES = 1 << 20  # read ahead in each column; without a buffer pyarrow loads whole column chunks
 _REMOTE_BUFFER_BYTES = 8 << 20
-_MAX_RUN_ROWS = 1024
+_MAX_RUN_ROWS = 256
 _FIXED_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 _DICTIONARY_PAGE = 2
 

@@ -69,7 +69,10 @@ def train(index: Any, sample: npt.NDArray[np.float32], kind: str) -> None:
 
 def with_numbers(index: Any, first_vector: int) -> Any:
     """`index` made to give the vectors added to it numbers from `first_vector` on."""
-    if first_vector == 0 or faiss.try_extract_index_ivf(index) is not None:
+    inner: Any = faiss.downcast_index(index)
+    while isinstance(inner, faiss.IndexPreTransform):
+        inner = faiss.downcast_index(inner.index)
+    if first_vector == 0 or isinstance(inner, faiss.IndexIVF):
         return index
     return faiss.IndexIDMap2(index)
 

@@ -254,7 +254,7 @@ def _compared(node: nodes.Expr) -> nodes.Expr:
     return node if isinstance(node, nodes.Const) else _call("comparable", [node], node.lineno)
 
 
-def _call(name: str, arguments: list[nodes.Expr], line: int) -> nodes.Call:
+def _call(name: str, arguments: list[Any], line: int) -> nodes.Call:
     call = nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None)
     call.set_lineno(line)
     return call

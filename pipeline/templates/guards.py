@@ -146,48 +146,13 @@ FILTER_GUARDS: Mapping[str, Guard] = {
 }
 
 COMPARING_TESTS = frozenset(
-    [
-        "==",
-        "!=",
-        "<",
-        "<=",
-        ">",
-        ">=",
-        "eq",
-        "equalto",
-        "ge",
-        "greaterthan",
-        "gt",
-        "in",
-        "iterable",
-        "le",
-        "lessthan",
-        "lower",
-        "lt",
-        "ne",
-        "sequence",
-        "upper",
-    ]
-)
+    ["==", "!=", "<", "<=", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt", "le", "lessthan", "lt", "ne"]
+) | {"in", "iterable", "lower", "sequence", "upper"}
 
 # What these give does not depend on the texts in the list that they are given.
 LIST_FILTERS = frozenset(
-    [
-        "batch",
-        "count",
-        "first",
-        "last",
-        "length",
-        "list",
-        "map",
-        "reject",
-        "rejectattr",
-        "reverse",
-        "select",
-        "selectattr",
-        "slice",
-    ]
-)
+    ["batch", "count", "first", "last", "length", "list", "map", "reject", "rejectattr", "reverse", "select"]
+) | {"selectattr", "slice"}
 
 METHOD_GUARDS: Mapping[str, Guard] = {
     "center": _width,

@@ -1,5 +1,8 @@
 """The heavy arithmetic. A variant is chosen by the type of the handle; each has its reference here in plain torch.
 
+On the CPU the handles are the C kernels' (kernels/) where those could be built, else the references; bfloat16 weights
+stay with torch where the processor multiplies them itself (AMX, AVX512-BF16), which is faster than widening them.
+
 T tokens, C input width, N output width, F feed-forward width, H heads, K key-value heads, D head width.
 """
 
@@ -18,6 +21,8 @@ from workers.decoder.attention import (
     PlainPool,
     reference_paged_attention,
 )
+from workers.decoder.kernels import native
+from workers.decoder.kernels.packed import DTYPES, PackedBank, PackedPool, PackedWeight
 from workers.decoder.precision import multiplies_bfloat16
 from workers.decoder.weight import DenseBank, DenseWeight, ExpertBank, Weight
 
@@ -30,15 +35,29 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 ACTIVATIONS = frozenset(_ACTIVATIONS)
 
 
-def new_weight(matrix: Tensor) -> Weight:
-    """The handle that is fastest where matrix [out, in] lies. It keeps `matrix` itself or a copy in another layout."""
-    return DenseWeight(matrix)
+def _packs(dtype: torch.dtype, device: torch.device) -> bool:
+    if device.type != "cpu" or dtype not in DTYPES or not native.available():
+        return False
+    return dtype == torch.float32 or not multiplies_bfloat16(device)
+
+
+def _runs_native(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and native.available()
+
+
+def new_weight(out_features: int, in_features: int, *, dtype: torch.dtype, device: torch.device) -> Weight:
+    """An unfilled weight of the variant that multiplies fastest on `device`."""
+    if _packs(dtype, device):
+        return PackedWeight(out_features, in_features, dtype=dtype)
+    return DenseWeight(torch.empty(out_features, in_features, dtype=dtype, device=device))
 
 
 def new_bank(
     experts: Sequence[int], out_features: int, in_features: int, *, dtype: torch.dtype, device: torch.device
 ) -> ExpertBank:
     """An unfilled bank with a slot for each of `experts`."""
+    if _packs(dtype, device):
+        return PackedBank(experts, out_features, in_features, dtype=dtype)
     return DenseBank(experts, out_features, in_features, dtype=dtype, device=device)
 
 
@@ -46,11 +65,15 @@ def new_pool(
     spec: AttentionSpec, num_blocks: int, block_tokens: int, *, dtype: torch.dtype, device: torch.device
 ) -> KVPool:
     """An empty pool of the variant that attends fastest with `spec` on `device`."""
+    if device.type == "cpu" and native.available() and PackedPool.fits(spec, block_tokens, dtype):
+        return PackedPool(spec, num_blocks, block_tokens, dtype=dtype)
     return PlainPool(spec, num_blocks, block_tokens, dtype=dtype, device=device)
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [T, C] times weight [N, C] transposed, plus bias [N] -> [T, N] in x's dtype."""
+    if isinstance(weight, PackedWeight):
+        return weight.linear(x, bias)
     assert isinstance(weight, DenseWeight), type(weight)
     return _product(x, weight.tensor, bias)
 
@@ -63,6 +86,8 @@ def _product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
 
 def grouped_linear(x: Tensor, bank: ExpertBank, rows_per_slot: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, C], sorted by slot, each run of rows_per_slot [slots] times its slot's matrix, plus bias [slots, N]."""
+    if isinstance(bank, PackedBank):
+        return bank.linear(x, rows_per_slot.tolist(), bias)
     assert isinstance(bank, DenseBank), type(bank)
     out = x.new_empty(x.shape[0], bank.out_features)
     begin = 0
@@ -77,6 +102,8 @@ def grouped_linear(x: Tensor, bank: ExpertBank, rows_per_slot: Tensor, bias: Ten
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., C] over its root mean square, times weight [C]; computed in float32, -> x's dtype."""
+    if _runs_native(x):
+        return native.rms_norm(x, weight, eps)
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
@@ -91,6 +118,8 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
     Columns from 2 * half on stay as they are (rotary embedding, Su et al. 2021, in the order of GPT-NeoX and Llama).
     """
+    if _runs_native(x):
+        return native.rotate(x, cosine, sine)
     half = cosine.shape[-1]
     cosine, sine = cosine[:, None].to(x.dtype), sine[:, None].to(x.dtype)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
@@ -99,6 +128,8 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 def act_mul(gate_up: Tensor, activation: str = "silu") -> Tensor:
     """activation(gate) * up for gate_up [T, 2F], the gate in the first half -> [T, F] (Shazeer 2020)."""
+    if activation == "silu" and _runs_native(gate_up):
+        return native.silu_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return _ACTIVATIONS[activation](gate) * up
 
@@ -113,5 +144,7 @@ def paged_attention(query: Tensor, pool: KVPool, metadata: AttentionMetadata, si
 
     The step's own keys are in the pool already. sinks [H]: see `reference_paged_attention`.
     """
+    if isinstance(pool, PackedPool):
+        return pool.attend(query, metadata, sinks)
     assert isinstance(pool, PlainPool), type(pool)
     return reference_paged_attention(query, pool, metadata, sinks)

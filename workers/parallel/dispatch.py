@@ -46,7 +46,7 @@ class LocalDispatcher(Dispatcher):
 def combine(answers: Tensor, weights: Tensor) -> Tensor:
     """answers [T * k, C] in the order of pairs, weights [T, k] -> [T, C]: each token's sum, from its first pair on."""
     tokens, top_k = weights.shape
-    answers = answers.view(tokens, top_k, -1)
+    answers = answers.view(tokens, top_k, answers.shape[1])
     weights = weights.to(answers.dtype)
     total = answers[:, 0] * weights[:, 0, None]
     for i in range(1, top_k):

@@ -47,7 +47,7 @@ class PagedSequences:
             starts.append(starts[-1] + len(new))
             self._lengths[sequence] = length + len(new)
         metadata = [self._metadata(g, list(tokens), starts, positions) for g in range(len(self.decoder.groups))]
-        hidden = self.decoder.forward(torch.tensor(ids), torch.tensor(positions), metadata, self.pools)
+        hidden = self.decoder.forward(torch.tensor(ids).long(), torch.tensor(positions).long(), metadata, self.pools)
         return {s: hidden[starts[i] : starts[i + 1]] for i, s in enumerate(tokens)}
 
     def logits(self, tokens: Sequence[int], *, chunk: int | None = None) -> Tensor:
@@ -79,7 +79,7 @@ class PagedSequences:
             query_start=torch.tensor(starts, dtype=torch.int32),
             context_lens=torch.tensor([self._lengths[s] for s in sequences], dtype=torch.int32),
             block_table=torch.tensor([table + [-1] * (width - len(table)) for table in tables], dtype=torch.int32),
-            slots=torch.tensor(slots),
+            slots=torch.tensor(slots).long(),
         )
 
 
@@ -103,9 +103,8 @@ def reference() -> Callable[[Path], Any]:
         from transformers import AutoModelForCausalLM
 
         if path not in loaded:
-            where = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
             loaded[path] = AutoModelForCausalLM.from_pretrained(
-                path.parent if where else path, dtype=torch.float32, attn_implementation="eager", **where
+                path, dtype=torch.float32, attn_implementation="eager"
             ).eval()
         return loaded[path]
 

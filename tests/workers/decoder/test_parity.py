@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from workers.decoder.kernels import native
+
 CASES: dict[str, dict[str, Any]] = {
     "llama, grouped queries": {"model_type": "llama"},
     "llama, multi-head, tied": {"model_type": "llama", "num_key_value_heads": 6, "tie_word_embeddings": True},
@@ -49,6 +51,11 @@ def differ(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
+def same(got: Tensor, wanted: Tensor) -> bool:
+    """Equal to the bit where the C kernels run; torch's own products round by the number of rows."""
+    return torch.equal(got, wanted) if native.available() else differ(got, wanted) < 1e-5
+
+
 @pytest.fixture(scope="module", params=CASES)
 def model(request: pytest.FixtureRequest, tiny_model: Callable[..., Path]) -> Path:
     return tiny_model(**CASES[request.param], tokenizer=False)
@@ -86,7 +93,7 @@ def test_a_prompt_in_chunks_and_token_by_token_gives_what_it_gives_whole(model: 
     prompt = prompt_of(50)
     whole = sequences.logits(prompt)
     for chunk in (1, 7, 16, 33):
-        assert differ(sequences.logits(prompt, chunk=chunk), whole) < 1e-5, chunk
+        assert same(sequences.logits(prompt, chunk=chunk), whole), chunk
 
 
 def test_a_sequence_gives_the_same_alone_and_beside_others(model: Path, paged: Any) -> None:
@@ -94,10 +101,8 @@ def test_a_sequence_gives_the_same_alone_and_beside_others(model: Path, paged: A
     together = paged(model).step(dict(enumerate(prompts)))
     alone = paged(model, seed=1)
     for i, prompt in enumerate(prompts):
-        assert differ(together[i], alone.step({i: prompt})[i]) < 1e-5
+        assert same(together[i], alone.step({i: prompt})[i]), len(prompt)
 
 
 def test_a_step_without_tokens_is_legal(model: Path, paged: Any) -> None:
-    sequences = paged(model)
-    metadata = [sequences._metadata(g, [0], [0], []) for g in range(len(sequences.decoder.groups))] if False else None
-    assert metadata is None
+    assert paged(model).step({0: []})[0].shape == (0, 60)
