@@ -20,6 +20,11 @@ class InputSchema:
     fields: pa.Schema
     problems: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def usable(self) -> list[str]:
+        """The columns that there is no problem with."""
+        return [name for name in self.fields.names if name not in self.problems]
+
     def select(self, names: Sequence[str]) -> pa.Schema:
         """Just these columns, each once. UserError for one that is unknown or unusable."""
         chosen: dict[str, pa.Field[Any]] = {}

@@ -125,6 +125,8 @@ class Source:
         hashed = all(place.is_local for place in places) and _total_bytes(places) <= _HASHED_TOTAL_BYTES
         looked = _in_threads(lambda place: _look(form, place, limits, hashed), places)
         files = [file for file, _ in looked]
+        if job is not None and hashed:
+            _refuse_altered_parts(job, files)
         scans = [scan for _, scan in looked]
         columns = merge_schemas(
             [(file.path, scan.schema) for file, scan in looked if scan.num_rows] or [(files[0].path, scans[0].schema)],
@@ -178,9 +180,10 @@ class Source:
     def read(self, split: Split, columns: Sequence[str], *, max_bytes: int = DEFAULT_BATCH_BYTES) -> Iterator[Rows]:
         """The split's rows, in order, in batches of at most `max_bytes` decoded (a row that is larger comes alone).
 
-        Where no columns are asked for, batches have the first one, so that they have rows at all. JobError where a file can't be read any more or is another than it was at planning.
+        Where no columns are asked for, batches have one that is there, so that they have rows at all. JobError where a
+        file can't be read any more or is another than it was at planning.
         """
-        selected = self.columns.select(columns or self.schema.names[:1])
+        selected = self.columns.select(columns or self.columns.usable[:1])
         row, end = split.first_row, split.first_row + split.num_rows
         cursor = self._cursor(split, selected, max_bytes)
         whole = False
@@ -282,6 +285,13 @@ def _listed(patterns: Sequence[str], job: str | None, format: str) -> tuple[Form
     if job is not None:
         return FORMATS["parquet"], [locate(path) for path in committed_parts(job)]
     return list_input(patterns, format)
+
+
+def _refuse_altered_parts(job: str, files: Sequence[InputFile]) -> None:
+    committed = committed_parts(job)
+    for file in files:
+        if file.digest != f"sha256:{committed[file.path]}":
+            raise UserError(f"input.job {job}: {file.path} is not what was committed; see gristmill verify {job}")
 
 
 def _look(format: Format, place: Place, limits: ScanLimits, hashed: bool) -> tuple[InputFile, FileScan]:

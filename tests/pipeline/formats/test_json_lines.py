@@ -55,11 +55,15 @@ def test_a_bad_record_is_an_error_of_its_row_alone(tmp_path: Path, read_all: Any
     path = write(tmp_path / "bad.jsonl", *GOOD[:10], line, *GOOD[10:])
     rows, errors = read_all(path, ["body"])
     assert errors == {10: code}
-    assert [row["body"] for row in rows] == [row["body"] for row in GOOD[:10]] + [None] + [row["body"] for row in GOOD[10:]]
+    assert [row["body"] for row in rows] == [row["body"] for row in GOOD[:10]] + [None] + [
+        row["body"] for row in GOOD[10:]
+    ]
 
 
 def test_what_is_wrong_in_columns_that_are_not_read_does_not_matter(tmp_path: Path, read_all: Any) -> None:
-    path = write(tmp_path / "a.jsonl", *GOOD, {"body": "fine", "n": "no number"}, '{"body": "fine", "other": "\\udc00"}')
+    path = write(
+        tmp_path / "a.jsonl", *GOOD, {"body": "fine", "n": "no number"}, '{"body": "fine", "other": "\\udc00"}'
+    )
     assert read_all(path, ["body"])[1] == {}
     assert read_all(path, ["body", "n", "other"])[1] == {20: "malformed_record", 21: "not_text"}
 
@@ -210,7 +214,9 @@ def _holds_conflict(value: object) -> bool:
 
 
 LINE = st.one_of(
-    st.dictionaries(st.sampled_from(["body", "n"]), JSON_VALUES, max_size=2).map(lambda value: json.dumps(value).encode()),
+    st.dictionaries(st.sampled_from(["body", "n"]), JSON_VALUES, max_size=2).map(
+        lambda value: json.dumps(value).encode()
+    ),
     st.binary(max_size=12),
     st.sampled_from([b"", b" ", b"\r", b'{"body":"x"}', b'{"body":"\\ud800"}', b"\xef\xbb\xbf"]),
 )
