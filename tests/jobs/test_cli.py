@@ -192,7 +192,17 @@ def test_run_takes_output_set_limit_and_retry_errors(run_is_replaced: Callable[[
         raise JobError("enough")
 
     run_is_replaced(run)
-    options = ["--output", "elsewhere", "--set", "generate.n=2", "--set", "name=other", "--limit", "7", "--retry-errors"]
+    options = [
+        "--output",
+        "elsewhere",
+        "--set",
+        "generate.n=2",
+        "--set",
+        "name=other",
+        "--limit",
+        "7",
+        "--retry-errors",
+    ]
     execute(["run", a_job_file(), *options])
     ((spec, given),) = asked
     assert (spec.output.path, spec.generate.n, spec.name) == ("elsewhere", 2, "other")

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+
 from jobs.cli import execute
 
 pytestmark = pytest.mark.ray
