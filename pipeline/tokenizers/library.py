@@ -73,7 +73,7 @@ class LibraryTokenizer:
         return self._facts.special_tokens
 
     @property
-    def control_strings(self) -> tuple[str, ...]:
+    def control_strings(self) -> frozenset[str]:
         return self._added.control_strings
 
     @property
