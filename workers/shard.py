@@ -131,7 +131,7 @@ def _prompts(
         model=ModelText(
             chat_template=tokenizer.chat_template,
             special_tokens=tokenizer.special_tokens,
-            control_strings=getattr(tokenizer, "control_strings", ()),
+            control_strings=tokenizer.control_strings,
         ),
         text_column=source.text_column,
         now=datetime.fromisoformat(settings.date),
