@@ -34,7 +34,7 @@ class Finisher:
             build_index(self._store.folder, self._store.log.commits, **self._index_arguments())
 
     def audit(self) -> tuple[str, ...]:
-        return tuple(audit(self._store.folder).problems)
+        return tuple(audit(self._store.folder.root).problems)
 
     def report(self) -> None:
         self.written_report = write_report(

@@ -51,7 +51,7 @@ class PartsSummary:
     def add(self, batch: pa.RecordBatch) -> None:
         first = pc.equal(batch.column("sample"), pa.scalar(0))
         self.records += batch.num_rows
-        self.rows += pc.sum(first).as_py() or 0
+        self.rows += first.true_count
         self.finish_reasons.update(_counts(batch.column("finish_reason")))
         self.prompt_lengths.update(_counts(batch.column("prompt_tokens").filter(first)))
         self.completion_lengths.update(_counts(batch.column("completion_tokens")))
