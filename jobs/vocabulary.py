@@ -8,13 +8,13 @@ from pathlib import Path
 from pipeline.errors import RowError
 from pipeline.row_text import RowText
 from pipeline.source import Source
-from pipeline.tokenizers.training import train
+from pipeline.tokenizers.training import train_tokenizer
 
 
 def train_vocabulary(corpus: str, out: Path, kind: str, vocab_size: int) -> str:
     """Trains on every row of an input as a job would read it -> what was done, in a line.
 
-    UserError where the corpus can't be read or has more than one text column, and whatever `train` refuses.
+    UserError where the corpus can't be read or has more than one text column, and whatever `train_tokenizer` refuses.
     """
     source = Source.open(corpus)
     unreadable = 0
@@ -31,7 +31,7 @@ def train_vocabulary(corpus: str, out: Path, kind: str, vocab_size: int) -> str:
                         yield text
 
     try:
-        done = train(texts(), out, kind, vocab_size)
+        done = train_tokenizer(texts(), out, kind, vocab_size)
     finally:
         source.close()
     skipped = unreadable + done.num_skipped
