@@ -75,11 +75,12 @@ def status(context: typer.Context, out: JobDirectory, as_json: AsJson = False) -
 @app.command()
 def verify(context: typer.Context, out: JobDirectory, as_json: AsJson = False) -> int:
     """Check that nothing is missing, changed or there twice. Exit status 0 only if so."""
-    from jobs.report import audit_answer, describe_audit
+    from jobs.status import describe_audit
+    from pipeline.audit import audit
 
-    found = audit_answer(out)
-    context.obj.answer(found, describe_audit(found))
-    return 0 if found["ok"] else 1
+    found = audit(out)
+    context.obj.answer(found.to_json(), describe_audit(out, found))
+    return 0 if found.ok else 1
 
 
 @app.command()
@@ -168,10 +169,9 @@ def train(
     vocab_size: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens in all.", show_default=False)],
 ) -> None:
     """Train a SentencePiece vocabulary."""
-    from pipeline.tokenizers.training import train_tokenizer
+    from jobs.vocabulary import train_vocabulary
 
-    train_tokenizer(corpus, out, kind, vocab_size)
-    say(f"wrote {out}")
+    say(train_vocabulary(corpus, out, kind, vocab_size))
 
 
 class Answers:

@@ -1,6 +1,6 @@
 """Carries out what the state machine orders, and tells it what came of it. One process, one writer of commits.
 
-    JobState.handle(event) -> actions -> replicas, commit log, index, audit, report -> events -> ...
+JobState.handle(event) -> actions -> replicas, commit log, index, audit, report -> events -> ...
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from jobs.store import JobStore
 from jobs.tally import Tally
 from pipeline.attempt import Attempt
 from pipeline.errors import JobError, UserError
-from workers.assignment import Assignment, FinishedAssignment, ShardReport
+from workers.assignment import Assignment, FinishedAssignment
 
 LISTEN_S = 0.25
 
@@ -73,9 +73,7 @@ class Finishing(Protocol):
 class Controller:
     """Runs one job from where its commits end. `stop` may be called from a signal handler."""
 
-    def __init__(
-        self, store: JobStore, state: JobState, workers: Workers, finishing: Finishing, tally: Tally
-    ) -> None:
+    def __init__(self, store: JobStore, state: JobState, workers: Workers, finishing: Finishing, tally: Tally) -> None:
         self._store = store
         self._state = state
         self._workers = workers

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-
-import ray
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 from jobs.events import Lease, ReplicaDied, ShardId
+from jobs.ray_session import cluster_totals, ray_session, wait_for
+from jobs.spec import ClusterSpec
 from pipeline.commits import Commit
-from pipeline.errors import JobError
+from pipeline.errors import JobError, UserError
 from pipeline.source import Split
 from workers.assignment import Assignment, Base, ShardReport
 from workers.replica import Replica, ReplicaLost, Resources
@@ -27,16 +29,34 @@ class Heard:
 
 
 class Fleet:
-    """The living replicas by number, each with its generation."""
+    """The living replicas by number, each with its generation. Ray is started, or joined, for the first of them."""
 
-    def __init__(self, settings: ShardSettings, resources: Resources) -> None:
+    def __init__(self, settings: ShardSettings, cluster: ClusterSpec) -> None:
         self._settings = settings
-        self._resources = resources
+        self._cluster = cluster
+        self._session = ExitStack()
+        self._resources: Resources | None = None
         self._replicas: dict[int, tuple[int, Replica]] = {}
         self._looked_at = time.monotonic()
 
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def start(self, replica: int, generation: int) -> None:
+        """UserError or JobError if there is no Ray to be had, or it lacks what the job asks for."""
         assert replica not in self._replicas
+        if self._resources is None:
+            self._session.enter_context(ray_session(self._cluster.address, num_cpus=_local_cpus(self._cluster)))
+            self._resources = shard_resources(self._cluster, cluster_totals())
+            engine = replace(
+                self._settings.engine,
+                threads=self._resources.num_cpus,
+                device="cuda" if self._resources.num_gpus else "cpu",
+            )
+            self._settings = replace(self._settings, engine=engine)
         name = f"worker-{replica}.{generation}"
         self._replicas[replica] = (generation, Replica(self._settings, self._resources, name=name))
 
@@ -60,9 +80,7 @@ class Fleet:
             return []
         now = time.monotonic()
         self._forgive(now - self._looked_at - AWAY_S)
-        ready, _ = ray.wait(list(owners), num_returns=1, timeout=timeout_s)
-        if ready:  # and whatever else is there by now
-            ready, _ = ray.wait(list(owners), num_returns=len(owners), timeout=0)
+        ready = wait_for(list(owners), timeout_s)
         self._looked_at = time.monotonic()
         heard: list[Heard | ReplicaDied] = []
         for reference in ready:
@@ -94,10 +112,15 @@ class Fleet:
                 heard += [event for event in self.listen(0.1) if isinstance(event, Heard)]
             except JobError:
                 break
-        self.close()
+        self._release()
         return heard
 
     def close(self) -> None:
+        """End every shard, and the Ray that was started for them."""
+        self._release()
+        self._session.close()
+
+    def _release(self) -> None:
         for _, replica in self._replicas.values():
             replica.release()
         self._replicas.clear()
@@ -129,3 +152,27 @@ def assignment(lease: Lease, split: Split, commits: Mapping[int, Commit]) -> Ass
         retry_errors=lease.retry_errors,
         condemned=lease.condemned,
     )
+
+
+def shard_resources(cluster: ClusterSpec, totals: Mapping[str, float]) -> Resources:
+    """What each shard asks of its node. `totals`: what the whole cluster has.
+
+    `threads: auto` shares the CPUs out among the shards; `device: auto` takes GPUs where there is one for each.
+    """
+    num_shards = num_replicas(cluster)
+    num_gpus = int(totals.get("GPU", 0))
+    if cluster.device == "cuda" and num_gpus < num_shards:
+        raise UserError(f"cluster.device: cuda needs a GPU for each of {num_shards} shards, and Ray sees {num_gpus}")
+    uses_gpu = cluster.device == "cuda" or (cluster.device == "auto" and num_gpus >= num_shards)
+    threads = max(1, int(totals.get("CPU", 1)) // num_shards) if cluster.threads == "auto" else cluster.threads
+    return Resources(num_cpus=threads, num_gpus=1 if uses_gpu else 0)
+
+
+def num_replicas(cluster: ClusterSpec) -> int:
+    return 1 if cluster.replicas == "auto" else cluster.replicas
+
+
+def _local_cpus(cluster: ClusterSpec) -> int:
+    """What a Ray of our own is told that this machine has: the CPUs, or more where the job insists on more threads."""
+    wanted = num_replicas(cluster) * (1 if cluster.threads == "auto" else cluster.threads)
+    return max(len(os.sched_getaffinity(0)), wanted)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ROWS_PHASE = "rows"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """Where a job stands, sent by the controller about once a second. Tokens and time are of this run alone."""
 
-    phase: str  # what is being done now, for people: "loading the model", "rows", "index"
+    phase: str  # what is being done now, for people: "loading the model", ROWS_PHASE, "index"
     rows_done: int
     rows_total: int
     rows_at_start: int  # done before this run

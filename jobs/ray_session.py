@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import workers
 from pipeline.errors import JobError, UserError
@@ -54,6 +55,23 @@ def ray_session(address: str | None, *, num_cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def cluster_totals() -> dict[str, float]:
+    """What all nodes of the connected Ray have together."""
+    import ray
+
+    return cast(dict[str, float], ray.cluster_resources())  # type: ignore[no-untyped-call]
+
+
+def wait_for(references: list[Any], timeout_s: float) -> list[Any]:
+    """Those that are ready, as soon as one is."""
+    import ray
+
+    ready, _ = ray.wait(references, num_returns=1, timeout=timeout_s)
+    if ready:
+        ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
+    return ready
 
 
 def _tree_first(path: str | None) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
-from pipeline.index.manifest import parts_digest
 
-from jobs.progress import Progress
+from jobs.progress import ROWS_PHASE, Progress
 from jobs.report_page import render
 from jobs.status import committed_status, latest_commits
 from jobs.terminal import human_seconds
 from pipeline.durable import replace_file, storage_errors
+from pipeline.index.manifest import parts_digest
 from pipeline.job_folder import JobFolder, read_job
 
 MAX_EXAMPLES = 3
@@ -49,18 +49,20 @@ class PartsSummary:
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def add(self, batch: pa.RecordBatch) -> None:
-        first = pc.equal(batch.column("sample"), 0)
+        first = pc.equal(batch.column("sample"), pa.scalar(0))
         self.records += batch.num_rows
-        self.rows += pc.sum(first).as_py() or 0
+        self.rows += first.true_count
         self.finish_reasons.update(_counts(batch.column("finish_reason")))
         self.prompt_lengths.update(_counts(batch.column("prompt_tokens").filter(first)))
         self.completion_lengths.update(_counts(batch.column("completion_tokens")))
         self.errors.update(_counts(batch.column("error_code")))
         failed = batch.filter(batch.column("error_code").is_valid())
-        for code in pc.unique(failed.column("error_code")).to_pylist():
+        for code in _counts(failed.column("error_code")):
             kept = self.examples.setdefault(code, [])
             if len(kept) < MAX_EXAMPLES:
-                of_code = failed.filter(pc.equal(failed.column("error_code"), code)).slice(0, MAX_EXAMPLES - len(kept))
+                of_code = failed.filter(pc.equal(failed.column("error_code"), pa.scalar(code))).slice(
+                    0, MAX_EXAMPLES - len(kept)
+                )
                 kept.extend(
                     {"row": row, "message": (message or "")[:MAX_MESSAGE_CHARS]}
                     for row, message in zip(
@@ -78,11 +80,15 @@ def summarize(parts: Sequence[Path]) -> PartsSummary:
     return summary
 
 
-def run_record(history: Sequence[Progress], started_at: str) -> dict[str, Any]:
-    """How one run of the controller went. `started_at`: ISO 8601. `series`: [seconds, rows, tokens] since its start."""
-    last = history[-1]
-    step = max(1, len(history) // MAX_SERIES)
-    kept = [*history[:-1:step], last]
+def run_record(history: Sequence[Progress], started_at: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """How one run of the controller went. `started_at`: ISO 8601. `facts`: what else the controller knows of it.
+
+    Times are of rows alone: from when the first could start until the index is begun. `series`: [seconds, rows, tokens]
+    since then.
+    """
+    running = [progress for progress in history if progress.phase == ROWS_PHASE] or history[-1:]
+    last = running[-1]
+    kept = [*running[: -1 : max(1, len(running) // MAX_SERIES)], last]
     return {
         "started_at": started_at,
         "elapsed_s": round(last.elapsed_s, 3),
@@ -93,6 +99,7 @@ def run_record(history: Sequence[Progress], started_at: str) -> dict[str, Any]:
         "series": [
             [round(p.elapsed_s, 3), p.rows_done - p.rows_at_start, p.prompt_tokens + p.completion_tokens] for p in kept
         ],
+        **facts,
     }
 
 
@@ -134,15 +141,20 @@ def make_report(folder: JobFolder, runs: list[dict[str, Any]]) -> dict[str, Any]
     }
 
 
-def write_report(out: Path, history: Sequence[Progress], started_at: str) -> dict[str, Any]:
-    """Write report.json and report.html after a run that reported `history`; earlier runs stay in it."""
+def write_report(
+    out: Path, history: Sequence[Progress], started_at: str, *, facts: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write report.json and report.html after a run that reported `history`; earlier runs stay in it.
+
+    `facts` is what else the controller knows of the run: seconds by phase, deaths, the engine's own counts.
+    """
     folder = JobFolder(out)
-    runs = [*_earlier_runs(folder), *([run_record(history, started_at)] if history else [])]
+    runs = [*_earlier_runs(folder), *([run_record(history, started_at, facts or {})] if history else [])]
     report = make_report(folder, runs)
     with storage_errors("writing the report in", out):
-        replace_file(out / "report.json", json.dumps(report, indent=2).encode())
+        replace_file(out / "report.json", json.dumps(report, indent=2).encode(), drafts=folder.attempts)
         page = render(report, yaml.safe_dump(report["spec"], sort_keys=False, allow_unicode=True))
-        replace_file(out / "report.html", page.encode())
+        replace_file(out / "report.html", page.encode(), drafts=folder.attempts)
     return report
 
 
@@ -180,4 +192,6 @@ def _total(lengths: Counter[int]) -> int:
 def _counts(column: pa.Array[Any]) -> dict[Any, int]:
     """Value -> how often it occurs; nulls are left out."""
     found = pc.value_counts(column.drop_null())
-    return dict(zip(found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True))
+    values: list[Any] = found.field("values").to_pylist()
+    counts: list[Any] = found.field("counts").to_pylist()
+    return dict(zip(values, counts, strict=True))

@@ -1,4 +1,4 @@
-"""`gristmill status`: how far a job directory is, read from its files alone, also while a controller works in it."""
+"""How far a job directory is, read from its files alone, also while a controller works in it; what an audit says."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.index.manifest import MANIFEST_NAME, parts_digest, read_manifest
-
+from pipeline.audit import Audit
 from pipeline.commits import Commit, read_commits
 from pipeline.errors import JobError, UserError
+from pipeline.index.manifest import MANIFEST_NAME, parts_digest, read_manifest
 from pipeline.job_folder import JobFolder, read_job, read_plan
 from pipeline.lock import lock_holder
 
@@ -67,6 +67,7 @@ def committed_status(folder: JobFolder) -> dict[str, Any]:
     return {
         "name": job["spec"]["name"],
         "output": str(folder.root),
+        "fingerprint": job["fingerprint"],
         "state": "finished" if splits and done == total and indexed else "stopped",
         "rows": {"total": total, "done": done, "ok": done - failed, "errors": failed},
         "errors": dict(codes.most_common()),
@@ -108,4 +109,16 @@ def describe_status(status: dict[str, Any]) -> str:
             f"index   {index['vectors']:,} vectors of {index['dimension']}, {index['kind']}"
             + ("" if index["current"] else ", older than the parts")
         )
+    return "\n".join(lines)
+
+
+def describe_audit(out: Path, found: Audit) -> str:
+    counts = f"{found.rows:,} of {found.rows_planned:,} rows in {found.splits:,} splits, {found.errors:,} errors"
+    if found.indexed_vectors is not None:
+        counts += f", {found.indexed_vectors:,} vectors indexed"
+    if found.ok:
+        return f"{out} is whole: {counts}"
+    lines = [f"{out} is not whole: {counts}"]
+    lines += [f"  damaged: {problem}" for problem in found.problems]
+    lines += [f"  to do:   {left}" for left in found.pending]
     return "\n".join(lines)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -27,6 +28,7 @@ class JobStore:
 
     folder: JobFolder
     job: ResolvedJob
+    date: str  # when the job was planned, ISO 8601: what chat templates print
     log: CommitLog
     recovery: Recovery  # what the last run left to mend
 
@@ -64,13 +66,13 @@ def open_store(spec: JobSpec) -> Iterator[JobStore]:
     with lock(folder):
         planned = read_planned(folder)
         if planned is not None:
-            job = resolve(spec, planned)
+            job, date = resolve(spec, planned), planned.date
             _refuse_other(folder, job, planned)
         else:
-            job = job or resolve(spec)
-            _plan(folder, job)
+            job, date = job or resolve(spec), datetime.now().astimezone().isoformat(timespec="seconds")
+            _plan(folder, job, date)
         log = CommitLog(folder, fingerprint=job.fingerprint)
-        yield JobStore(folder=folder, job=job, log=log, recovery=log.recover())
+        yield JobStore(folder=folder, job=job, date=date, log=log, recovery=log.recover())
 
 
 def read_planned(folder: JobFolder) -> PlannedJob | None:
@@ -82,8 +84,8 @@ def read_planned(folder: JobFolder) -> PlannedJob | None:
         return PlannedJob(
             spec=JobSpec.model_validate(job["spec"]),
             fingerprint=job["fingerprint"],
-            parts=job["covers"],
-            date=job["date"],
+            date=job["planned_at"],
+            covers=job["covers"],
             source=plan["source"],
             splits=tuple(Split.from_json(split) for split in plan["splits"]),
         )
@@ -92,7 +94,7 @@ def read_planned(folder: JobFolder) -> PlannedJob | None:
         raise JobError(f"{folder.job_file} is not of this version of gristmill: {line[:200]}") from error
 
 
-def _plan(folder: JobFolder, job: ResolvedJob) -> None:
+def _plan(folder: JobFolder, job: ResolvedJob, date: str) -> None:
     """job.json comes last: where it is, the job is planned."""
     write_plan(
         folder,
@@ -100,7 +102,7 @@ def _plan(folder: JobFolder, job: ResolvedJob) -> None:
         splits=[split.to_json() for split in job.splits],
         document={"source": job.source.to_json()},
     )
-    document = {"spec": job.spec.to_json(), "date": job.date, "covers": job.parts}
+    document = {"spec": job.spec.to_json(), "planned_at": date, "covers": job.covers}
     write_job(folder, fingerprint=job.fingerprint, document=document)
 
 
@@ -111,7 +113,9 @@ def _refuse_foreign(folder: JobFolder) -> None:
         raise UserError(f"output.path {root} is a file; name a folder")
     for name in ("parts", "commits", "index"):
         if (root / name).is_dir() and any((root / name).iterdir()):
-            raise UserError(f"output.path {root} has a folder {name}/ but no job.json, so it is not a job's; name another")
+            raise UserError(
+                f"output.path {root} has a folder {name}/ but no job.json, so it is not a job's; name another"
+            )
 
 
 def _refuse_other(folder: JobFolder, job: ResolvedJob, planned: PlannedJob) -> None:
@@ -122,11 +126,12 @@ def _refuse_other(folder: JobFolder, job: ResolvedJob, planned: PlannedJob) -> N
                 "ask for the same or name another output.path"
             )
         return
-    changes = differences(planned.parts, job.parts)
+    changes = differences(planned.covers, job.covers)
     sections = {change.partition(".")[0] for change in changes}
     if sections <= {"model"}:
         raise JobError(
-            f"the model has changed since the job in {folder.root} was planned: {_listed(changes)}; "
+            f"the model has changed since the job in {folder.root} was planned: "
+            f"{_listed([change.removeprefix('model.') for change in changes])}; "
             "put the old one back or name another output.path"
         )
     raise UserError(

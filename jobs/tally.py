@@ -31,9 +31,7 @@ class Tally:
         """`retry_errors`: failed rows count as not done until they were tried again."""
         self._on_progress = on_progress
         self._rows_total = rows_total
-        self._done = {
-            index: split.rows - (split.errors if retry_errors else 0) for index, split in committed.items()
-        }
+        self._done = {index: split.rows - (split.errors if retry_errors else 0) for index, split in committed.items()}
         self._errors = {index: 0 if retry_errors else split.errors for index, split in committed.items()}
         self._rows_at_start = self._rows = sum(self._done.values())
         self._error_rows = sum(self._errors.values())
@@ -120,6 +118,7 @@ class Tally:
         first_steps = self._first_steps + [r.first_step_at for r in self._reports.values() if r.first_step_at]
         return {
             "seconds": {phase: round(seconds, 3) for phase, seconds in phases.items()},
+            "first_step_at": min(first_steps, default=None),  # seconds since 1970
             "first_token_s": round(min(first_steps) - self._began_wall, 3) if first_steps else None,
             "splits_committed": self._num_splits,
             "deaths": self._deaths,

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipeline.errors import RowError
 from pipeline.job_folder import JobFolder
-from pipeline.prompts import Prompt, PromptBuilder
+from pipeline.prompts import Prompt, PromptBuilder, TextBuilder
 from pipeline.records import RecordLayout
 from pipeline.source import Rows, Source, Split
 from pipeline.tokenizer import Tokenizer
@@ -23,6 +23,9 @@ MAX_CHUNK_ROWS = 512
 Tokens = list[int] | RowError
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
+
+_EMPTY = RowError("empty_prompt", "the text has no tokens")
+_NOTHING = RowError("empty_generation", "the model generated no text that could be embedded")
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +47,9 @@ class TokenizedRows:
 class TextKind:
     """One of the texts that a row gives: the prompt that is continued, or the passage that is embedded."""
 
-    builder: PromptBuilder
+    builder: PromptBuilder | TextBuilder
     max_tokens: int  # more than these are too many
-    shortened_tokens: int  # where the row's text is cut, it is cut to so many
-    truncates: bool
+    shortened_tokens: int | None = None  # a text of too many is cut down to these; None: it is refused
 
 
 class Preparation:
@@ -85,33 +87,95 @@ class Preparation:
 
     def _tokenized(self, work: Work, rows: Rows, start: int, length: int) -> TokenizedRows:
         first_row = rows.first_row + start
-        batch = rows.batch.slice(start, length)
         to_run = work.rows_to_run(first_row, first_row + length)
-        offsets = [row - rows.first_row for row in to_run]
-        if len(offsets) == rows.batch.num_rows:
-            chosen = rows
-        else:
-            contiguous = isinstance(to_run, range)
-            chosen = Rows(
-                first_row=first_row,
-                batch=rows.batch.slice(offsets[0] if offsets else 0, len(offsets))
-                if contiguous
-                else rows.batch.take(pa.array(offsets, pa.int64())),
-                errors={n: rows.errors[offset] for n, offset in enumerate(offsets) if offset in rows.errors}
-                if rows.errors
-                else {},
-            )
-        prompts = self.tokenize(self._prompts, chosen) if self._prompts else None
-        passages = self.tokenize(self._passages, chosen) if self._passages else None
+        chosen = _select(rows, to_run)
+        prompts = self._tokens(self._prompts, chosen) if self._prompts and to_run else None
+        passages = self._tokens(self._passages, chosen) if self._passages and to_run else None
         return TokenizedRows(
             work=work,
             first_row=first_row,
-            batch=batch,
+            batch=rows.batch.slice(start, length),
             rows=to_run,
             prompts=prompts,
             passages=passages,
-            num_tokens=sum(len(tokens) for tokens in (*(prompts or ()), *(passages or ())) if type(tokens) is list),
+            num_tokens=sum(len(ids) for ids in (*(prompts or ()), *(passages or ())) if not isinstance(ids, RowError)),
         )
 
-    def tokenize(self, kind: TextKind, rows: Rows) -> list[Tokens]:
+    def tokenize_generations(self, texts: Sequence[str]) -> list[Tokens]:
+        """Generated texts, to be embedded: tokenized as they are."""
+        return self._encode(
+            [Prompt(text, add_special_tokens=True, parse_special=False) if text else _NOTHING for text in texts]
+        )
+
+    def _tokens(self, kind: TextKind, rows: Rows) -> list[Tokens]:
         """Each row's token ids, or why it has none."""
+        tokens = self._encode(self._build(kind, rows))
+        for offset, ids in enumerate(tokens):
+            if not isinstance(ids, RowError) and len(ids) > kind.max_tokens:
+                tokens[offset] = self._cut_down(kind, rows, offset, len(ids))
+        return tokens
+
+    def _build(self, kind: TextKind, rows: Rows) -> list[Prompt | RowError]:
+        try:
+            return kind.builder.build(rows)
+        except Exception:
+            log.exception("building prompts broke, which is done row by row now")
+        return [
+            _guarded(lambda one: kind.builder.build(one)[0], _select(rows, [row]))
+            for row in range(rows.first_row, rows.first_row + rows.batch.num_rows)
+        ]
+
+    def _encode(self, prompts: Sequence[Prompt | RowError]) -> list[Tokens]:
+        """Token ids, or the error that is there already, or why the text has none."""
+        sound = [prompt for prompt in prompts if not isinstance(prompt, RowError)]
+        encoded: list[Tokens]
+        try:
+            encoded = self._tokenizer.encode_batch(sound)
+        except Exception:
+            log.exception("tokenizing broke, which is done row by row now")
+            encoded = [_guarded(lambda one: self._tokenizer.encode_batch([one])[0], prompt) for prompt in sound]
+        if len(sound) < len(prompts):
+            rest = iter(encoded)
+            encoded = [prompt if isinstance(prompt, RowError) else next(rest) for prompt in prompts]
+        return [ids or _EMPTY for ids in encoded]
+
+    def _cut_down(self, kind: TextKind, rows: Rows, offset: int, num_tokens: int) -> Tokens:
+        """What becomes of a text that has too many tokens."""
+        if kind.shortened_tokens is None:
+            return RowError("prompt_too_long", f"{num_tokens:,} tokens, and at most {kind.max_tokens:,} fit")
+        limit = kind.shortened_tokens
+
+        def count(prompt: Prompt) -> int:
+            ids = self._encode([prompt])[0]
+            return limit + 1 if isinstance(ids, RowError) else len(ids)
+
+        shortened = _guarded(
+            lambda at: kind.builder.shorten(rows, at, num_tokens=num_tokens, max_tokens=limit, count_tokens=count),
+            offset,
+        )
+        return shortened if isinstance(shortened, RowError) else self._encode([shortened])[0]
+
+
+def _select(rows: Rows, wanted: range | list[int]) -> Rows:
+    """The given rows of the job. The result's rows are consecutive in the batch, whatever they are in the job."""
+    offsets = (
+        range(wanted.start - rows.first_row, wanted.stop - rows.first_row)
+        if isinstance(wanted, range)
+        else [row - rows.first_row for row in wanted]
+    )
+    if isinstance(offsets, range):
+        if len(offsets) == rows.batch.num_rows:
+            return rows
+        batch = rows.batch.slice(offsets.start, len(offsets))
+    else:
+        batch = rows.batch.take(pa.array(offsets, pa.int64()))
+    errors = {place: rows.errors[offset] for place, offset in enumerate(offsets) if offset in rows.errors}
+    return Rows(first_row=wanted[0] if wanted else rows.first_row, batch=batch, errors=errors if rows.errors else {})
+
+
+def _guarded(make: Callable[[_In], _Out | RowError], item: _In) -> _Out | RowError:
+    """What `make` makes of one item, or an `internal` error if it breaks."""
+    try:
+        return make(item)
+    except Exception as error:
+        return RowError("internal", f"{type(error).__name__}: {error}")

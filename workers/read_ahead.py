@@ -1,4 +1,4 @@
-"""Reading, rendering and tokenizing the next splits while the engine works on these, in a thread of its own, bounded."""
+"""Reading and tokenizing the next splits while the engine works on these: a thread of its own, and bounded."""
 
 from __future__ import annotations
 
@@ -51,11 +51,7 @@ class ReadAhead:
             kept = [a for a in self._assignments if (a.index, a.revision) != (index, revision)]
             self._assignments = deque(kept)
             self._dropped.add((index, revision))
-            self._ready = deque(
-                rows
-                for rows in self._ready
-                if rows.work.identity != (index, revision)
-            )
+            self._ready = deque(rows for rows in self._ready if rows.work.identity != (index, revision))
             self._ready_rows = sum(len(rows.rows) for rows in self._ready)
             self._ready_tokens = sum(rows.num_tokens for rows in self._ready)
             self._changed.notify_all()

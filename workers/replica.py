@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -53,13 +53,14 @@ class Replica:
         self._resources = resources
         self._group: PlacementGroup = placement_group([resources.bundle()], strategy="PACK")
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_capture_child_tasks=True)
-        actor = ray.remote(ShardActor).options(
-            num_cpus=resources.num_cpus,
-            num_gpus=resources.num_gpus,
-            scheduling_strategy=strategy,
-            concurrency_groups={"orders": 1, "reports": 1},
-            max_restarts=0,
-        )
+        options: dict[str, Any] = {
+            "num_cpus": resources.num_cpus,
+            "num_gpus": resources.num_gpus,
+            "scheduling_strategy": strategy,
+            "concurrency_groups": {"orders": 1, "reports": 1},  # a thread each: orders arrive in order
+            "max_restarts": 0,
+        }
+        actor: Any = ray.remote(**options)(ShardActor)
         self._shards = [actor.remote(settings, name)]
         self._heard_at: list[float | None] = [None]  # None until the first report
         self._phases = ["forming"]
@@ -124,7 +125,8 @@ class Replica:
         return self._shards[rank].report.options(concurrency_group="reports").remote(REPORT_S)
 
     def _why_not_formed(self) -> str:
-        total, free = ray.cluster_resources(), ray.available_resources()
+        total = cast(dict[str, float], ray.cluster_resources())  # type: ignore[no-untyped-call]
+        free = cast(dict[str, float], ray.available_resources())  # type: ignore[no-untyped-call]
         wanted = self._resources.bundle()
         lacking = [name for name, amount in wanted.items() if total.get(name, 0.0) < amount]
         if lacking:

@@ -22,14 +22,15 @@ from pipeline.errors import JobError, RowError, UserError
 from workers.assignment import Assignment, Counts, Failure, FinishedAssignment, ShardReport
 from workers.engine.request import EmbedRequest, Finished, GenerateRequest, SamplingParams
 from workers.engine.stats import EngineStats
-from workers.preparation import Preparation, Tokens
-from workers.read_ahead import ReadAhead, TokenizedRows
+from workers.preparation import Preparation, TokenizedRows, Tokens
+from workers.read_ahead import ReadAhead
 from workers.work import Work
 
 MAX_UNREAD = 2  # assignments leased ahead of the one that is being read
 MAX_READY_TOKENS = 1 << 21
 MAX_PARTS_IN_WRITING = 2  # beyond these the engine waits for the disk
 IDLE_S = 0.05
+MAX_LOGGED_ROWS = 20
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,6 @@ log = logging.getLogger(__name__)
 class ShardEngine(Protocol):
     """What a shard needs of its engine; `workers.engine.Engine` is one."""
 
-    @property
-    def max_sequences(self) -> int: ...
     @property
     def has_work(self) -> bool: ...
     @property
@@ -83,12 +82,15 @@ class RowRunner:
         sampling: SamplingParams | None,
         pooling: str | None,
         embeds_generation: bool,
+        batch_rows: int,
     ) -> None:
+        """`batch_rows`: so many requests are kept waiting at the engine, and as many rows are tokenized ahead."""
         self._engine = engine
         self._preparation = preparation
         self._sampling = sampling
         self._pooling = pooling or "mean"
         self._embeds_generation = embeds_generation
+        self._batch_rows = batch_rows
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="parts")
         self._writing: deque[tuple[Work, Future[FinishedAssignment]]] = deque()
 
@@ -104,11 +106,11 @@ class RowRunner:
         self._next_request = 0
         self._flights: dict[int, Flight] = {}
         self._open: list[Work] = []  # whose rows have begun to come, not yet being written
-        self._num_errors = self._prompt_tokens = self._completion_tokens = self._embedded_tokens = 0
+        self._num_broken = self._num_errors = self._prompt_tokens = self._completion_tokens = self._embedded_tokens = 0
         self._first_step_at: float | None = None
         self._ahead = ReadAhead(
             preparation.read,
-            max_rows=engine.max_sequences,
+            max_rows=batch_rows,
             max_tokens=MAX_READY_TOKENS,
             on_begun=self._notify,
         )
@@ -199,9 +201,8 @@ class RowRunner:
 
     def _feed(self) -> None:
         """Keep a full batch waiting at the engine; where it has nothing to do, wait a little for rows."""
-        while self._engine.num_waiting < self._engine.max_sequences:
-            is_idle = not self._engine.has_work and not self._open
-            rows = self._ahead.take(IDLE_S if is_idle else 0.0)
+        while self._engine.num_waiting < self._batch_rows:
+            rows = self._ahead.take(0.0 if self._engine.has_work else IDLE_S)
             if rows is None:
                 return
             self._admit(rows)
@@ -337,7 +338,9 @@ class RowRunner:
             self._num_errors += 1
 
     def _fail_unexpectedly(self, work: Work, row: int, error: Exception) -> None:
-        log.error("row %d broke", row, exc_info=error)
+        self._num_broken += 1
+        if self._num_broken <= MAX_LOGGED_ROWS:
+            log.error("row %d broke", row, exc_info=error)
         self._fail(work, row, RowError("internal", f"{type(error).__name__}: {error}"))
 
     def _fail_shard(self, failure: Failure) -> None:

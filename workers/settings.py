@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pipeline.prompts import PromptSettings
+
 JsonObject = dict[str, Any]
 
 
@@ -26,32 +28,22 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PromptSettings:
-    """How a row becomes the text that the model continues."""
-
-    template: str | None = None
-    column: str | None = None
-    chat: bool = False
-    system: str | None = None
-    examples: tuple[tuple[str, str], ...] = ()  # (user, assistant)
-    on_too_long: Literal["error", "truncate"] = "error"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class EmbedSettings:
     of: Literal["prompt", "generation", "both"]
     template: str | None = None  # over input columns, instead of the prompt's
-    pooling: str = "auto"
+    pooling: str = "mean"  # settled: see pooling_choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardSettings:
-    """`sampling` holds SamplingParams' fields; None: nothing is generated."""
+    """`sampling` holds SamplingParams' fields, None where the model decides; None: nothing is generated."""
 
     out: str  # the job directory
     source: JsonObject  # pipeline.source.Source as JSON
     engine: EngineSettings
     prompt: PromptSettings
+    on_too_long: Literal["error", "truncate"]
+    date: str  # the job's, ISO 8601: what chat templates print
     sampling: JsonObject | None
     embed: EmbedSettings | None
     carried: tuple[str, ...] = ()

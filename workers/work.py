@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.attempt import Attempt, records_to_keep
 from pipeline.errors import RowError
@@ -47,12 +46,10 @@ class Work:
         records = records_to_keep(self._folder.parts / base.part, base.sha256, retry_errors=False)
         if not self.assignment.retry_errors:
             return records
-        offset = pc.subtract(records["row"], self.assignment.first_row)
-        in_range = pc.and_(
-            pc.greater_equal(offset, self.assignment.start),
-            pc.less(offset, self.assignment.stop),
-        )
-        return records.filter(pc.invert(pc.and_(in_range, pc.is_valid(records["error_code"]))))
+        offsets = records["row"].to_numpy() - self.assignment.first_row
+        failed = records["error_code"].is_valid().to_numpy()
+        again = failed & (offsets >= self.assignment.start) & (offsets < self.assignment.stop)
+        return records.filter(pa.array(~again))
 
     def carry(self, first_row: int, batch: pa.RecordBatch) -> None:
         """The next rows as they were read, for the columns that are carried over."""

@@ -44,6 +44,10 @@ class AddedTokens:
         self._ordinary = _pattern(text for text, token in self._by_text.items() if not token.special)
         self._longest = max(map(len, self._by_text), default=0)
 
+    @property
+    def control_strings(self) -> frozenset[str]:
+        return frozenset(text for text, token in self._by_text.items() if token.special)
+
     def find(self, text: str, *, parse_special: bool, literal: Sequence[Span] = ()) -> list[Match]:
         """Return the added tokens in `text`, in order. Control tokens only if `parse_special` and outside `literal`.
 

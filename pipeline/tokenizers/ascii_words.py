@@ -24,6 +24,8 @@ _WHITE_SPACE = "\t\n\x0b\x0c\r "
 _SHORTHANDS = {"s": _WHITE_SPACE, "d": "0123456789"}
 _PLAIN_NORMALIZERS = frozenset({"NFC", "NFD", "NFKC", "NFKD"})  # they leave ASCII as it is
 _SPELLING = str.maketrans({chr(byte): character for character, byte in BYTE_OF_CHARACTER.items() if byte < 128})
+# Text on which a wrong translation shows: every character, and white space of each kind beside each kind of character.
+_PROBE = "".join(_ASCII) + "".join(f"{space}{sign}  {space}1{sign}\n" for space in _WHITE_SPACE for sign in "a'S $\r")
 _MAX_WORD = 64  # characters of a word worth remembering
 _MAX_WORDS = 1 << 18
 
@@ -72,7 +74,12 @@ def ascii_words(backend: LibraryBackend) -> AsciiWords | None:
     if steps[-1].get("use_regex", True):
         patterns.append(ascii_pattern(GPT2_PATTERN))
     known = [pattern for pattern in patterns if pattern is not None]
-    return AsciiWords(model, known) if known and len(known) == len(patterns) else None
+    if not known or len(known) < len(patterns):
+        return None
+    words = AsciiWords(model, known)
+    bare = LibraryBackend(model)
+    bare.pre_tokenizer = backend.pre_tokenizer
+    return words if words.encode(_PROBE) == bare.encode(_PROBE).ids else None
 
 
 def ascii_pattern(pattern: str) -> str | None:
@@ -113,7 +120,8 @@ def ascii_pattern(pattern: str) -> str | None:
         compiled = re.compile(translated)
     except re.error:
         return None
-    return translated if compiled.groups == 0 and compiled.match("") is None else None
+    matches_nothing = any(found.end() == found.start() for found in compiled.finditer(_PROBE))
+    return None if compiled.groups or matches_nothing else translated
 
 
 def _members(negated: str | None, category: str | None, escaped: str | None) -> str | None:

@@ -73,6 +73,10 @@ class LibraryTokenizer:
         return self._facts.special_tokens
 
     @property
+    def control_strings(self) -> frozenset[str]:
+        return self._added.control_strings
+
+    @property
     def digest(self) -> str:
         return self._facts.digest
 

@@ -90,6 +90,10 @@ class SentencePieceTokenizer:
         return self._facts.special_tokens
 
     @property
+    def control_strings(self) -> frozenset[str]:
+        return self._added.control_strings
+
+    @property
     def digest(self) -> str:
         return self._facts.digest
 
@@ -125,7 +129,9 @@ class SentencePieceTokenizer:
 
     def _layout(self, prompt: PromptText, beginnings: list[str], continuations: list[str]) -> list[Match] | None:
         """Append the stretches of `prompt` to the lists; return the tokens between, or None where it is one stretch."""
-        text = prompt.text
+        text: object = prompt.text
+        if not isinstance(text, str):  # SentencePiece takes bytes as well
+            raise TypeError
         if not self._always_cut and not prompt.parse_special:
             beginnings.append(text)
             return None

@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic.fields import FieldInfo
+
 from jobs.cli import app
 from jobs.spec import JobSpec, Section
 from pipeline.errors import ROW_ERROR_CODES
 from pipeline.records import part_schema
-from pydantic.fields import FieldInfo
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,7 +64,9 @@ def test_every_command_is_in_the_readme() -> None:
         assert f"gristmill {command.name or command.callback.__name__}" in readme
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
         assert ((ROOT / page).parent / target).exists(), target

@@ -96,7 +96,9 @@ def test_a_histogram_counts_each_length_once_in_its_bin(lengths: dict[int, int])
 
 
 def test_a_run_record_counts_its_own_rows_and_keeps_a_bounded_series() -> None:
-    record = run_record([progress(t, rows=t // 10, tokens=5 * t) for t in range(1, 1001)], "2026-01-01T00:00:00+00:00")
+    record = run_record(
+        [progress(t, rows=t // 10, tokens=5 * t) for t in range(1, 1001)], "2026-01-01T00:00:00+00:00", {}
+    )
     assert record["rows"] == 100
     assert record["tokens_per_s"] == pytest.approx(10)
     assert len(record["series"]) <= 402
@@ -121,7 +123,7 @@ REPORT: dict[str, Any] = {
         "completion_tokens": histogram(Counter({5: 1, 7: 1})),
     },
     "index": {"kind": "Flat", "vectors": 2},
-    "runs": [run_record([progress(t, rows=t, tokens=t) for t in (1, 2, 4)], "2026-01-01T00:00:00+00:00")],
+    "runs": [run_record([progress(t, rows=t, tokens=t) for t in (1, 2, 4)], "2026-01-01T00:00:00+00:00", {})],
 }
 
 

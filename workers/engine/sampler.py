@@ -94,7 +94,7 @@ def _choose_one_by_one(
         if params.temperature == 0:
             token = int(scores.argmax())
         else:
-            kept, weights = filtered(scores / np.float32(params.temperature), params)
+            kept, weights = filtered(np.divide(scores, np.float32(params.temperature), dtype=np.float32), params)
             token = draw(kept, weights, numbers[i])
         choices.token_ids[i] = token
         if params.logprobs:

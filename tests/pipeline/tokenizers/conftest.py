@@ -150,13 +150,16 @@ def piece_vocabulary_file(vocabulary_file: Callable[..., Path]) -> Callable[...,
 
     def make(model: bytes, **keys: Any) -> Path:
         proto = ModelProto.FromString(model)
-        return vocabulary_file(
-            model="llama",
-            tokens=[piece.piece.replace("▁", " ") if piece.type == 4 else piece.piece for piece in proto.pieces],
-            scores=[piece.score for piece in proto.pieces],
-            token_type=[piece.type for piece in proto.pieces],
-            **{"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, **keys},
-        )
+        made: dict[str, Any] = {
+            "model": "llama",
+            "tokens": [piece.piece.replace("▁", " ") if piece.type == 4 else piece.piece for piece in proto.pieces],
+            "scores": [piece.score for piece in proto.pieces],
+            "token_type": [piece.type for piece in proto.pieces],
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "unknown_token_id": 0,
+        }
+        return vocabulary_file(**{**made, **keys})
 
     return make
 
