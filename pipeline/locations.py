@@ -103,13 +103,30 @@ def one_line(error: BaseException) -> str:
 
 
 def _walk(filesystem: fs.FileSystem, folder: str) -> Iterator[str]:
+    for below in _folders(filesystem, folder, ("_", ".")):
+        yield from _files(filesystem, below, ("_", "."))
+
+
+def _files(filesystem: fs.FileSystem, folder: str, hidden: str | tuple[str, ...]) -> Iterator[str]:
     for entry in filesystem.get_file_info(fs.FileSelector(folder)):
-        if entry.base_name.startswith((".", "_")):
-            continue
-        if entry.type == fs.FileType.Directory:
-            yield from _walk(filesystem, entry.path)
-        elif entry.type == fs.FileType.File:
+        if entry.type == fs.FileType.File and not entry.base_name.startswith(hidden):
             yield entry.path
+
+
+def _folders(filesystem: fs.FileSystem, folder: str, hidden: str | tuple[str, ...]) -> Iterator[str]:
+    """The folder and all below it. A link to a folder that it lies in itself is not followed."""
+    waiting: list[tuple[str, frozenset[str]]] = [(folder, frozenset())]
+    while waiting:
+        folder, within = waiting.pop()
+        if isinstance(filesystem, fs.LocalFileSystem):
+            real = os.path.realpath(folder)
+            if real in within:
+                continue
+            within |= {real}
+        yield folder
+        for entry in filesystem.get_file_info(fs.FileSelector(folder)):
+            if entry.type == fs.FileType.Directory and not entry.base_name.startswith(hidden):
+                waiting.append((entry.path, within))
 
 
 def _glob(place: Place) -> Iterator[str]:
@@ -121,27 +138,26 @@ def _glob(place: Place) -> Iterator[str]:
 
 
 def _match(filesystem: fs.FileSystem, folder: str, segments: Sequence[str]) -> Iterator[str]:
+    """The files below the folder that a path's segments match; a folder that they match stands for what is in it."""
     first, rest = segments[0], segments[1:]
     if first == "**":
-        yield from _match(filesystem, folder, rest or ["*"])
-    elif not _MAGIC.search(first):
-        info = filesystem.get_file_info(posixpath.join(folder, first))
-        if info.type == fs.FileType.File and not rest:
-            yield info.path
-        elif info.type == fs.FileType.Directory:
-            yield from _match(filesystem, info.path, rest) if rest else _walk(filesystem, info.path)
+        for below in _folders(filesystem, folder, "."):
+            yield from _match(filesystem, below, rest) if rest else _files(filesystem, below, ".")
         return
-    for entry in filesystem.get_file_info(fs.FileSelector(folder)):
-        hidden = entry.base_name.startswith(".") and not first.startswith(".")
-        if hidden or not (first == "**" or fnmatch.fnmatchcase(entry.base_name, first)):
-            continue
-        if entry.type == fs.FileType.Directory:
-            if first == "**":
-                yield from _match(filesystem, entry.path, segments)
-            else:
-                yield from _match(filesystem, entry.path, rest) if rest else _walk(filesystem, entry.path)
-        elif entry.type == fs.FileType.File and not rest and first != "**":
+    if _MAGIC.search(first):
+        entries = [
+            entry
+            for entry in filesystem.get_file_info(fs.FileSelector(folder))
+            if fnmatch.fnmatchcase(entry.base_name, first)
+            and (first.startswith(".") or not entry.base_name.startswith("."))
+        ]
+    else:
+        entries = [filesystem.get_file_info(posixpath.join(folder, first))]
+    for entry in entries:
+        if entry.type == fs.FileType.File and not rest:
             yield entry.path
+        elif entry.type == fs.FileType.Directory:
+            yield from _match(filesystem, entry.path, rest) if rest else _walk(filesystem, entry.path)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ travels as JSON; shards open the source from that, and read their splits without
 from __future__ import annotations
 
 import base64
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from pyarrow import fs
 from pipeline.committed import committed_parts
 from pipeline.digests import digest_of
 from pipeline.errors import JobError, RowError, UserError
-from pipeline.formats.base import Cursor, FileScan, Format, InputFile, Position, ScanLimits
+from pipeline.formats.base import Chunk, Cursor, FileScan, Format, InputFile, Position, ScanLimits
 from pipeline.formats.plain_text import TEXT_COLUMN
 from pipeline.formats.registry import FORMATS, list_input
 from pipeline.locations import Place, is_uri, locate, one_line
@@ -73,12 +74,14 @@ class Rows:
 
 
 def auto_rows_per_split(num_rows: int) -> int:
-    """`rows_per_split: auto`, from the input alone: some hundred splits of 64 to 4096 rows, larger past 40 million.
+    """`rows_per_split: auto`, from the input alone: a power of two, at least 64, that grows with the root of the rows.
 
-    >>> auto_rows_per_split(400), auto_rows_per_split(100_000), auto_rows_per_split(2_000_000)
-    (64, 390, 4096)
+    So there are neither too few splits to share out nor more commits than rows are worth.
+
+    >>> [auto_rows_per_split(n) for n in (400, 20_000, 2_000_000, 10**9)]
+    [64, 256, 4096, 65536]
     """
-    return max(64, min(4096, num_rows // 256), num_rows // 10_000)
+    return max(64, 1 << (math.isqrt(num_rows * 9 // 4)).bit_length())
 
 
 class Source:
@@ -189,7 +192,7 @@ class Source:
         whole = False
         try:
             while row < end:
-                chunk = cursor.read(end - row)
+                chunk = self._chunk(cursor, split, end - row)
                 yield Rows(first_row=row, batch=chunk.batch, errors=chunk.errors)
                 row += chunk.batch.num_rows
             whole = True
@@ -270,8 +273,20 @@ class Source:
             if change is not None:
                 raise JobError(change)
             return self.format.open(self.files, split.file, columns, row=row, start=split.start, max_bytes=max_bytes)
+        except KeyError as error:
+            raise self._lacking(split, error) from error
         except (OSError, UserError, pa.ArrowException) as error:
             raise JobError(f"input {file.path}: {one_line(error)}") from error
+
+    def _chunk(self, cursor: Cursor, split: Split, num_rows: int) -> Chunk:
+        try:
+            return cursor.read(num_rows)
+        except KeyError as error:
+            raise self._lacking(split, error) from error
+
+    def _lacking(self, split: Split, column: KeyError) -> JobError:
+        path = self.files[split.file].path
+        return JobError(f"input {path} has changed since the job was planned: it lacks column {column}")
 
     def _put_by(self, key: tuple[int, tuple[str, ...], int], cursor: Cursor) -> None:
         with self._lock:

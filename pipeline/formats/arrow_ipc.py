@@ -66,7 +66,9 @@ class ArrowCursor:
         self._source = _Source(locate(file.path))
         schema = _schema(self._source.file)
         mapped = start["mapped"] and self._source.is_mapped
-        fields = None if mapped else [schema.get_field_index(field.name) for field in columns]
+        for name in columns.names:
+            schema.field(name)  # KeyError where it is not there
+        fields = None if mapped else [schema.get_field_index(name) for name in columns.names]
         self._index = start["batch"] - 1  # of the record batch at hand
         self._batches = _batches(self._source.file, fields, first=start["batch"])
         self._end = self.row = row - start["skip"]  # the row behind the record batch at hand

@@ -93,5 +93,8 @@ class Format(Protocol):
     def open(
         self, files: Sequence[InputFile], index: int, columns: pa.Schema, *, row: int, start: Position, max_bytes: int
     ) -> Cursor:
-        """A cursor at `row` of `files[index]`, which lies at `start`, yielding just these columns in these types."""
+        """A cursor at `row` of `files[index]`, which lies at `start`, yielding just these columns in these types.
+
+        KeyError here or while reading where the file lacks one of them.
+        """
         ...

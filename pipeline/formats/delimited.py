@@ -7,6 +7,7 @@ which is a malformed record, and reading goes on with the next line.
 from __future__ import annotations
 
 import csv
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -55,7 +56,8 @@ class DelimitedFormat:
     ) -> RecordCursor[_Record]:
         place = locate(files[index].path)
         names, delimiter = _header(place)
-        wanted = [names.index(field.name) for field in columns]
+        index_of = {name: index for index, name in enumerate(names)}
+        wanted = [index_of[field.name] for field in columns]
         name = PurePosixPath(place.path).name
 
         def build(records: list[_Record], first_row: int) -> Chunk:
@@ -156,7 +158,8 @@ def _header(place: Place) -> tuple[list[str], str]:
         line = next((line for _, line in read_lines(file, start)), None)
     if line is None:
         raise UserError(f"input {place.name}: empty; a CSV file begins with a line of column names")
-    delimiter = next((mark.decode() for mark in (b",", b"\t", b";", b"|") if mark in line), ",")
+    unquoted = re.sub(rb'"[^"]*"', b"", line)
+    delimiter = next((mark.decode() for mark in (b",", b"\t", b";", b"|") if mark in unquoted), ",")
     with open_bytes(place, start) as file:
         _, header = next(read_records(read_lines(file, start, blank=True), delimiter))
     if isinstance(header, RowError):

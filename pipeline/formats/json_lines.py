@@ -22,7 +22,7 @@ _SAMPLE_BYTES = 8 << 20
 
 class JsonLinesFormat:
     name = "jsonl"
-    title = "JSON Lines"
+    title = "JSON Lines, an object a line"
     one_row_per_file = False
 
     def scan(self, path: str, limits: ScanLimits) -> FileScan:
@@ -44,7 +44,7 @@ class JsonLinesFormat:
         name = PurePosixPath(place.path).name
 
         def build(lines: list[bytes | None], first_row: int) -> Chunk:
-            return _chunk([_parse(line, f"{name}, record {first_row + i}") for i, line in enumerate(lines)], columns)
+            return _chunk(lines, columns, name, first_row)
 
         file = open_bytes(place, start["byte"])
         return RecordCursor(
@@ -65,7 +65,7 @@ def _learn(path: str, lines: Iterable[bytes | None]) -> pa.Schema:
     for number, line in enumerate(lines):
         if number == 0 and line is not None and line.lstrip().startswith(b"["):
             raise UserError(f"input {path}: holds a JSON array, not an object a line; convert it (jq -c '.[]')")
-        record = _parse(line, path)
+        record = _parse(line)
         if isinstance(record, dict):
             for name, value in record.items():
                 kinds.setdefault(name, Counter())[type_of(value)] += 1
@@ -75,26 +75,30 @@ def _learn(path: str, lines: Iterable[bytes | None]) -> pa.Schema:
     return pa.schema([pa.field(name, common_type(counts)) for name, counts in kinds.items()])
 
 
-def _parse(line: bytes | None, where: str) -> dict[str, object] | RowError:
+def _parse(line: bytes | None) -> dict[str, object] | RowError:
     if line is None:
-        return RowError("malformed_record", f"{where}: the line is too long")
+        return RowError("malformed_record", "the line is too long")
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError:
-        return RowError("not_text", f"{where}: not valid UTF-8")
+        return RowError("not_text", "not valid UTF-8")
     except (ValueError, RecursionError) as error:
-        return RowError("malformed_record", f"{where}: not valid JSON ({one_line(error)})")
+        return RowError("malformed_record", f"not valid JSON ({one_line(error)})")
     if not isinstance(value, dict):
-        return RowError("malformed_record", f"{where}: a JSON {type(value).__name__}, not an object")
+        return RowError("malformed_record", f"a JSON {type(value).__name__}, not an object")
     return value
 
 
-def _chunk(records: Sequence[dict[str, object] | RowError], columns: pa.Schema) -> Chunk:
-    errors = {offset: record for offset, record in enumerate(records) if isinstance(record, RowError)}
-    arrays = [
-        array_of(
-            [None if isinstance(record, RowError) else record.get(field.name) for record in records], field, errors
-        )
-        for field in columns
-    ]
+def _chunk(lines: Sequence[bytes | None], columns: pa.Schema, name: str, first_row: int) -> Chunk:
+    errors: dict[int, RowError] = {}
+    values: list[list[object]] = [[] for _ in columns]
+    wanted = list(zip(columns.names, values, strict=True))
+    for offset, line in enumerate(lines):
+        record = _parse(line)
+        if isinstance(record, RowError):
+            errors[offset] = RowError(record.code, f"{name}, record {first_row + offset}: {record.message}")
+            record = {}
+        for column, taken in wanted:  # the rest of a record may be large, and goes at once
+            taken.append(record.get(column))
+    arrays = [array_of(taken, field, errors) for taken, field in zip(values, columns, strict=True)]
     return Chunk(batch=pa.RecordBatch.from_arrays(arrays, schema=columns), errors=errors)

@@ -17,6 +17,12 @@ from pipeline.errors import RowError
 _INT64 = range(-(1 << 63), 1 << 63)
 _LARGE = pa.decimal128(38, 0)  # whole numbers past int64: hashes, as a rule
 _LARGE_END = 10**38
+_EXACT = {
+    pa.string(): {str, type(None)},
+    pa.int64(): {int, type(None)},
+    pa.float64(): {float, type(None)},
+    pa.bool_(): {bool, type(None)},
+}
 _NUMBERS = (pa.int64(), _LARGE, pa.float64())  # each holds those before it
 
 
@@ -108,11 +114,15 @@ def convert(value: object, kind: pa.DataType) -> object:
 
 def array_of(values: list[object], field: pa.Field[Any], errors: dict[int, RowError]) -> pa.Array[Any]:
     """JSON values -> an array of the field's type; what does not fit becomes null and an entry in `errors`."""
-    if pa.types.is_string(field.type):  # the common case, in which pyarrow is strict enough
+    array: pa.Array[Any]
+    exact = _EXACT.get(field.type)
+    if exact is not None and exact.issuperset(map(type, values)):  # the common case, in which pyarrow bends nothing
         try:
-            return pa.array(values, field.type)
-        except (pa.ArrowException, UnicodeEncodeError):
+            array = pa.array(values, field.type)
+        except (pa.ArrowException, UnicodeEncodeError, OverflowError):
             pass
+        else:
+            return array
     kept: list[object] = []
     for offset, value in enumerate(values):
         try:
@@ -126,5 +136,5 @@ def array_of(values: list[object], field: pa.Field[Any], errors: dict[int, RowEr
             shown = shown if len(shown) <= 40 else shown[:37] + "..."
             misfit = f"column `{field.name}` holds {shown} where {field.type} is expected"
             errors.setdefault(offset, RowError("malformed_record", misfit))
-    array: pa.Array[Any] = pa.array(kept, field.type)
+    array = pa.array(kept, field.type)
     return array

@@ -170,7 +170,7 @@ class ParquetCursor:
         with self._place.filesystem.open_input_file(self._place.path) as file:
             source: Any = file  # pyarrow's stubs lack the second argument of read_at
             size = _dictionary_bytes(bytes(source.read_at(24, offset)))
-        return whole if size is None else min(size, whole)
+        return whole if size is None else size
 
 
 def _open(place: Place) -> pq.ParquetFile:

@@ -270,7 +270,9 @@ def _instrument(template: nodes.Template) -> None:
         loop.iter = _call("looked", [loop.iter], loop.lineno)
         if loop.test is not None:
             loop.test = _call("tested", [loop.test], loop.lineno)
-    bodies: list[Any] = list(template.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock)))
+    bodies: list[Any] = list(
+        template.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.Block))
+    )
     for node in bodies:
         literal = sum(len(data.data) for statement in node.body for data in statement.find_all(nodes.TemplateData))
         turn = _call("turn", [nodes.Const(literal)], node.lineno)

@@ -37,6 +37,8 @@ def test_a_folder_means_what_lies_in_it_however_deep_but_for_hidden_names(tmp_pa
         ("**/1.txt", ["1.txt", "a/1.txt", "a/c/1.txt", "b/1.txt"]),
         ("a/**", ["a/1.txt", "a/c/1.txt"]),
         ("**/c/*", ["a/c/1.txt"]),
+        ("**/a/**/1.txt", ["a/1.txt", "a/c/1.txt"]),
+        ("**/**/2.txt", ["2.txt"]),
         ("*", ["1.txt", "2.txt", "a/1.txt", "a/c/1.txt", "b/1.txt"]),
         ("a/*/1.txt", ["a/c/1.txt"]),
         ("[ab]/1.txt", ["a/1.txt", "b/1.txt"]),
@@ -122,3 +124,11 @@ class TestUris:
             pq.write_table(pa.table({"t": ["another, longer text"]}), file)
         with pytest.raises(JobError, match=r"a.parquet has changed"):
             source.check_unchanged()
+
+
+def test_links_that_lead_back_are_not_followed_for_ever(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.txt")
+    (tmp_path / "a" / "back").symlink_to(tmp_path)
+    (tmp_path / "other").symlink_to(tmp_path / "a")
+    assert found(tmp_path, "") == ["a/1.txt", "other/1.txt"]
+    assert found(tmp_path, "**/1.txt")[:1] == ["a/1.txt"]

@@ -197,6 +197,21 @@ class TestChanges:
             list(opened.read(splits[1], ["text"]))
 
 
+def test_a_column_that_went_while_the_size_stayed_is_noticed_when_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("one,two\n1,2\n")
+    source = Source.open(str(path))
+    path.write_text("one,six\n1,2\n")
+    with pytest.raises(JobError, match=r"a.csv.*'two'"):
+        list(source.read(source.splits()[0], ["two"]))
+    for name, write_table in (("a.parquet", pq.write_table), ("a.arrow", pyarrow.feather.write_feather)):
+        write_table(pa.table({"one": ["x"], "two": ["y"]}), tmp_path / name)
+        source = Source.open(str(tmp_path / name))
+        write_table(pa.table({"one": ["x"], "six": ["y"]}), tmp_path / name)
+        with pytest.raises(JobError, match=rf"{name}.*two"):
+            list(source.read(source.splits()[0], ["two"]))
+
+
 def test_the_same_bytes_at_another_time_are_the_same_input(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", text=["a"])
     source = Source.open(str(path))

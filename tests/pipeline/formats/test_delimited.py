@@ -77,10 +77,16 @@ def test_fields_may_be_long(tmp_path: Path, read_all: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.csv", "x;y\n1;2\n"), ("a.csv", "x\ty\n1\t2\n"), ("a.tsv", "x\ty\n1\t2\n"), ("a.csv", "x|y\n1|2\n")],
+    [
+        ("a.csv", "x;y\n1;2\n"),
+        ("a.csv", "x\ty\n1\t2\n"),
+        ("a.tsv", "x\ty\n1\t2\n"),
+        ("a.csv", "x|y\n1|2\n"),
+        ("a.csv", '"x,";y\n1;2\n'),
+    ],
 )
 def test_the_first_line_tells_the_delimiter(tmp_path: Path, read_all: Any, name: str, content: str) -> None:
-    assert read_all(write(tmp_path / name, content))[0] == [{"x": "1", "y": "2"}]
+    assert read_all(write(tmp_path / name, content))[0] in ([{"x": "1", "y": "2"}], [{"x,": "1", "y": "2"}])
 
 
 def test_one_column_needs_no_delimiter(tmp_path: Path, read_all: Any) -> None:

@@ -154,7 +154,7 @@ def test_reading_can_stop_early_and_go_on_elsewhere(path: Path) -> None:
 
 
 def test_automatic_splits_depend_on_the_number_of_rows_alone() -> None:
-    assert [auto_rows_per_split(n) for n in (1, 400, 100_000, 2_000_000, 10**9)] == [64, 64, 390, 4096, 100_000]
+    assert [auto_rows_per_split(n) for n in (1, 400, 20_000, 2_000_000, 10**9)] == [64, 64, 256, 4096, 65536]
 
 
 def test_batches_do_not_keep_files_or_memory_of_the_cursor(path: Path) -> None:

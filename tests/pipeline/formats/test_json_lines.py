@@ -167,6 +167,12 @@ def test_a_damaged_compressed_file_is_refused(tmp_path: Path) -> None:
         Source.open(str(path))
 
 
+def test_a_compressed_file_may_be_several_in_a_row(tmp_path: Path, read_all: Any) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(b"".join(gzip.compress(json.dumps(row).encode() + b"\n") for row in GOOD))
+    assert read_all(path)[0] == GOOD
+
+
 JSON_VALUES = st.recursive(
     st.none()
     | st.booleans()

@@ -39,6 +39,16 @@ ENDLESS = {
     "loops in a filter": "{% filter upper %}{% for i in range(999) %}{{ 'y' * 99999 }}{% endfor %}{% endfilter %}",
     "recursion that branches": "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}{{ m(90) }}",
     "recursion that does not end": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "blocks that branch": "{% block b0 %}{% endblock %}"
+    + "".join(
+        f"{{% block b{i} %}}{{{{ self.b{i - 1}() }}}}{{{{ self.b{i - 1}() }}}}{{% endblock %}}" for i in range(1, 60)
+    ),
+    "blocks of much text": "{% block b0 %}"
+    + "y" * 100_000
+    + "{% endblock %}"
+    + "".join(
+        f"{{% block b{i} %}}{{{{ self.b{i - 1}() }}}}{{{{ self.b{i - 1}() }}}}{{% endblock %}}" for i in range(1, 14)
+    ),
     "a recursive loop": "{% for a in range(99) recursive %}{{ loop(range(99)) }}{% endfor %}",
     "calls that branch in an expression": (
         "{% macro m(n) %}{% if n %}{% set x = m(n-1) ~ m(n-1) %}{% endif %}{% endmacro %}{{ m(90) }}"
