@@ -10,6 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.errors import JobError, UserError
 from pipeline.formats import parquet
@@ -209,3 +211,46 @@ def test_a_file_that_changed_its_rows_is_noticed_when_it_is_opened(tmp_path: Pat
     write(path, {"t": ["a", "b", "c"]})
     with pytest.raises(JobError, match=r"t.parquet has changed since the job was planned"):
         list(source.read(source.splits(2)[0], ["t"]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    texts=st.lists(st.none() | st.text(max_size=30) | st.sampled_from(["same", "x" * 2000]), min_size=1, max_size=60),
+    rows_per_split=st.integers(1, 40),
+    max_bytes=st.sampled_from([1, 100, 3000, 1 << 20]),
+    order=st.randoms(use_true_random=False),
+    options=st.fixed_dictionaries(
+        {
+            "row_group_size": st.integers(1, 70),
+            "use_dictionary": st.booleans(),
+            "compression": st.sampled_from(["none", "snappy", "zstd"]),
+            "data_page_size": st.sampled_from([64, 200, 1 << 20]),
+            "dictionary_pagesize_limit": st.sampled_from([100, 1 << 20]),
+            "write_batch_size": st.integers(1, 30),
+            "data_page_version": st.sampled_from(["1.0", "2.0"]),
+        }
+    ),
+)
+def test_rows_are_those_that_were_written_however_they_lie_in_the_file(
+    tmp_path_factory: pytest.TempPathFactory,
+    read_all: Any,
+    texts: list[str | None],
+    rows_per_split: int,
+    max_bytes: int,
+    order: Any,
+    options: dict[str, Any],
+) -> None:
+    texts = [text and text.encode("utf-8", "replace").decode() for text in texts]
+    lists = [None if text is None else [text] * (len(text) % 3) for text in texts]
+    path = tmp_path_factory.mktemp("any") / "a.parquet"
+    pq.write_table(
+        pa.table({"t": pa.array(texts, pa.string()), "l": pa.array(lists, pa.list_(pa.string()))}), path, **options
+    )
+    rows, errors = read_all(
+        path,
+        rows_per_split=rows_per_split,
+        max_bytes=max_bytes,
+        order=lambda splits: order.sample(splits, len(splits)),
+    )
+    assert rows == [{"t": text, "l": items} for text, items in zip(texts, lists, strict=True)]
+    assert errors == {}
