@@ -12,6 +12,8 @@ from pipeline.errors import UserError
 from pipeline.formats.json_types import merge
 from pipeline.suggest import did_you_mean
 
+_MAX_SHOWN = 20  # column names in a message
+
 
 @dataclass(frozen=True, slots=True)
 class InputSchema:
@@ -37,7 +39,7 @@ class InputSchema:
             if name in self.problems:
                 raise UserError(f"input: {self.problems[name]}")
             if self.fields.get_field_index(name) < 0:
-                columns = ", ".join(self.fields.names)
+                columns = ", ".join(self.fields.names[:_MAX_SHOWN]) + ", ..." * (len(self.fields) > _MAX_SHOWN)
                 raise UserError(
                     f"input has no column {name!r}{did_you_mean(name, self.fields.names)} (it has: {columns})"
                 )

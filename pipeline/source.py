@@ -8,35 +8,25 @@ from __future__ import annotations
 
 import base64
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 import pyarrow as pa
-from pyarrow import fs
 
-from pipeline.committed import committed_parts
-from pipeline.digests import digest_of
+from pipeline.cursor_pool import CursorPool
 from pipeline.errors import JobError, RowError, UserError
-from pipeline.formats.base import Chunk, Cursor, FileScan, Format, InputFile, Position, ScanLimits
+from pipeline.formats.base import Chunk, Cursor, FileScan, Format, InputFile, Position
 from pipeline.formats.plain_text import TEXT_COLUMN
-from pipeline.formats.registry import FORMATS, list_input
-from pipeline.locations import Place, is_uri, locate, one_line
+from pipeline.formats.registry import FORMATS
+from pipeline.input_files import change_among, change_of, list_files, scan_files
+from pipeline.locations import is_uri, locate, one_line
 from pipeline.schemas import InputSchema, merge_schemas
 
 DEFAULT_BATCH_BYTES = 32 << 20
 
-_HASHED_TOTAL_BYTES = 8 << 30  # a larger input is known by sizes and times: hashing takes a second for each GiB
-_TOTAL_MARKS = 1 << 23  # positions remembered in files without an index of their own, 8 bytes each
-_TOTAL_SAMPLE_ROWS = 20_000
-_NUM_IDLE_CURSORS = 4
-_NUM_SCAN_THREADS = 8
-
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
+_CursorKey: TypeAlias = tuple[int, tuple[str, ...], int]  # file, columns, max_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +96,7 @@ class Source:
         self.text_column = text_column  # what is read as the prompt where neither column nor template is named
         self._scans = scans
         self._first_rows = [0, *accumulate(file.num_rows for file in files)]
-        self._idle: list[tuple[tuple[int, tuple[str, ...], int], Cursor]] = []
-        self._lock = threading.Lock()
+        self._cursors = CursorPool()
 
     @classmethod
     def open(cls, path: str | Sequence[str] | None = None, *, job: str | None = None, format: str = "auto") -> Source:
@@ -120,29 +109,20 @@ class Source:
         patterns = [path] if isinstance(path, str) else list(path or [])
         patterns = [pattern if is_uri(pattern) else locate(pattern).name for pattern in patterns]
         job = None if job is None else locate(job).name
-        form, places = _listed(patterns, job, format)
-        limits = ScanLimits(
-            max_marks=min(1 << 17, _TOTAL_MARKS // len(places)),
-            sample_rows=max(20, min(2000, _TOTAL_SAMPLE_ROWS // len(places))),
-        )
-        hashed = all(place.is_local for place in places) and _total_bytes(places) <= _HASHED_TOTAL_BYTES
-        looked = _in_threads(lambda place: _look(form, place, limits, hashed), places)
-        files = [file for file, _ in looked]
-        if job is not None and hashed:
-            _refuse_altered_parts(job, files)
-        scans = [scan for _, scan in looked]
+        form, places = list_files(patterns, job, format)
+        looked = scan_files(form, places, job)
         columns = merge_schemas(
-            [(file.path, scan.schema) for file, scan in looked if scan.num_rows] or [(files[0].path, scans[0].schema)],
+            [(file.path, scan.schema) for file, scan in looked if scan.num_rows] or [("", looked[0][1].schema)],
             sparse=form.name == "jsonl",
         )
         source = cls(
             patterns=patterns,
             job=job,
             format=form,
-            files=files,
+            files=[file for file, _ in looked],
             columns=columns,
             text_column=_text_column(columns, form, is_job=job is not None),
-            scans=scans,
+            scans=[scan for _, scan in looked],
         )
         if source.num_rows == 0:
             raise UserError(f"input {job or ', '.join(patterns)}: holds no rows")
@@ -188,7 +168,8 @@ class Source:
         """
         selected = self.columns.select(columns or self.columns.usable[:1])
         row, end = split.first_row, split.first_row + split.num_rows
-        cursor = self._cursor(split, selected, max_bytes)
+        key = (split.file, tuple(selected.names), max_bytes)
+        cursor = self._cursor(key, split, selected)
         whole = False
         try:
             while row < end:
@@ -201,24 +182,18 @@ class Source:
             raise
         finally:
             if whole:
-                self._put_by((split.file, tuple(selected.names), max_bytes), cursor)
+                self._cursors.put(key, cursor)
             else:
                 cursor.close()
 
     def check_unchanged(self) -> None:
         """JobError that names what is another than when the job was planned: files added, removed or changed."""
         try:
-            _, places = _listed(self._patterns, self._job, self.format.name)
+            _, places = list_files(self._patterns, self._job, self.format.name)
         except UserError as error:
             raise JobError(f"{error}; the input has changed since the job was planned") from error
-        found = {place.name: place for place in places}
-        planned = {file.path: file for file in self.files}
-        for path in planned.keys() - found.keys():
-            raise JobError(f"input {path} is gone since the job was planned")
-        for path in found.keys() - planned.keys():
-            raise JobError(f"input {path} has been added since the job was planned")
-        changes = _in_threads(lambda file: _change(file, found[file.path], thorough=True), self.files)
-        for change in filter(None, changes):
+        change = change_among(self.files, places)
+        if change is not None:
             raise JobError(change)
 
     def to_json(self) -> dict[str, Any]:
@@ -248,31 +223,20 @@ class Source:
 
     def close(self) -> None:
         """Close files that are kept open between splits."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for _, cursor in idle:
-            cursor.close()
+        self._cursors.close()
 
-    def _cursor(self, split: Split, columns: pa.Schema, max_bytes: int) -> Cursor:
-        """A cursor at the split's first row: one that stands there or shortly before, else a new one."""
+    def _cursor(self, key: _CursorKey, split: Split, columns: pa.Schema) -> Cursor:
+        """A cursor at the split's first row."""
         row = split.first_row - (0 if self.format.one_row_per_file else self._first_rows[split.file])
-        key = (split.file, tuple(columns.names), max_bytes)
-        with self._lock:
-            near = [entry for entry in self._idle if entry[0] == key and entry[1].reaches(row, split.start)]
-            entry = max(near, key=lambda entry: entry[1].row, default=None)
-            if entry is not None:
-                self._idle.remove(entry)
-        if entry is not None:
-            cursor = entry[1]
-            cursor.skip(row - cursor.row)
+        cursor = self._cursors.take(key, row, split.start)
+        if cursor is not None:
             return cursor
         file = self.files[split.file]
         try:
-            place = locate(file.path)
-            change = _change(file, place, thorough=False)
+            change = change_of(file, locate(file.path), thorough=False)
             if change is not None:
                 raise JobError(change)
-            return self.format.open(self.files, split.file, columns, row=row, start=split.start, max_bytes=max_bytes)
+            return self.format.open(self.files, split.file, columns, row=row, start=split.start, max_bytes=key[2])
         except KeyError as error:
             raise self._lacking(split, error) from error
         except (OSError, UserError, pa.ArrowException) as error:
@@ -288,60 +252,6 @@ class Source:
         path = self.files[split.file].path
         return JobError(f"input {path} has changed since the job was planned: it lacks column {column}")
 
-    def _put_by(self, key: tuple[int, tuple[str, ...], int], cursor: Cursor) -> None:
-        with self._lock:
-            self._idle.append((key, cursor))
-            oldest = self._idle.pop(0)[1] if len(self._idle) > _NUM_IDLE_CURSORS else None
-        if oldest is not None:
-            oldest.close()
-
-
-def _listed(patterns: Sequence[str], job: str | None, format: str) -> tuple[Format, list[Place]]:
-    if job is not None:
-        return FORMATS["parquet"], [locate(path) for path in committed_parts(job)]
-    return list_input(patterns, format)
-
-
-def _refuse_altered_parts(job: str, files: Sequence[InputFile]) -> None:
-    committed = committed_parts(job)
-    for file in files:
-        if file.digest != f"sha256:{committed[file.path]}":
-            raise UserError(f"input.job {job}: {file.path} is not what was committed; see gristmill verify {job}")
-
-
-def _look(format: Format, place: Place, limits: ScanLimits, hashed: bool) -> tuple[InputFile, FileScan]:
-    scan = format.scan(place.name, limits)
-    try:
-        digest = digest_of(place, hashed=hashed)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"input {place.name}: {one_line(error)}") from error
-    size = int(place.info().size or 0)
-    return InputFile(path=place.name, size_bytes=size, num_rows=scan.num_rows, digest=digest), scan
-
-
-def _change(file: InputFile, place: Place, *, thorough: bool) -> str | None:
-    """What is another in a file than at planning, in a line. Its bytes are hashed only where `thorough`."""
-    info = place.info()
-    if info.type != fs.FileType.File:
-        return f"input {file.path} is gone since the job was planned"
-    if info.size != file.size_bytes:
-        return f"input {file.path} has changed since the job was planned: {file.size_bytes} bytes then, {info.size} now"
-    hashed = file.digest.startswith("sha256:")
-    if hashed and not thorough:
-        return None
-    try:
-        digest = digest_of(place, hashed=hashed)
-    except (OSError, pa.ArrowException) as error:
-        return f"input {file.path}: {one_line(error)}"
-    if digest == file.digest:
-        return None
-    what = "its bytes are others (same size)" if hashed else "its time of modification is another"
-    return f"input {file.path} has changed since the job was planned: {what}"
-
-
-def _total_bytes(places: Sequence[Place]) -> int:
-    return sum(int(place.info().size or 0) for place in places)
-
 
 def _text_column(schema: InputSchema, format: Format, *, is_job: bool) -> str | None:
     """The column that is read where none is named: `text` of plain text or another job, else the only text there is."""
@@ -349,11 +259,3 @@ def _text_column(schema: InputSchema, format: Format, *, is_job: bool) -> str | 
     if is_job or format.name in ("text", "lines"):
         return TEXT_COLUMN if TEXT_COLUMN in texts else None
     return texts[0] if len(texts) == 1 else None
-
-
-def _in_threads(work: Callable[[_In], _Out], items: Sequence[_In]) -> list[_Out]:
-    """`work` of each item, in their order; the first exception in that order is raised."""
-    if len(items) == 1:
-        return [work(items[0])]
-    with ThreadPoolExecutor(min(_NUM_SCAN_THREADS, len(items))) as threads:
-        return list(threads.map(work, items))

@@ -79,6 +79,7 @@ class DelimitedFormat:
             file,
             read_records(read_lines(file, start["byte"], blank=True), delimiter),
             build,
+            lambda record: 0 if isinstance(record, RowError) else sum(map(len, record)),
             row=row,
             start=start,
             max_bytes=max_bytes,

@@ -52,6 +52,7 @@ class JsonLinesFormat:
             file,
             read_lines(file, start["byte"]),
             build,
+            lambda line: len(line or b""),
             row=row,
             start=start,
             max_bytes=max_bytes,

@@ -50,6 +50,7 @@ class TextLinesFormat:
             file,
             read_lines(file, start["byte"]),
             build,
+            lambda line: len(line or b""),
             row=row,
             start=start,
             max_bytes=max_bytes,
@@ -88,6 +89,8 @@ class TextFilesCursor:
         size = 0
         files = self._files[self.row : self.row + min(num_rows, MAX_BATCH_ROWS)]
         for file in files:
+            if documents and size + file.size_bytes > self._max_bytes:
+                break
             document = _read_document(file)
             documents.append(document)
             size += 0 if isinstance(document, RowError) else len(document)

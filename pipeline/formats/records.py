@@ -16,8 +16,9 @@ Record = TypeVar("Record")
 class RecordCursor(Generic[Record]):
     """Cuts a run of (byte offset, record) into chunks.
 
-    `build(records, row)` makes a chunk of records whose first is `row` of the file. `seekable`: whether another place
-    in the file can be jumped to, so that there is no point in going on to it from here.
+    `build(records, row)` makes a chunk of records whose first is `row` of the file; `size_of(record)` is about what it
+    will take in bytes. `seekable`: whether another place in the file can be jumped to, so that there is no point in
+    going on to it from here.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class RecordCursor(Generic[Record]):
         file: pa.NativeFile,
         records: Iterator[tuple[int, Record]],
         build: Callable[[list[Record], int], Chunk],
+        size_of: Callable[[Record], int],
         *,
         row: int,
         start: Position,
@@ -36,19 +38,22 @@ class RecordCursor(Generic[Record]):
         self._file = file
         self._records = records
         self._build = build
+        self._size_of = size_of
         self._max_bytes = max_bytes
         self._seekable = seekable
-        self._held: tuple[int, Record] | None = None
+        self._held: list[Record] = []  # read, and handed out next
         self.row = row - start["skip"]
         self.skip(start["skip"])
 
     def read(self, num_rows: int) -> Chunk:
-        first, record = self._next()
+        record = self._next()
         records = [record]
+        size = self._size_of(record)
         while len(records) < min(num_rows, MAX_BATCH_ROWS):
-            offset, record = self._next()
-            if offset - first > self._max_bytes:
-                self._held = (offset, record)
+            record = self._next()
+            size += self._size_of(record)
+            if size > self._max_bytes:
+                self._held.append(record)
                 break
             records.append(record)
         chunk = self._build(records, self.row)
@@ -66,14 +71,13 @@ class RecordCursor(Generic[Record]):
     def close(self) -> None:
         self._file.close()
 
-    def _next(self) -> tuple[int, Record]:
-        if self._held is not None:
-            held, self._held = self._held, None
-            return held
+    def _next(self) -> Record:
+        if self._held:
+            return self._held.pop()
         try:
             item = next(self._records, None)
         except (OSError, pa.ArrowException) as error:
             raise JobError(f"input {self._name}: {error}") from error
         if item is None:
             raise JobError(f"input {self._name} has changed: it holds fewer records than when the job was planned")
-        return item
+        return item[1]

@@ -71,6 +71,8 @@ def list_input(patterns: Sequence[str], format_name: str) -> tuple[Format, list[
     if format_name != "auto" and format_name not in FORMATS:
         hint = did_you_mean(format_name, FORMATS)
         raise UserError(f"input.format {format_name!r} is none of {', '.join(FORMATS)}{hint}")
+    if not patterns:
+        raise UserError("input.path names nothing")
     finds = [find_files(pattern) for pattern in patterns]
     files: dict[str, Place] = {}
     for pattern, found in zip(patterns, finds, strict=True):

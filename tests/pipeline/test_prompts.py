@@ -72,6 +72,11 @@ class TestWithoutAChatTemplate:
             Prompt("u", True, False),
         ]
 
+    def test_a_template_may_name_no_column(self) -> None:
+        rows = rows_of(n=[1, 2])
+        assert builder(rows, template="Tell a joke.").columns == ()
+        assert built(rows, template="Tell a joke.") == [Prompt("Tell a joke.", True, False)] * 2
+
     def test_names_that_are_no_identifiers_go_through_row(self) -> None:
         rows = rows_of(**{"Review Text": ["good"], "n": [5]})
         template = '{{ row["Review Text"]|upper }} {{ n }} {{ row["n"] }}'

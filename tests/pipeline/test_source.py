@@ -11,7 +11,7 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import source as source_module
+from pipeline import input_files
 from pipeline.commits import Commit
 from pipeline.durable import file_sha256, seal
 from pipeline.errors import JobError, UserError
@@ -155,7 +155,7 @@ class TestChanges:
     @pytest.fixture(params=["sha256", "size+mtime"])
     def opened(self, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
         if request.param == "size+mtime":
-            monkeypatch.setattr(source_module, "_HASHED_TOTAL_BYTES", 10)
+            monkeypatch.setattr(input_files, "_HASHED_TOTAL_BYTES", 10)
         for name in ("a", "b"):
             write(tmp_path / f"{name}.parquet", text=[name] * 5)
         source = Source.open(str(tmp_path))
