@@ -202,6 +202,10 @@ def test_rows_are_counted_in_the_part_itself_not_only_in_its_commit(folder: JobF
             "row 9 is not of this split, which has rows 4 to 7",
         ),
         (lambda table: replaced(table, "sample", [0, 0, 0, 0, 1, 0, 1]), "row 4 is with samples that are not numbered"),
+        (
+            lambda table: replaced(table, "error_code", [None, "internal", *table["error_code"].to_pylist()[2:]]),
+            "row 4 is failed and yet there with several records",
+        ),
         (lambda table: replaced(table, "error_code", [None] * 7), "its commit says {'prompt_too_long': 1}"),
         (
             lambda table: replaced(table, "prompt_embedding", [None, *table["prompt_embedding"].to_pylist()[1:]]),
