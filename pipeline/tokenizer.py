@@ -68,6 +68,10 @@ class Tokenizer(Protocol):
         """Role -> string, `{"bos_token": "<s>", ...}`: the variables that chat templates expect."""
 
     @property
+    def control_strings(self) -> frozenset[str]:
+        """The strings of control tokens: what text from a row never becomes, but a parsed template does."""
+
+    @property
     def digest(self) -> str:
         """Hex SHA-256 of all that determines ids. The chat template is not part of it."""
 

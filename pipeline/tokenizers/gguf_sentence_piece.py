@@ -5,10 +5,10 @@ from __future__ import annotations
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from pipeline.errors import UserError
-from pipeline.tokenizers.control_tokens import ControlToken
+from pipeline.tokenizers.added_tokens import AddedToken
 from pipeline.tokenizers.gguf_vocabulary import TokenType, Vocabulary
 from pipeline.tokenizers.piece_decoder import SPACE_SIGN
-from pipeline.tokenizers.sentence_piece import AddedToken, Framing, SentencePieceTokenizer
+from pipeline.tokenizers.sentence_piece import Framing, SentencePieceTokenizer
 
 _KNOWN_TYPES = frozenset(int(kind) for kind in TokenType)
 _PHI3_PLAIN = frozenset({"<unk>", "<s>", "<|endoftext|>"})
@@ -23,12 +23,15 @@ def sentence_piece_tokenizer(vocabulary: Vocabulary) -> SentencePieceTokenizer:
         prefix_after_control=True,
     )
     try:
-        return SentencePieceTokenizer(_model(vocabulary), vocabulary.facts(), framing, _strippers(vocabulary))
+        return SentencePieceTokenizer(
+            sentence_piece_model(vocabulary), vocabulary.facts(), framing, _strippers(vocabulary)
+        )
     except RuntimeError as error:
         raise UserError(f"{vocabulary.path}: its vocabulary makes no SentencePiece model: {error}") from None
 
 
-def _model(vocabulary: Vocabulary) -> ModelProto:
+def sentence_piece_model(vocabulary: Vocabulary) -> ModelProto:
+    """Return the vocabulary as a SentencePiece model, which can be saved as a tokenizer.model."""
     scores = vocabulary.array("scores", float)
     if len(scores) != len(vocabulary.tokens):
         raise UserError(
@@ -54,6 +57,7 @@ def _model(vocabulary: Vocabulary) -> ModelProto:
     model.trainer_spec.byte_fallback = num_bytes == 256
     model.trainer_spec.unk_id = unknown
     model.trainer_spec.unk_piece = model.pieces[unknown].piece
+    model.trainer_spec.unk_surface = ""  # a control token here as any other
     model.normalizer_spec.name = "identity"
     model.normalizer_spec.add_dummy_prefix = vocabulary.value("add_space_prefix", bool, True)
     model.normalizer_spec.remove_extra_whitespaces = vocabulary.value("remove_extra_whitespaces", bool, False)
@@ -68,7 +72,7 @@ def _strippers(vocabulary: Vocabulary) -> list[AddedToken]:
     if vocabulary.architecture != "phi3":
         return []
     return [
-        AddedToken(token=ControlToken(text=text, token_id=token_id, strips_right=True), special=True)
+        AddedToken(text=text, token_id=token_id, special=True, strips_right=True)
         for token_id, (text, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
         if kind == TokenType.CONTROL and text not in _PHI3_PLAIN
     ]

@@ -6,13 +6,14 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 
-from tokenizers import AddedToken, Encoding
+import tokenizers
 from tokenizers import Tokenizer as LibraryBackend
 
 from pipeline.errors import RowError
 from pipeline.tokenizer import IncrementalDecoder, PromptText, Span
+from pipeline.tokenizers.added_tokens import AddedToken, AddedTokens
+from pipeline.tokenizers.ascii_words import ascii_words
 from pipeline.tokenizers.checkpoint import CheckpointFacts
-from pipeline.tokenizers.control_tokens import ControlToken, ControlTokens
 from pipeline.tokenizers.streaming import Settings, StepwiseDecoder, check_decoder, decoder_steps
 from pipeline.tokenizers.text import NOT_TEXT, is_text
 
@@ -29,29 +30,31 @@ class LibraryTokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = False
+        self._facts = facts
         self._parsing = backend
         self._plain = _plain_sibling(backend)
         self._break = f"\U0010fffd{secrets.token_hex(16)}\U0010fffd"
-        self._plain.add_tokens([AddedToken(self._break, normalized=False)])
+        self._plain.add_tokens([tokenizers.AddedToken(self._break, normalized=False)])
         self._break_id = self._plain.token_to_id(self._break)
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._control = ControlTokens(
-            ControlToken(
+        self._added = AddedTokens(
+            AddedToken(
                 text=token.content,
                 token_id=token_id,
+                special=token.special,
                 strips_left=token.lstrip,
                 strips_right=token.rstrip,
                 single_word=token.single_word,
             )
             for token_id, token in added.items()
-            if token.special
         )
         decoder = backend.decoder
         self._decoder: Settings | None = json.loads(decoder.__getstate__()) if decoder is not None else None
         check_decoder(self._decoder)
-        self._facts = facts
-        self.vocab_size = max(backend.get_vocab_size(), *(token_id + 1 for token_id in added), 0)
+        self._words = ascii_words(backend)
+        self._ends = _ends(backend)
+        self.vocab_size: int = max([backend.get_vocab_size(), *(token_id + 1 for token_id in added)])
 
     @property
     def bos_id(self) -> int | None:
@@ -70,6 +73,10 @@ class LibraryTokenizer:
         return self._facts.special_tokens
 
     @property
+    def control_strings(self) -> frozenset[str]:
+        return self._added.control_strings
+
+    @property
     def digest(self) -> str:
         return self._facts.digest
 
@@ -78,32 +85,36 @@ class LibraryTokenizer:
     ) -> list[int]:
         if not is_text(text):
             raise ValueError("not text: it holds a lone surrogate")
-        if parse_special and self._control.occur_in(text, literal):
+        if text.isascii():
+            ids = self._encode_ascii(text, add_special_tokens, parse_special, literal)
+            if ids is not None:
+                return ids
+        if parse_special and self._added.control_touches(text, literal):
             return self._encode_partly(text, literal, add_special_tokens)
         backend = self._parsing if parse_special else self._plain
-        ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        encoded: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return encoded
 
     def encode_batch(self, prompts: Sequence[PromptText]) -> list[list[int] | RowError]:
-        results: list[list[int] | RowError] = [[]] * len(prompts)
+        results: list[list[int] | RowError] = [NOT_TEXT] * len(prompts)
         alike: dict[tuple[bool, bool], list[int]] = {}  # (parse, add special tokens) -> which prompts
         for index, prompt in enumerate(prompts):
+            text: object = prompt.text
             parse = prompt.parse_special
-            if parse and prompt.literal and self._mixed(prompt):
-                results[index] = self._encode_row(prompt)
+            if not isinstance(text, str):
+                continue
+            if self._words is not None and text.isascii():
+                ids = self._encode_ascii(text, prompt.add_special_tokens, parse, prompt.literal)
+                if ids is not None:
+                    results[index] = ids
+                    continue
+            if parse and prompt.literal and self._added.control_touches(text, prompt.literal):
+                if is_text(text):
+                    results[index] = self._encode_partly(text, prompt.literal, prompt.add_special_tokens)
             else:
                 alike.setdefault((parse, prompt.add_special_tokens), []).append(index)
         for (parse, add_special_tokens), indices in alike.items():
-            backend = self._parsing if parse else self._plain
-            texts = [prompts[index].text for index in indices]
-            try:
-                encodings: list[Encoding] = backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
-            except (TypeError, UnicodeEncodeError):  # one item that is no text fails the whole call
-                for index in indices:
-                    results[index] = self._encode_row(prompts[index])
-            else:
-                for index, encoding in zip(indices, encodings, strict=True):
-                    results[index] = encoding.ids
+            self._encode_alike(prompts, indices, results, parse, add_special_tokens)
         return results
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -118,23 +129,53 @@ class LibraryTokenizer:
 
         return StepwiseDecoder(text_of, decoder_steps(self._decoder))
 
-    def _mixed(self, prompt: PromptText) -> bool:
-        """Whether the row's own text has the string of a control token."""
-        return isinstance(prompt.text, str) and self._control.occur_in(prompt.text, prompt.literal)
+    def _encode_alike(
+        self,
+        prompts: Sequence[PromptText],
+        indices: list[int],
+        results: list[list[int] | RowError],
+        parse_special: bool,
+        add_special_tokens: bool,
+    ) -> None:
+        """Encode the prompts at `indices` in one call and put their ids into `results`."""
+        backend = self._parsing if parse_special else self._plain
+        texts = [prompts[index].text for index in indices]
+        try:
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        except (TypeError, UnicodeEncodeError):  # one item that is no text fails the whole call
+            indices = [index for index in indices if is_text(prompts[index].text)]
+            texts = [prompts[index].text for index in indices]
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        for index, encoding in zip(indices, encodings, strict=True):
+            results[index] = encoding.ids
 
-    def _encode_row(self, prompt: PromptText) -> list[int] | RowError:
-        if not is_text(prompt.text):
-            return NOT_TEXT
-        return self.encode(
-            prompt.text,
-            add_special_tokens=prompt.add_special_tokens,
-            parse_special=prompt.parse_special,
-            literal=prompt.literal,
-        )
+    def _encode_ascii(
+        self, text: str, add_special_tokens: bool, parse_special: bool, literal: Sequence[Span]
+    ) -> list[int] | None:
+        """Return the ids of ASCII text by looking words up, None where this vocabulary has no such short cut."""
+        if self._words is None or (add_special_tokens and self._ends is None):
+            return None
+        matches = self._added.find(text, parse_special=parse_special, literal=literal)
+        if not matches:
+            ids = self._words.encode(text)
+        else:
+            ids, at = [], 0
+            for match in matches:
+                if match.start > at:
+                    ids += self._words.encode(text[at : match.start])
+                ids.append(match.token_id)
+                at = match.end
+            if at < len(text):
+                ids += self._words.encode(text[at:])
+        return [*self._ends[0], *ids, *self._ends[1]] if add_special_tokens and self._ends else ids
 
     def _encode_partly(self, text: str, literal: Sequence[Span], add_special_tokens: bool) -> list[int]:
         """Encode `text`, parsing the control tokens outside `literal` alone."""
-        matches = self._control.find(text, literal)
+        matches = [
+            match
+            for match in self._added.find(text, parse_special=True, literal=literal)
+            if match.token_id in self._special_ids
+        ]
         pieces, at = [], 0
         for match in matches:
             pieces += [text[at : match.start], self._break]
@@ -161,3 +202,13 @@ def _plain_sibling(backend: LibraryBackend) -> LibraryBackend:
         sibling = LibraryBackend.from_str(backend.to_str())
     sibling.encode_special_tokens = True
     return sibling
+
+
+def _ends(backend: LibraryBackend) -> tuple[list[int], list[int]] | None:
+    """Return the ids that are put before and after a text by default, None where that can't be told from an example."""
+    bare = backend.encode("a", add_special_tokens=False).ids
+    framed = backend.encode("a", add_special_tokens=True).ids
+    starts = [at for at in range(len(framed) - len(bare) + 1) if framed[at : at + len(bare)] == bare]
+    if not bare or len(starts) != 1:
+        return None
+    return framed[: starts[0]], framed[starts[0] + len(bare) :]

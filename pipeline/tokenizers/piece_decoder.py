@@ -16,7 +16,7 @@ class PieceTexts:
 
     def __init__(self, model: ModelProto, added: Mapping[int, tuple[str, bool]]) -> None:
         self.drops_prefix = model.normalizer_spec.add_dummy_prefix or model.normalizer_spec.remove_extra_whitespaces
-        self.drops_all_leading = model.normalizer_spec.remove_extra_whitespaces
+        self.drops_every_leading = model.normalizer_spec.remove_extra_whitespaces
         self.byte_of: dict[int, int] = {}
         self.special: dict[int, str] = {}  # text that is only shown when special tokens are not skipped
         self.verbatim: dict[int, str] = {}
@@ -27,6 +27,7 @@ class PieceTexts:
             elif piece.type == _Piece.CONTROL:
                 self.special[token_id] = piece.piece
             elif piece.type == _Piece.UNKNOWN:
+                self.special[token_id] = piece.piece
                 self.verbatim[token_id] = model.trainer_spec.unk_surface
             else:
                 self.pieces[token_id] = piece.piece
@@ -66,8 +67,8 @@ class PieceDecoder:
             text = self._settled()
             self._at_start = self._at_start and not text
             if self._at_start and texts.drops_prefix and piece.startswith(SPACE_SIGN):
-                piece = piece.lstrip(SPACE_SIGN) if texts.drops_all_leading else piece[1:]
-                self._at_start = False
+                piece = piece[1:]
+                self._at_start = texts.drops_every_leading
             text += piece.replace(SPACE_SIGN, " ")
         self._at_start = self._at_start and not text
         return text

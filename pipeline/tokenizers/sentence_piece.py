@@ -10,8 +10,8 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from pipeline.errors import RowError
 from pipeline.tokenizer import IncrementalDecoder, PromptText, Span
+from pipeline.tokenizers.added_tokens import AddedToken, AddedTokens, Match
 from pipeline.tokenizers.checkpoint import CheckpointFacts
-from pipeline.tokenizers.control_tokens import ControlToken, ControlTokens, Match, outside
 from pipeline.tokenizers.piece_decoder import PieceDecoder, PieceTexts
 from pipeline.tokenizers.text import NOT_TEXT, is_text
 
@@ -28,14 +28,6 @@ class Framing:
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     prefix_after_control: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AddedToken:
-    """A token beside the SentencePiece model's own, or one of them in another role. `special`: a control token."""
-
-    token: ControlToken
-    special: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +52,21 @@ class SentencePieceTokenizer:
         self, model: ModelProto, facts: CheckpointFacts, framing: Framing, added: Sequence[AddedToken] = ()
     ) -> None:
         """Take `model` over; what it has under an added token's id becomes that token. RuntimeError if it is bad."""
-        for entry in added:
-            if entry.token.token_id < len(model.pieces):
-                piece = model.pieces[entry.token.token_id]
-                piece.piece = entry.token.text
-                piece.type = _Piece.CONTROL if entry.special else _Piece.USER_DEFINED
+        for token in added:
+            if token.token_id < len(model.pieces):
+                model.pieces[token.token_id].piece = token.text
+                model.pieces[token.token_id].type = _Piece.CONTROL if token.special else _Piece.USER_DEFINED
         self._facts = facts
         self._framing = framing
-        self._texts = PieceTexts(model, {entry.token.token_id: (entry.token.text, entry.special) for entry in added})
+        self._texts = PieceTexts(model, {token.token_id: (token.text, token.special) for token in added})
         controls = [
-            ControlToken(text=piece.piece, token_id=token_id)
+            AddedToken(text=piece.piece, token_id=token_id, special=True)
             for token_id, piece in enumerate(model.pieces)
             if piece.type in (_Piece.CONTROL, _Piece.UNKNOWN)
         ]
-        ordinary = [entry.token for entry in added if not entry.special]
-        self._ordinary = ControlTokens(ordinary)
-        self._all = ControlTokens([*controls, *(entry.token for entry in added)])
-        self.vocab_size = max([len(model.pieces), *(entry.token.token_id + 1 for entry in added)])
+        self._added = AddedTokens([*controls, *added])
+        self._always_cut = any(not token.special for token in added)
+        self.vocab_size = max([len(model.pieces), *(token.token_id + 1 for token in added)])
         self._beginning = SentencePieceProcessor.from_proto(model.SerializeToString())
         self._continuing = self._beginning
         if model.normalizer_spec.add_dummy_prefix and not framing.prefix_after_control:
@@ -98,6 +88,10 @@ class SentencePieceTokenizer:
     @property
     def special_tokens(self) -> Mapping[str, str]:
         return self._facts.special_tokens
+
+    @property
+    def control_strings(self) -> frozenset[str]:
+        return self._added.control_strings
 
     @property
     def digest(self) -> str:
@@ -135,25 +129,18 @@ class SentencePieceTokenizer:
 
     def _layout(self, prompt: PromptText, beginnings: list[str], continuations: list[str]) -> list[Match] | None:
         """Append the stretches of `prompt` to the lists; return the tokens between, or None where it is one stretch."""
-        text = prompt.text
-        if not self._ordinary and not prompt.parse_special:
+        text: object = prompt.text
+        if not isinstance(text, str):  # SentencePiece takes bytes as well
+            raise TypeError
+        if not self._always_cut and not prompt.parse_special:
             beginnings.append(text)
             return None
-        matches = self._matches(prompt)
+        matches = self._added.find(text, parse_special=prompt.parse_special, literal=prompt.literal)
         at = 0
         for start, end in [*((match.start, match.end) for match in matches), (len(text), len(text))]:
             if start > at:
                 (continuations if at else beginnings).append(text[at:start])
             at = end
-        return matches
-
-    def _matches(self, prompt: PromptText) -> list[Match]:
-        if not prompt.parse_special:
-            return self._ordinary.find(prompt.text)
-        matches = self._all.find(prompt.text, prompt.literal)
-        if self._ordinary and prompt.literal:  # these stand for themselves wherever they are
-            inside = outside(prompt.literal, len(prompt.text))
-            matches = sorted([*matches, *self._ordinary.find(prompt.text, inside)], key=lambda match: match.start)
         return matches
 
     def _frame(

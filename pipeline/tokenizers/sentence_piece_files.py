@@ -10,9 +10,9 @@ from google.protobuf.message import DecodeError
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from pipeline.errors import UserError
+from pipeline.tokenizers.added_tokens import AddedToken
 from pipeline.tokenizers.checkpoint import digest_of, directory_facts, read_json, tokenizer_settings
-from pipeline.tokenizers.control_tokens import ControlToken
-from pipeline.tokenizers.sentence_piece import AddedToken, Framing, SentencePieceTokenizer
+from pipeline.tokenizers.sentence_piece import Framing, SentencePieceTokenizer
 
 
 def load_sentence_piece(folder: Path) -> SentencePieceTokenizer:
@@ -37,7 +37,7 @@ def load_sentence_piece(folder: Path) -> SentencePieceTokenizer:
     config = _with_roles(tokenizer_settings(folder), model)
     added = _added_tokens(config, read_json(folder / "added_tokens.json"), folder)
     id_of = {piece.piece: token_id for token_id, piece in enumerate(model.pieces)}
-    id_of |= {entry.token.text: entry.token.token_id for entry in added}
+    id_of |= {token.text: token.token_id for token in added}
     prefix = config.get("add_prefix_space")
     if isinstance(prefix, bool):
         model.normalizer_spec.add_dummy_prefix = prefix
@@ -79,14 +79,12 @@ def _added_tokens(config: Mapping[str, Any], legacy: Mapping[str, Any], folder: 
     try:
         return [
             AddedToken(
-                token=ControlToken(
-                    text=token["content"],
-                    token_id=int(token_id),
-                    strips_left=bool(token.get("lstrip")),
-                    strips_right=bool(token.get("rstrip")),
-                    single_word=bool(token.get("single_word")),
-                ),
+                text=token["content"],
+                token_id=int(token_id),
                 special=bool(token.get("special")),
+                strips_left=bool(token.get("lstrip")),
+                strips_right=bool(token.get("rstrip")),
+                single_word=bool(token.get("single_word")),
             )
             for token_id, token in listed.items()
         ]

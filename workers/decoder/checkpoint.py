@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.gguf_metadata import read_gguf_metadata
 from workers.decoder.config import DecoderConfig
 from workers.decoder.families import gguf
 from workers.decoder.families.document import Document
@@ -110,12 +109,11 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    metadata = read_gguf_metadata(path, prefix=tuple(f"{name}." for name in ("general", *gguf.ARCHITECTURES)))
-    storage = GgufFiles(path)
+    storage = GgufFiles(path, prefixes=tuple(f"{name}." for name in ("general", *gguf.ARCHITECTURES)))
     divisors: tuple[float, ...] = ()
     if "rope_freqs.weight" in storage.names:
         divisors = tuple(storage.read(Source("rope_freqs.weight"), torch.float32).tolist())
     shapes = {name: storage.shape(name) for name in storage.names}
-    document = gguf.read_document(str(path), metadata, gguf.GgufTensors(str(path), shapes, divisors))
+    document = gguf.read_document(str(path), storage.metadata, gguf.GgufTensors(str(path), shapes, divisors))
     config = _read_config(family_of(document), document)
     return Checkpoint(path, config, storage, gguf.sources(config, storage.names))

@@ -103,9 +103,8 @@ def reference() -> Callable[[Path], Any]:
         from transformers import AutoModelForCausalLM
 
         if path not in loaded:
-            where = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
             loaded[path] = AutoModelForCausalLM.from_pretrained(
-                path.parent if where else path, dtype=torch.float32, attn_implementation="eager", **where
+                path, dtype=torch.float32, attn_implementation="eager"
             ).eval()
         return loaded[path]
 

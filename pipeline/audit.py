@@ -1,0 +1,236 @@
+"""`gristmill verify`: rows in = rows out = vectors, with every byte as it was committed.
+
+What is not done yet (`pending`) is told apart from what is damaged (`problems`): a job that was killed is mended by
+running it again, a damaged file is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.commits import Commit, read_commit
+from pipeline.durable import file_sha256
+from pipeline.errors import JobError, UserError
+from pipeline.index.check import index_problems, is_of_these_parts
+from pipeline.index.manifest import MANIFEST_NAME, read_manifest
+from pipeline.job_folder import JobFolder, PlannedSplit, parse_commit_name, parse_splits, part_name, read_job, read_plan
+from pipeline.lock import lock_holder
+from pipeline.part_check import part_problems
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Audit:
+    """What was found. The counts are of what is committed, whether or not it is whole."""
+
+    problems: tuple[str, ...]  # damage, a line each
+    pending: tuple[str, ...]  # what running the job again still has to do, a line each
+    rows_planned: int
+    rows: int
+    errors: int
+    error_codes: Mapping[str, int]
+    records: int
+    vectors: int
+    splits_planned: int
+    splits: int
+    indexed_vectors: int | None  # None where there is no index that can be read
+
+    @property
+    def complete(self) -> bool:
+        return not self.pending
+
+    @property
+    def ok(self) -> bool:
+        """Everything that was planned is there, once, and as it was written."""
+        return not self.problems and not self.pending
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ok": self.ok, "complete": self.complete, **dataclasses.asdict(self)}
+
+
+def audit(out: Path) -> Audit:
+    """Reads everything in the job directory `out`, and changes nothing. UserError where there is no job directory.
+
+    Memory: one part's row numbers and one shard of the index. Time: reading every file up to three times.
+    """
+    folder = JobFolder(out)
+    if not any(path.exists() for path in (folder.job_file, folder.plan_file, folder.commits)):
+        raise UserError(f"{out} is not a job directory: it has no job.json, no plan.json and no commits/")
+    return _Auditor(folder).run()
+
+
+class _Auditor:
+    """Gathers findings from the top down: what the job is, its plan, its commits, their parts, the index."""
+
+    def __init__(self, folder: JobFolder) -> None:
+        self._folder = folder
+        self._problems: list[str] = []
+        self._pending: list[str] = []
+        self._unreadable: set[int] = set()  # splits with a commit that is damaged: nothing more is said of them
+
+    def run(self) -> Audit:
+        holder = lock_holder(self._folder)
+        if holder is not None:
+            self._pending.append(f"{holder} is running this job just now, so that what follows may be in between")
+        job = self._job()
+        splits = self._plan(job)
+        latest, older = self._commits(job, splits)
+        num_before = len(self._problems)
+        self._parts(latest, older)
+        indexed_vectors = self._index(
+            latest, wanted=_wants_index(job, latest), parts_are_whole=len(self._problems) == num_before
+        )
+        codes: Counter[str] = Counter()
+        for commit in latest.values():
+            codes.update(commit.error_codes)
+        return Audit(
+            problems=tuple(self._problems),
+            pending=tuple(self._pending),
+            rows_planned=sum(split.num_rows for split in splits or ()),
+            rows=sum(commit.rows for commit in latest.values()),
+            errors=sum(commit.errors for commit in latest.values()),
+            error_codes=dict(sorted(codes.items())),
+            records=sum(commit.records for commit in latest.values()),
+            vectors=sum(sum(commit.vectors.values()) for commit in latest.values()),
+            splits_planned=len(splits or ()),
+            splits=len(latest),
+            indexed_vectors=indexed_vectors,
+        )
+
+    def _job(self) -> dict[str, Any] | None:
+        try:
+            return read_job(self._folder)
+        except JobError as error:
+            self._problems.append(str(error))
+            return None
+
+    def _plan(self, job: Mapping[str, Any] | None) -> list[PlannedSplit] | None:
+        path = self._folder.plan_file
+        if not path.exists() and not _listed(self._folder.commits):
+            self._pending.append("the job is not planned yet")
+            return None
+        try:
+            plan = read_plan(self._folder)
+            splits = parse_splits(plan["splits"])
+        except JobError as error:
+            self._problems.append(str(error))
+            return None
+        except (KeyError, TypeError, ValueError) as error:
+            self._problems.append(f"{path} is no plan: {error}")
+            return None
+        if job is not None and plan["fingerprint"] != job["fingerprint"]:
+            self._problems.append(f"{path} is another job's: its fingerprint is not the one in {self._folder.job_file}")
+        return splits
+
+    def _commits(
+        self, job: Mapping[str, Any] | None, splits: list[PlannedSplit] | None
+    ) -> tuple[dict[int, Commit], dict[int, list[Commit]]]:
+        """The latest commit of each split, and those that it replaced and that are still there."""
+        latest: dict[int, Commit] = {}
+        older: dict[int, list[Commit]] = {}
+        for commit in sorted(self._readable_commits(), key=lambda commit: (commit.split, commit.revision)):
+            path = self._folder.commit(commit.split, commit.revision)
+            if job is not None and commit.fingerprint != job["fingerprint"]:
+                self._problems.append(f"{path} is another job's: its fingerprint is not the one in job.json")
+            if commit.split in latest:
+                older.setdefault(commit.split, []).append(latest[commit.split])
+            latest[commit.split] = commit
+        for split, commits in older.items():
+            for commit in commits:
+                path = self._folder.commit(split, commit.revision)
+                self._pending.append(f"{path} was replaced by revision {latest[split].revision} and not yet removed")
+        samples = Counter(commit.samples for commit in latest.values())
+        for commit in latest.values():
+            path = self._folder.commit(commit.split, commit.revision)
+            if commit.samples != samples.most_common(1)[0][0]:
+                self._problems.append(f"{path} has {commit.samples} samples a row, unlike the others")
+            if splits is not None:
+                self._hold_to_plan(path, commit, splits)
+        unfinished = [split for split in splits or () if split.index not in {*latest, *self._unreadable}]
+        if unfinished:
+            rows = sum(split.num_rows for split in unfinished)
+            self._pending.append(f"{len(unfinished)} of {len(splits or ())} splits, {rows} rows, are not done yet")
+        return latest, older
+
+    def _readable_commits(self) -> Iterator[Commit]:
+        for name in _listed(self._folder.commits):
+            parsed = parse_commit_name(name)
+            if parsed is None:
+                self._problems.append(f"{self._folder.commits / name} is no commit")
+                continue
+            try:
+                yield read_commit(self._folder, name)
+            except JobError as error:
+                self._problems.append(str(error))
+                self._unreadable.add(parsed[0])
+
+    def _hold_to_plan(self, path: Path, commit: Commit, splits: list[PlannedSplit]) -> None:
+        if not 0 <= commit.split < len(splits):
+            self._problems.append(f"{path} is of split {commit.split}, and the plan has {len(splits)} splits")
+            return
+        planned = splits[commit.split]
+        if commit.first_row != planned.first_row or not 0 < commit.rows <= planned.num_rows:
+            self._problems.append(
+                f"{path} has {commit.rows} rows from {commit.first_row} on, "
+                f"and the plan {planned.num_rows} from {planned.first_row} on"
+            )
+        elif commit.rows < planned.num_rows:
+            left = planned.num_rows - commit.rows
+            self._pending.append(f"split {commit.split} was cut short by a limit: {left} of its rows are not done yet")
+
+    def _parts(self, latest: Mapping[int, Commit], older: Mapping[int, list[Commit]]) -> None:
+        committed = {part_name(split) for split in {*latest, *self._unreadable}}
+        for name in _listed(self._folder.parts):
+            if name not in committed:
+                self._problems.append(f"{self._folder.parts / name} has no commit: it is no part of this job")
+        for split, commit in sorted(latest.items()):
+            path = self._folder.part(split)
+            found = file_sha256(path) if path.is_file() else None
+            if found == commit.sha256:
+                self._problems.extend(f"{path}: {line}" for line in part_problems(path, commit))
+            elif self._is_unpublished(commit) and (
+                found is None or found in {before.sha256 for before in older.get(split, ())}
+            ):
+                self._pending.append(f"split {split} is committed and its part not yet published")
+            elif found is None:
+                self._problems.append(f"{path} is missing, and its commit says that it was written")
+            else:
+                self._problems.append(f"{path} is damaged: its sha256 is not the one in its commit")
+
+    def _is_unpublished(self, commit: Commit) -> bool:
+        path = self._folder.root / commit.path
+        return path.is_file() and file_sha256(path) == commit.sha256
+
+    def _index(self, latest: Mapping[int, Commit], *, wanted: bool, parts_are_whole: bool) -> int | None:
+        if not self._folder.index.exists():
+            if wanted:
+                self._pending.append("the index is not built yet, or was removed")
+            return None
+        try:
+            manifest = read_manifest(self._folder.index)
+        except UserError:
+            self._problems.append(f"{self._folder.index / MANIFEST_NAME} is missing")
+            return None
+        except JobError as error:
+            self._problems.append(str(error))
+            return None
+        if is_of_these_parts(manifest, latest):
+            self._problems.extend(index_problems(self._folder, manifest, latest, parts_are_whole=parts_are_whole))
+        elif not self._unreadable:
+            self._pending.append("the index was built from other parts than those that are committed now")
+        return manifest.num_vectors
+
+
+def _wants_index(job: Mapping[str, Any] | None, latest: Mapping[int, Commit]) -> bool:
+    """A job that embeds has an index, unless its spec says `index: null`."""
+    spec = {} if job is None else job.get("spec", {})
+    return any(commit.vectors for commit in latest.values()) and spec.get("index", "auto") is not None
+
+
+def _listed(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder)) if folder.is_dir() else []

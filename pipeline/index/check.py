@@ -1,0 +1,182 @@
+"""An index held against the committed parts that it was built from: every vector once, at its number, with its bits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.commits import Commit
+from pipeline.errors import JobError
+from pipeline.index import faiss_files
+from pipeline.index.manifest import MANIFEST_NAME, ROWS_NAME, Contents, IndexManifest, parts_digest
+from pipeline.index.row_map import SCHEMA
+from pipeline.index.search import flat_matrix
+from pipeline.index.vectors import FIELDS, VectorBatch, committed_vectors
+from pipeline.job_folder import JobFolder
+
+
+def is_of_these_parts(manifest: IndexManifest, commits: Mapping[int, Commit]) -> bool:
+    """Whether the index was built from just the parts of `commits`."""
+    return [job.parts_digest for job in manifest.jobs] == [parts_digest(commits)]
+
+
+def index_problems(
+    folder: JobFolder, manifest: IndexManifest, commits: Mapping[int, Commit], *, parts_are_whole: bool
+) -> Iterator[str]:
+    """A line for everything about the index that is not right; none if it is.
+
+    Where `parts_are_whole` is false, vectors are counted but not compared. Vectors are compared bit by bit in a Flat
+    index; of other kinds, which don't keep them, only numbers are. Memory: a shard at a time.
+    """
+    problems = [*_count_problems(folder, manifest, commits), *_file_problems(folder, manifest)]
+    yield from problems
+    listed = {MANIFEST_NAME, ROWS_NAME, *(shard.file for shard in manifest.shards)}
+    for name in sorted(set(os.listdir(folder.index)) - listed):
+        yield f"{folder.index / name} is no file of the index"
+    if parts_are_whole and not problems:
+        try:
+            yield from _content_problems(folder, manifest, commits)
+        except JobError as error:
+            yield str(error)
+
+
+def _file_problems(folder: JobFolder, manifest: IndexManifest) -> Iterator[str]:
+    for contents in (manifest.rows, *manifest.shards):
+        try:
+            faiss_files.check_file(folder.index, contents)
+        except JobError as error:
+            yield str(error)
+
+
+def _count_problems(folder: JobFolder, manifest: IndexManifest, commits: Mapping[int, Commit]) -> Iterator[str]:
+    num_vectors = sum(sum(commit.vectors.values()) for commit in commits.values())
+    if manifest.num_vectors != num_vectors:
+        yield f"the index holds {manifest.num_vectors} vectors, and the parts hold {num_vectors}"
+    number = 0
+    for shard in manifest.shards:
+        if shard.first_vector != number:
+            yield f"{folder.index / shard.file} begins with vector {shard.first_vector}, not {number}"
+        number += shard.num_vectors
+    for counted, what in ((number, "shards"), (manifest.rows.num_vectors, ROWS_NAME)):
+        if counted != manifest.num_vectors:
+            yield f"{folder.index / MANIFEST_NAME}: its {what} have {counted} of {manifest.num_vectors} vectors"
+
+
+def _content_problems(folder: JobFolder, manifest: IndexManifest, commits: Mapping[int, Commit]) -> Iterator[str]:
+    rows = _Records(folder, manifest)
+    shards = _Shards(folder, manifest)
+    number = 0
+    for batch in committed_vectors(folder, commits):
+        wrong_rows = rows.differing(batch, number)
+        if wrong_rows is not None:
+            yield f"{folder.index / ROWS_NAME}: vector {wrong_rows} does not stand for the row that it was made of"
+            return
+        wrong_vector = shards.differing(batch.matrix, number)
+        if wrong_vector is not None:
+            yield f"{folder.index}: vector {wrong_vector} is not the embedding in {folder.parts}"
+            return
+        number += len(batch.rows)
+    yield from shards.number_problems()
+
+
+class _Records:
+    """Reads rows.parquet alongside the parts."""
+
+    def __init__(self, folder: JobFolder, manifest: IndexManifest) -> None:
+        self._path = folder.index / ROWS_NAME
+        self._job = manifest.jobs[0].job
+        self._batches = self._read()
+        self._waiting: list[pa.RecordBatch] = []
+
+    def differing(self, batch: VectorBatch, number: int) -> int | None:
+        """The first of the vectors from `number` on whose record is not as `batch` has it. JobError if unreadable."""
+        count = len(batch.rows)
+        table = self._take(count)
+        numbers = np.arange(number, number + count)
+        fields = np.array(FIELDS)[batch.fields]
+        if table.num_rows != count or not table.schema.equals(SCHEMA):
+            return number + table.num_rows
+        equal = (
+            (table["vector"].to_numpy() == numbers)
+            & (table["row"].to_numpy() == batch.rows)
+            & (table["sample"].to_numpy() == batch.samples)
+            & (table["field"].to_numpy() == fields)
+            & (table["job"].to_numpy() == self._job)
+        )
+        return None if equal.all() else int(numbers[~equal][0])
+
+    def _take(self, count: int) -> pa.Table:
+        while sum(batch.num_rows for batch in self._waiting) < count:
+            batch = next(self._batches, None)
+            if batch is None:
+                break
+            self._waiting.append(batch)
+        table = pa.Table.from_batches(self._waiting, None if self._waiting else SCHEMA)
+        self._waiting = table.slice(count).to_batches()
+        return table.slice(0, count)
+
+    def _read(self) -> Iterator[pa.RecordBatch]:
+        try:
+            with pq.ParquetFile(self._path) as file:
+                yield from file.iter_batches()
+        except (pa.ArrowException, OSError) as error:
+            raise JobError(f"{self._path} can't be read: {' '.join(str(error).split())}") from error
+
+
+class _Shards:
+    """Loads the shards one after the other, alongside the parts."""
+
+    def __init__(self, folder: JobFolder, manifest: IndexManifest) -> None:
+        self._folder = folder
+        self._manifest = manifest
+        self._flat = manifest.kind == faiss_files.FLAT
+        self._loaded: tuple[Contents, Any] | None = None
+
+    def differing(self, matrix: npt.NDArray[np.float32], number: int) -> int | None:
+        """The first of the vectors from `number` on that a Flat shard has otherwise than `matrix` [n, d]."""
+        while self._flat and len(matrix):
+            shard, index = self._shard_of(number)
+            held = flat_matrix(index)[number - shard.first_vector :][: len(matrix)]
+            unequal = (held.view(np.uint32) != np.ascontiguousarray(matrix[: len(held)]).view(np.uint32)).any(axis=1)
+            if unequal.any():
+                return number + int(np.argmax(unequal))
+            matrix, number = matrix[len(held) :], number + len(held)
+        return None
+
+    def number_problems(self) -> Iterator[str]:
+        """Whether every shard gives its vectors the numbers that index.json says."""
+        for shard in self._manifest.shards:
+            index = faiss_files.read_shard(self._folder.index, shard, dimension=self._manifest.dimension)
+            numbers = _numbers_of(index)
+            expected = np.arange(shard.first_vector, shard.first_vector + shard.num_vectors)
+            if numbers is not None and not np.array_equal(np.sort(numbers), expected):
+                yield f"{self._folder.index / shard.file}: its vectors are not numbered as index.json says"
+
+    def _shard_of(self, number: int) -> tuple[Contents, Any]:
+        if self._loaded is None or number >= self._loaded[0].first_vector + self._loaded[0].num_vectors:
+            self._loaded = None  # the memory of one shard is given back before that of the next is taken
+            shard = next(s for s in self._manifest.shards if s.first_vector <= number < s.first_vector + s.num_vectors)
+            index = faiss_files.read_shard(self._folder.index, shard, dimension=self._manifest.dimension)
+            self._loaded = shard, index
+        return self._loaded
+
+
+def _numbers_of(index: Any) -> npt.NDArray[np.int64] | None:
+    """The numbers that an index keeps of its vectors; None where a vector's place is its number."""
+    if isinstance(index, faiss.IndexIDMap):
+        ids: npt.NDArray[np.int64] = faiss.vector_to_array(index.id_map)
+        return ids
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is None:
+        return None
+    lists: Any = ivf.invlists
+    return np.concatenate(
+        [faiss.rev_swig_ptr(lists.get_ids(place), lists.list_size(place)).copy() for place in range(lists.nlist)]
+    )

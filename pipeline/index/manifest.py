@@ -1,0 +1,123 @@
+"""index.json: what made an index, the files it consists of, and which committed parts it was built from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pipeline.commits import Commit
+from pipeline.durable import read_sealed
+from pipeline.errors import JobError, UserError
+
+MANIFEST_NAME: Final = "index.json"
+ROWS_NAME: Final = "rows.parquet"
+FORMAT: Final = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """What makes vectors comparable: a query must be embedded with the same of everything here."""
+
+    model: str  # as the job named it
+    model_files: Mapping[str, str]  # file -> sha256
+    tokenizer: str  # digest
+    pooling: str
+    normalisation: Literal["unit", "none"] = "unit"  # unit: queries are scaled to length 1
+    query_template: str = "{{ text }}"
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # whatever else shapes a vector; JSON values
+
+    def difference(self, other: Provenance) -> str | None:
+        """The first thing in which a query's embedding differs from the index's, for people; None where none does.
+
+        The model's name and the template of queries may differ: the files and the texts decide.
+        """
+        for name in ("model_files", "tokenizer", "pooling", "normalisation", "settings"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                if isinstance(mine, Mapping):
+                    changed = sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key))
+                    return f"{name} ({', '.join(changed)})"
+                return f"{name} ({mine} there, {theirs} here)"
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """A file of the index. Vector numbers `first_vector` to `first_vector + num_vectors - 1` are in it."""
+
+    file: str
+    sha256: str
+    size_bytes: int
+    first_vector: int
+    num_vectors: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexedJob:
+    """The committed parts of one job that are in the index, in the order of rows."""
+
+    job: str  # the name in rows.parquet
+    fingerprint: str
+    num_parts: int
+    parts_digest: str  # see `parts_digest`
+    num_vectors: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexManifest:
+    kind: str  # FAISS factory string
+    dimension: int
+    num_vectors: int
+    provenance: Provenance
+    shards: tuple[Contents, ...]
+    rows: Contents
+    jobs: tuple[IndexedJob, ...]
+    metric: Literal["inner_product"] = "inner_product"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+    @staticmethod
+    def from_json(document: Mapping[str, Any]) -> IndexManifest:
+        """TypeError or KeyError if it is not the document of a manifest of this format."""
+        values = dict(document)
+        if values.pop("format") != FORMAT:
+            raise TypeError(f"format {document['format']}, this version of gristmill reads {FORMAT}")
+        values["provenance"] = Provenance(**values["provenance"])
+        values["shards"] = tuple(Contents(**shard) for shard in values["shards"])
+        values["rows"] = Contents(**values["rows"])
+        values["jobs"] = tuple(IndexedJob(**job) for job in values["jobs"])
+        return IndexManifest(**values)
+
+    def refuse_other_embedding(self, query: Provenance) -> None:
+        """UserError if vectors made as `query` says can't be compared with the index's."""
+        difference = self.provenance.difference(query)
+        if difference is not None:
+            raise UserError(
+                f"the index was made with {self.provenance.model} and another {difference}; "
+                "embed the query as index.json says"
+            )
+
+
+def read_manifest(folder: Path) -> IndexManifest:
+    """The manifest of the index in `folder`. UserError if there is none, JobError if it is damaged."""
+    path = folder / MANIFEST_NAME
+    if not path.exists():
+        raise UserError(f"there is no index in {folder.parent}: its job embeds nothing, or is not done yet")
+    document = read_sealed(path)
+    try:
+        return IndexManifest.from_json(document)
+    except (TypeError, KeyError) as error:
+        raise JobError(f"{path} is not an index that this version of gristmill reads: {error}") from error
+
+
+def parts_digest(commits: Mapping[int, Commit]) -> str:
+    """Hexadecimal; changes when any part does, or when one is added."""
+    digest = hashlib.sha256()
+    for split in sorted(commits):
+        digest.update(f"{split} {commits[split].sha256}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,116 @@
+"""rows.parquet: what each vector of an index belongs to. Record i is of vector number i."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.durable import HashedFile
+from pipeline.index.manifest import Contents
+from pipeline.index.vectors import FIELDS, VectorBatch
+
+_FIELDS: Final[list[pa.Field[Any]]] = [
+    pa.field("vector", pa.int64()),
+    pa.field("job", pa.string()),
+    pa.field("row", pa.int64()),
+    pa.field("sample", pa.int32()),
+    pa.field("field", pa.string()),
+]
+SCHEMA: Final = pa.schema(_FIELDS)
+GROUP_ROWS: Final = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a vector belongs to: a row of a job, one of its samples, and what of it was embedded."""
+
+    job: str
+    row: int
+    sample: int
+    field: str  # prompt or generation
+
+
+class RowMapWriter:
+    """Writes rows.parquet as vectors come, in row groups of GROUP_ROWS records, so that a number says its group."""
+
+    def __init__(self, path: Path, file: HashedFile, writer: pq.ParquetWriter, *, job: str) -> None:
+        self._path = path
+        self._file = file
+        self._writer = writer
+        self._job = job
+        self._waiting: list[pa.Table] = []
+        self._num_waiting = 0
+        self._num_vectors = 0
+
+    @staticmethod
+    @contextmanager
+    def open(path: Path, *, job: str) -> Iterator[RowMapWriter]:
+        """`path` must not exist; it is flushed when the block ends and removed when the block fails."""
+        with (
+            HashedFile(path) as file,
+            pq.ParquetWriter(file.sink, SCHEMA, compression="zstd") as writer,
+        ):
+            rows = RowMapWriter(path, file, writer, job=job)
+            yield rows
+            rows._write_groups(at_least=1)
+
+    def add(self, batch: VectorBatch) -> None:
+        count = len(batch.rows)
+        numbers = pa.array(np.arange(self._num_vectors, self._num_vectors + count))
+        fields = pa.array(FIELDS).take(pa.array(batch.fields, pa.int8()))
+        jobs = pa.repeat(pa.scalar(self._job, pa.string()), count)
+        columns = [numbers, jobs, pa.array(batch.rows), pa.array(batch.samples), fields]
+        self._waiting.append(pa.table(columns, schema=SCHEMA))
+        self._num_vectors += count
+        self._num_waiting += count
+        self._write_groups(at_least=GROUP_ROWS)
+
+    def contents(self) -> Contents:
+        """To be asked after the block."""
+        return Contents(
+            file=self._path.name,
+            sha256=self._file.sha256,
+            size_bytes=self._file.size_bytes,
+            first_vector=0,
+            num_vectors=self._num_vectors,
+        )
+
+    def _write_groups(self, *, at_least: int) -> None:
+        while self._num_waiting >= at_least:
+            table = pa.concat_tables(self._waiting)
+            self._writer.write_table(table.slice(0, GROUP_ROWS), row_group_size=GROUP_ROWS)
+            rest = table.slice(GROUP_ROWS)
+            self._waiting, self._num_waiting = [rest], rest.num_rows
+
+
+class RowMap:
+    """Finds what vectors belong to. Holds the row groups that were asked for, about 25 bytes a vector in them."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._groups: dict[int, pa.Table] = {}
+
+    def places(self, vectors: Sequence[int] | npt.NDArray[np.int64]) -> list[Place]:
+        """One place a vector number, in their order."""
+        numbers = np.asarray(vectors, np.int64)
+        found: dict[int, Place] = {}
+        for group in np.unique(numbers // GROUP_ROWS).tolist():
+            wanted = np.unique(numbers[numbers // GROUP_ROWS == group])
+            table = self._group(group).take(pa.array(wanted - group * GROUP_ROWS))
+            for record in table.to_pylist():
+                found[record["vector"]] = Place(record["job"], record["row"], record["sample"], record["field"])
+        return [found[number] for number in numbers.tolist()]
+
+    def _group(self, number: int) -> pa.Table:
+        if number not in self._groups:
+            with pq.ParquetFile(self._path, read_dictionary=["job", "field"]) as file:
+                self._groups[number] = file.read_row_group(number)
+        return self._groups[number]

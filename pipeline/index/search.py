@@ -1,0 +1,192 @@
+"""Nearest vectors by inner product, the same whatever the number of shards, of queries asked together, or of threads.
+
+FAISS finds candidates in float32, whose rounding depends on where a vector lies and how many queries there are. For
+Flat the candidates' scores are then computed anew, each by itself in float64, and a bound on FAISS's rounding shows
+that no other vector can belong to the best; where it can't (many vectors score alike), all within the bound are looked
+at. Ties go to the lower vector number. Approximate kinds keep FAISS's own scores.
+
+d: width of a vector; n: vectors of a shard; q: queries; k: hits a query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import JobError, UserError
+from pipeline.index import faiss_files
+from pipeline.index.manifest import Contents, IndexManifest, read_manifest
+from pipeline.index.row_map import Place, RowMap
+
+Matrix = npt.NDArray[np.float32]
+Scores = npt.NDArray[np.float64]
+Numbers = npt.NDArray[np.int64]
+
+_EXTRA_CANDIDATES: Final = 32
+_VECTORS_AT_ONCE: Final = 1 << 14
+_QUERIES_AT_ONCE: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A vector near the query: its number, its inner product with the query, and what it belongs to."""
+
+    vector: int
+    score: float
+    place: Place
+
+
+class IndexShard:
+    """One shard's vectors, ready to be searched. May be used by several threads at once."""
+
+    def __init__(self, index: Any, contents: Contents, *, kind: str) -> None:
+        self._index = index
+        self._contents = contents
+        self._matrix: Matrix | None = None  # [n, d] of a Flat shard: FAISS's own memory
+        if kind == faiss_files.FLAT and contents.num_vectors:
+            self._matrix = flat_matrix(index)
+            self._longest = max(
+                float(np.sqrt(np.einsum("ij,ij->i", block, block, dtype=np.float64).max()))
+                for block in np.array_split(self._matrix, -(-len(self._matrix) // _VECTORS_AT_ONCE))
+            )
+
+    @staticmethod
+    def load(folder: Path, manifest: IndexManifest, number: int) -> IndexShard:
+        """JobError if the shard's file is missing or damaged. Memory: the file's size."""
+        shard = manifest.shards[number]
+        index = faiss_files.read_shard(folder, shard, dimension=manifest.dimension)
+        return IndexShard(index, shard, kind=manifest.kind)
+
+    def search(self, queries: Matrix, k: int) -> tuple[Scores, Numbers]:
+        """Scores and vector numbers [q, min(k, n)], best first; number -1 where an approximate kind found fewer."""
+        k = min(k, self._contents.num_vectors)
+        if k == 0 or not len(queries):
+            return np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
+        if self._matrix is None:
+            scores, numbers = self._index.search(queries, k)
+            return best([(scores.astype(np.float64), numbers)], k)
+        found = [
+            self._search_flat(self._matrix, queries[start : start + _QUERIES_AT_ONCE], k)
+            for start in range(0, len(queries), _QUERIES_AT_ONCE)
+        ]
+        return np.concatenate([scores for scores, _ in found]), np.concatenate([numbers for _, numbers in found])
+
+    def _search_flat(self, matrix: Matrix, queries: Matrix, k: int) -> tuple[Scores, Numbers]:
+        first = self._contents.first_vector
+        num_candidates = min(k + _EXTRA_CANDIDATES, len(matrix))
+        rough, candidates = self._index.search(queries, num_candidates)
+        lengths = np.sqrt(np.square(queries, dtype=np.float64).sum(axis=1))
+        # A float32 inner product is off by at most d * 2^-24 * |query| * |vector|; twice that is taken.
+        slack = 2 * (matrix.shape[1] + 2) * 2.0**-24 * lengths * self._longest
+        scores, numbers = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
+        for place, query in enumerate(queries):
+            near = candidates[place]
+            exact = _exact_scores(matrix, near - first, query)
+            last = np.partition(exact, -k)[-k]  # what the best k have at least
+            if num_candidates < len(matrix) and last <= rough[place, -1] + slack[place]:
+                radius = np.nextafter(np.float32(last - 2 * slack[place]), np.float32(-np.inf))
+                _, _, near = self._index.range_search(query[None], float(radius))
+                exact = _exact_scores(matrix, near - first, query)
+            (scores[place],), (numbers[place],) = best([(exact[None], near[None])], k)
+        return scores, numbers
+
+
+@dataclass(frozen=True, slots=True)
+class VectorIndex:
+    """A whole index: its shards in memory, its map of rows on the disk."""
+
+    manifest: IndexManifest
+    shards: tuple[IndexShard, ...]
+    rows: RowMap
+
+    @staticmethod
+    def open(folder: Path) -> VectorIndex:
+        """Loads the index in `folder` (OUT/index) after checking each file against its hash.
+
+        UserError if there is none, JobError if it is damaged. Memory: the sum of the shards' files.
+        """
+        while True:
+            manifest = read_manifest(folder)
+            try:
+                rows = RowMap(faiss_files.check_file(folder, manifest.rows))
+                shards = tuple(IndexShard.load(folder, manifest, number) for number in range(len(manifest.shards)))
+                return VectorIndex(manifest, shards, rows)
+            except JobError:
+                if read_manifest(folder) == manifest:  # or else another index was put here meanwhile
+                    raise
+
+    def search(self, vectors: npt.ArrayLike, k: int, *, threads: int | None = None) -> list[list[Hit]]:
+        """The k nearest vectors of each query in `vectors` [q, d] or [d], best first; fewer where there are fewer.
+
+        UserError for a query that is not of the index's width, or holds NaN, infinities or nothing but zeros.
+        """
+        queries = prepare_queries(vectors, self.manifest)
+        with faiss_files.faiss_threads(threads):
+            scores, numbers = best([shard.search(queries, k) for shard in self.shards], k)
+        places = iter(self.rows.places(numbers[numbers >= 0]))
+        return [
+            [
+                Hit(number, score, next(places))
+                for number, score in zip(numbers[query].tolist(), scores[query].tolist(), strict=True)
+                if number >= 0
+            ]
+            for query in range(len(queries))
+        ]
+
+
+def search_index(folder: Path, vectors: npt.ArrayLike, k: int, *, threads: int | None = None) -> list[list[Hit]]:
+    """Opens the index in `folder` (OUT/index) for one search; see `VectorIndex`."""
+    return VectorIndex.open(folder).search(vectors, k, threads=threads)
+
+
+def prepare_queries(vectors: npt.ArrayLike, manifest: IndexManifest) -> Matrix:
+    """Queries [q, d] as the index compares them: float32, of length 1 where its vectors are. UserError as `search`."""
+    queries = np.atleast_2d(np.asarray(vectors))
+    if queries.dtype.kind not in "fiu":
+        raise UserError(f"the query vector is of type {queries.dtype}, not of numbers")
+    if queries.ndim != 2 or queries.shape[1] != manifest.dimension:
+        shape = " x ".join(map(str, np.shape(vectors)))
+        raise UserError(f"the query vector has shape {shape}, and the index holds vectors of {manifest.dimension}")
+    exact = queries.astype(np.float64)
+    lengths = np.sqrt(np.square(exact).sum(axis=1, keepdims=True))
+    if not (np.isfinite(lengths).all() and (lengths > 0).all()):
+        raise UserError("the query vector holds NaN or infinities, or is all zeros")
+    return (exact / lengths if manifest.provenance.normalisation == "unit" else exact).astype(np.float32)
+
+
+def best(found: Sequence[tuple[Scores, Numbers]], k: int) -> tuple[Scores, Numbers]:
+    """Merges shards' answers, each [q, any number], into the best k [q, min(k, all)]: by score, ties by vector number.
+
+    Number -1 stands for nothing found and comes last.
+    """
+    scores = np.concatenate([scores for scores, _ in found], axis=1)
+    numbers = np.concatenate([numbers for _, numbers in found], axis=1)
+    scores = np.where(numbers < 0, -np.inf, scores)
+    order = np.lexsort((numbers, -scores), axis=1)[:, :k]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(numbers, order, axis=1)
+
+
+def _exact_scores(matrix: Matrix, places: Numbers, query: Matrix) -> Scores:
+    """Inner products of `matrix[places]` with `query` [d]. Equal vectors score equal wherever they lie."""
+    exact = query.astype(np.float64)
+    # Multiplied and then summed row by row: matrix products add up in an order that depends on a row's place.
+    return np.concatenate(
+        [
+            (matrix[places[start : start + _VECTORS_AT_ONCE]] * exact).sum(axis=1)
+            for start in range(0, len(places), _VECTORS_AT_ONCE)
+        ]
+    )
+
+
+def flat_matrix(index: Any) -> Matrix:
+    """The vectors [n, d] of a Flat index or one with an id map around it: FAISS's own memory, which `index` keeps."""
+    inner: Any = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexIDMap) else index
+    values = faiss.rev_swig_ptr(inner.get_xb(), index.ntotal * index.d)
+    matrix: Matrix = values.reshape(index.ntotal, index.d)
+    return matrix
