@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -348,6 +349,23 @@ def test_a_job_under_way_is_not_damaged(tmp_path: Path) -> None:
     assert audit(folder.root).ok
     with lock(folder):
         assert "is running this job just now" in pending()
+
+
+def test_nothing_that_a_kill_leaves_is_called_damage(tmp_path: Path, filesystem: Any) -> None:
+    for step in itertools.count(0, 2):
+        folder = JobFolder(tmp_path / str(step))
+        with filesystem.dies_at(step):
+            finish(folder, planned(folder))
+        finished = not filesystem.died
+        if folder.commits.exists():
+            found = audit(folder.root)
+            assert found.problems == ()
+            assert found.ok or not finished
+        finish(folder, planned(folder))
+        assert audit(folder.root).ok
+        if finished:
+            break
+    assert step > 60
 
 
 def test_a_job_that_embeds_nothing_or_wants_no_index_needs_none(tmp_path: Path) -> None:
