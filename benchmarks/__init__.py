@@ -1,0 +1,1 @@
+"""What Gristmill costs, each figure beside something it can be compared with in the same run."""

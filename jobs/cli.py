@@ -1,0 +1,235 @@
+"""The `gristmill` command. Whatever is slow to import is imported inside a command, so that --help answers at once.
+
+Exit status: 0 done, 1 the job failed or is not whole, 2 the request was wrong, 130 interrupted. With --json the answer
+is one document on standard output, also where something went wrong: {"error": ..., "exit_status": ...}.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, TextIO
+
+import typer
+
+from jobs.terminal import reserved_stdout, say, write_json
+from pipeline.errors import JobError, UserError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Batch generation, embedding and similarity search with decoder language models, on a Ray cluster.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+tokenizer_app = typer.Typer(help="Vocabularies.", rich_markup_mode=None)
+app.add_typer(tokenizer_app, name="tokenizer")
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
+JobDirectory = Annotated[Path, typer.Argument(metavar="OUT", help="A job directory.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+
+
+@app.command()
+def plan(job: JobFile) -> None:
+    """What would run, its memory and its estimated time. Changes nothing."""
+    from jobs.plan import make_plan
+    from jobs.specfile import load_spec
+
+    print(make_plan(load_spec(job)).describe())
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    job: JobFile,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Instead of the job's output.path.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Only the first N rows, for now.")] = None,
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Run the failed rows again.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Run a job, or resume it where it stopped. Asked again when done, it does nothing."""
+    from jobs.specfile import load_spec
+
+    spec = load_spec(job, settings or (), output=str(output) if output else None)
+    return _run(spec, context.obj, limit=limit, retry_errors=retry_errors)
+
+
+@app.command()
+def status(context: typer.Context, out: JobDirectory, as_json: AsJson = False) -> None:
+    """A job directory's progress."""
+    from jobs.status import describe_status, job_status
+
+    found = job_status(out)
+    context.obj.answer(found, describe_status(found))
+
+
+@app.command()
+def verify(context: typer.Context, out: JobDirectory, as_json: AsJson = False) -> int:
+    """Check that nothing is missing, changed or there twice. Exit status 0 only if so."""
+    from jobs.status import describe_audit
+    from pipeline.audit import audit
+
+    found = audit(out)
+    context.obj.answer(found.to_json(), describe_audit(out, found))
+    return 0 if found.ok else 1
+
+
+@app.command()
+def query(
+    context: typer.Context,
+    out: JobDirectory,
+    text: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT", help="What to look for.", show_default=False)
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many hits a query.")] = 10,
+    vector: Annotated[
+        Path | None, typer.Option(metavar="FILE.npy", help="Vectors to look for instead: [d] or [n, d].")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The nearest rows by cosine similarity, best first."""
+    from jobs.query import describe_results, query_texts, query_vectors
+
+    if bool(text) == (vector is not None):
+        raise UserError("query: give either a TEXT or --vector FILE.npy")
+    results = query_vectors(out, vector, k) if vector is not None else query_texts(out, text or [], k)
+    context.obj.answer({"results": [result.to_json() for result in results]}, describe_results(results))
+
+
+@app.command()
+def embed(
+    context: typer.Context,
+    source: Annotated[
+        str, typer.Argument(metavar="INPUT", help="A file, a folder, a glob or a URI.", show_default=False)
+    ],
+    model: Annotated[str, typer.Option(metavar="M", help="The model.", show_default=False)],
+    output: Annotated[Path, typer.Option(metavar="OUT", help="The job directory.", show_default=False)],
+    column: Annotated[str | None, typer.Option(metavar="C", help="The column that holds the text.")] = None,
+) -> int:
+    """Embed a corpus and index it: shorthand for such a job."""
+    from jobs.specfile import parse_spec
+
+    settings: dict[str, Any] = {
+        "name": output.name or "embed",
+        "model": model,
+        "input": {"path": source},
+        "embed": {},
+        "output": {"path": str(output)},
+    }
+    if column is not None:
+        settings["prompt"] = {"column": column}
+    return _run(parse_spec(settings, where="embed"), context.obj)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Option(metavar="M", help="The model.", show_default=False)],
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to ask it.", show_default=False)],
+) -> None:
+    """Answer one prompt, to try a model. Runs here, without Ray."""
+    from jobs.trial import answer_prompt
+
+    print(answer_prompt(model, prompt))
+
+
+@app.command()
+def upcycle(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A dense checkpoint.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.", show_default=False)],
+    experts: Annotated[int, typer.Option(min=1, help="Experts a layer.")] = 8,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Experts a token.")] = 2,
+) -> None:
+    """Turn a dense checkpoint into a Mixtral-format Mixture-of-Experts that computes the same."""
+    from pipeline.model_path import resolve_model
+    from workers.decoder.upcycle import upcycle as write_upcycled
+
+    if top_k > experts:
+        raise UserError(f"--top-k {top_k}: there are only {experts} experts")
+    write_upcycled(resolve_model(model), out, experts=experts, top_k=top_k)
+    say(f"wrote {out}")
+
+
+@tokenizer_app.command()
+def train(
+    corpus: Annotated[
+        str, typer.Argument(metavar="CORPUS", help="A file, a folder, a glob or a URI.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.", show_default=False)],
+    kind: Annotated[Literal["bpe", "unigram"], typer.Option(help="How words are cut.", show_default=False)],
+    vocab_size: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens in all.", show_default=False)],
+) -> None:
+    """Train a SentencePiece vocabulary."""
+    from pipeline.tokenizers.corpus import corpus_texts
+    from pipeline.tokenizers.training import train_tokenizer
+
+    done = train_tokenizer(corpus_texts(corpus), out, kind, vocab_size)
+    skipped = f"; {done.num_skipped:,} rows were no text" if done.num_skipped else ""
+    say(f"wrote {out}: {done.vocab_size:,} tokens, learnt from {done.num_texts:,} texts{skipped}")
+
+
+class Answers:
+    """Where a command's answer goes: words for people, or with --json one document, on standard output."""
+
+    def __init__(self, arguments: Sequence[str], json_stream: TextIO | None) -> None:
+        self.command_line = shlex.join(["gristmill", *arguments])
+        self._json_stream = json_stream
+
+    def answer(self, document: Any, words: str) -> None:
+        if self._json_stream is not None:
+            write_json(document, self._json_stream)
+        else:
+            print(words)
+
+    def refuse(self, message: str, exit_status: int) -> int:
+        say(f"gristmill: {message}")
+        if self._json_stream is not None:
+            write_json({"error": " ".join(message.split()), "exit_status": exit_status}, self._json_stream)
+        return exit_status
+
+
+def _run(spec: Any, answers: Answers, *, limit: int | None = None, retry_errors: bool = False) -> int:
+    from jobs.client import run as run_job
+    from jobs.report import describe_report
+    from jobs.terminal import ProgressDisplay
+
+    try:
+        with ProgressDisplay() as display:
+            result = run_job(spec, limit=limit, retry_errors=retry_errors, on_progress=display)
+    except KeyboardInterrupt:
+        return answers.refuse(f"stopped; what is done is kept. To go on: {answers.command_line}", INTERRUPTED)
+    answers.answer(result.report, describe_report(result.report, Path(spec.output.path)))
+    return 0
+
+
+def execute(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit status."""
+    if "--json" not in arguments:
+        return _execute(arguments, Answers(arguments, None))
+    with reserved_stdout() as stream:
+        return _execute(arguments, Answers(arguments, stream))
+
+
+def _execute(arguments: Sequence[str], answers: Answers) -> int:
+    try:
+        exit_status = app(args=list(arguments), prog_name="gristmill", standalone_mode=False, obj=answers)
+    except typer.TyperException as error:
+        return answers.refuse(f"{error.format_message()} (see gristmill --help)", error.exit_code)
+    except UserError as error:
+        return answers.refuse(str(error), 2)
+    except JobError as error:
+        return answers.refuse(str(error), 1)
+    return int(exit_status or 0)  # an interrupted command gives 130
+
+
+def main() -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(execute(sys.argv[1:]))

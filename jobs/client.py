@@ -1,0 +1,134 @@
+"""The Python interface: `jobs.client.run(spec)` runs a job, or resumes it, and returns its result."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.dataset as ds
+
+from jobs.controller import Controller
+from jobs.finishing import Finisher
+from jobs.fleet import Fleet, num_replicas
+from jobs.spec import JobSpec, JsonObject
+from jobs.specfile import load_spec, parse_spec
+from jobs.state import JobState
+from jobs.store import JobStore, open_store
+from jobs.tally import OnProgress, Tally
+from jobs.worker_settings import worker_settings
+from pipeline.errors import JobError, UserError
+from workers.run_log import run_log
+
+if TYPE_CHECKING:
+    from jobs.query import QueryResult
+
+DEFAULT_ENGINE = "workers.engine_factory:load_engine"
+
+
+class JobInterrupted(KeyboardInterrupt):
+    """The job was asked to stop. What is committed is kept, and running it again goes on from there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobResult:
+    """A job that is done: its directory, and what its report says."""
+
+    out: Path
+    report: JsonObject
+
+    def dataset(self) -> ds.Dataset:
+        """The committed parts, in the order of rows."""
+        return ds.dataset(sorted((self.out / "parts").glob("*.parquet")), format="parquet")
+
+    def search(self, texts: Sequence[str], k: int = 10) -> list[QueryResult]:
+        """The k rows nearest to each text, best first. UserError if the job made no index."""
+        from jobs.query import query_texts
+
+        return query_texts(self.out, texts, k)
+
+
+def run(
+    job: JobSpec | Mapping[str, Any] | str | Path,
+    *,
+    limit: int | None = None,
+    retry_errors: bool = False,
+    on_progress: OnProgress | None = None,
+    engine_factory: str = DEFAULT_ENGINE,
+) -> JobResult:
+    """Run a job (a spec, its settings, or a job file) to its end, or from where it stopped.
+
+    `limit`: only the first rows, for now. `retry_errors`: failed rows run again. A job that is done is left alone.
+    `engine_factory`: `module:callable` that makes a worker's engine (see `workers.engine_factory`).
+
+    UserError if the job can't be run as asked, JobError if it fails, JobInterrupted on SIGINT and SIGTERM; all keep
+    what is committed. Uses the Ray that is connected, or else starts one for itself.
+    """
+    if isinstance(job, JobSpec):
+        spec = job
+    else:
+        spec = parse_spec(job) if isinstance(job, Mapping) else load_spec(job)
+    with open_store(spec) as store, run_log(store.folder.root, "controller"):
+        return _run(store, limit, retry_errors, on_progress, engine_factory)
+
+
+def _run(
+    store: JobStore, limit: int | None, retry_errors: bool, on_progress: OnProgress | None, engine_factory: str
+) -> JobResult:
+    spec, committed = store.job.spec, store.committed()
+    state = JobState(
+        [split.num_rows for split in store.job.splits],
+        committed,
+        num_replicas=num_replicas(spec.cluster),
+        max_error_rate=spec.limits.max_error_rate,
+        limit=limit,
+        retry_errors=retry_errors,
+        embeds=spec.index is not None,
+    )
+    tally = Tally(rows_total=state.total_rows, committed=committed, retry_errors=retry_errors, on_progress=on_progress)
+    finisher = Finisher(store, tally)
+    report = store.report()
+    if not state.num_open and report is not None and finisher.index_is_current():
+        return JobResult(out=store.folder.root, report=report)
+    with Fleet(worker_settings(store, engine_factory), spec.cluster) as fleet:
+        controller = Controller(store, state, fleet, finisher, tally)
+        with _stopping(controller):
+            outcome = controller.run()
+    if outcome.kind == "interrupted":
+        raise JobInterrupted
+    if outcome.kind == "failed":
+        raise (UserError if outcome.is_user_error else JobError)(outcome.message)
+    assert finisher.written_report is not None
+    return JobResult(out=store.folder.root, report=finisher.written_report)
+
+
+@contextmanager
+def _stopping(controller: Controller) -> Iterator[None]:
+    """SIGINT and SIGTERM stop the controller; what is not worth waiting for (an index, an audit) ends at once.
+
+    A second signal does not wait for the workers either. Signals are only handled in the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = False
+
+    def on_signal(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked or not controller.is_running_rows:
+            raise JobInterrupted
+        asked = True
+        controller.stop()
+
+    before: dict[int, Callable[..., Any] | int | None] = {
+        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

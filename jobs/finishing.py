@@ -1,0 +1,62 @@
+"""What comes after the last commit: the index, the audit and the report, each from the committed parts alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jobs.report import write_report
+from jobs.spec import JsonObject
+from jobs.store import JobStore
+from jobs.tally import Tally
+from pipeline.audit import audit
+from pipeline.index.build import build_index, index_is_current
+from pipeline.index.manifest import Provenance
+from pipeline.tokenizer import load_tokenizer
+
+
+class Finisher:
+    """Each step may be done again at any time: a crash in it leaves the job as if the step had not begun."""
+
+    def __init__(self, store: JobStore, tally: Tally) -> None:
+        self._store = store
+        self._tally = tally
+        self.written_report: JsonObject | None = None
+
+    def index_is_current(self) -> bool:
+        """True also for a job that has none."""
+        if self._store.job.spec.index is None:
+            return True
+        return index_is_current(self._store.folder, self._store.log.commits, **self._index_arguments())
+
+    def ensure_index(self) -> None:
+        if not self.index_is_current():
+            build_index(self._store.folder, self._store.log.commits, **self._index_arguments())
+
+    def audit(self) -> tuple[str, ...]:
+        return tuple(audit(self._store.folder.root).problems)
+
+    def report(self) -> None:
+        self.written_report = write_report(
+            self._store.folder.root, self._tally.history, self._tally.started_at, facts=self._tally.facts()
+        )
+
+    def _index_arguments(self) -> dict[str, Any]:
+        spec = self._store.job.spec
+        assert spec.index is not None
+        return {
+            "job": spec.name,
+            "provenance": self._provenance(),
+            "kind": spec.index.kind,
+            "shards": 1 if spec.index.shards == "auto" else spec.index.shards,
+        }
+
+    def _provenance(self) -> Provenance:
+        job = self._store.job
+        assert job.spec.embed is not None
+        return Provenance(
+            model=job.spec.model,
+            model_files=job.covers["model"],
+            tokenizer=load_tokenizer(job.model_path).digest,
+            pooling=job.spec.embed.pooling,
+            query_template=job.spec.embed.query_template,
+        )

@@ -1,0 +1,132 @@
+"""The records of a job that a search found, with the text that was embedded built again from what they carry."""
+
+from __future__ import annotations
+
+import base64
+import bisect
+import math
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from jobs.spec import JobSpec
+from pipeline.errors import JobError, UserError
+from pipeline.job_folder import JobFolder, read_job, read_plan
+from pipeline.records import carried_names
+from pipeline.row_text import RowText
+from pipeline.schemas import InputSchema
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundRow:
+    """One record. `passage` is the text that was embedded where not the generation was, or None if it is lost."""
+
+    row: int
+    id: str | None
+    sample: int
+    generation: str | None
+    passage: str | None
+    columns: dict[str, Any]  # carried, under their names in the input, as JSON values
+
+
+class FoundRows:
+    """Reads single records of a job directory. Of each part that holds one, the row groups around it are read."""
+
+    def __init__(self, out: Path) -> None:
+        self._folder = JobFolder(out)
+        spec = JobSpec.model_validate(read_job(self._folder)["spec"])
+        self._first_rows = [split["first_row"] for split in read_plan(self._folder)["splits"]]
+        assert spec.output.columns != "auto", "columns are settled when a job is planned"
+        self._carried = carried_names(spec.output.columns)  # input column -> its column in the parts
+        own = spec.embed.template if spec.embed is not None else None
+        self._template = own or spec.prompt.template
+        self._column = None if self._template is not None else spec.prompt.column
+
+    def read(self, wanted: Collection[tuple[int, int]]) -> dict[tuple[int, int], FoundRow]:
+        """(row, sample) -> its record. JobError if one is not there, as after damage."""
+        by_split: dict[int, list[int]] = defaultdict(list)
+        for row, _ in wanted:
+            by_split[bisect.bisect_right(self._first_rows, row) - 1].append(row)
+        found: dict[tuple[int, int], FoundRow] = {}
+        for split, rows in by_split.items():
+            found |= {(record.row, record.sample): record for record in self._records(split, rows)}
+        missing = sorted(set(wanted) - found.keys())
+        if missing:
+            row, sample = missing[0]
+            raise JobError(
+                f"{self._folder.root}: row {row}, sample {sample}, is in the index but in no part; run verify"
+            )
+        return found
+
+    def _records(self, split: int, rows: list[int]) -> list[FoundRow]:
+        path = self._folder.part(split)
+        columns = ["row", "id", "sample", "text", *self._carried.values()]
+        try:
+            table = ds.dataset(path, format="parquet").to_table(columns=columns, filter=ds.field("row").isin(rows))
+        except (OSError, pa.ArrowException) as error:
+            raise JobError(f"{path}: can't be read ({' '.join(str(error).split())}); run verify") from error
+        passages = self._passages(table)
+        carried = {name: _plain_values(table[column]) for name, column in self._carried.items()}
+        records = zip(
+            *(table[name].to_pylist() for name in ("row", "sample")),
+            *(_plain_values(table[name]) for name in ("id", "text")),
+            passages,
+            strict=True,
+        )
+        return [
+            FoundRow(
+                row=row,
+                id=id,
+                sample=sample,
+                generation=text,
+                passage=passage,
+                columns={name: values[number] for name, values in carried.items()},
+            )
+            for number, (row, sample, id, text, passage) in enumerate(records)
+        ]
+
+    def _passages(self, table: pa.Table) -> list[str | None]:
+        inputs = pa.table({name: table[column] for name, column in self._carried.items()})
+        if inputs.num_columns == 0 or table.num_rows == 0:
+            return [None] * table.num_rows
+        try:
+            form = RowText(InputSchema(inputs.schema), template=self._template, column=self._column)
+        except UserError:  # a column that it needs is not carried over
+            return [None] * table.num_rows
+        (batch,) = inputs.combine_chunks().to_batches()
+        return [text if isinstance(text, str) else None for text in form.texts(batch)]
+
+
+def _plain_values(column: pa.ChunkedArray[Any]) -> list[Any]:
+    """As JSON has them. Text that is not valid UTF-8 is shown with replacement characters."""
+    try:
+        return [_plain(value) for value in column.to_pylist()]
+    except UnicodeDecodeError:
+        raw = pc.cast(column, pa.large_binary()).to_pylist() if _is_text(column.type) else [None] * len(column)
+        return [None if value is None else value.decode("utf-8", "replace") for value in raw]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case bytes():
+            return base64.b64encode(value).decode()
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case dict():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case _:
+            return value.isoformat() if hasattr(value, "isoformat") else str(value)

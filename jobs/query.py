@@ -1,0 +1,164 @@
+"""`gristmill query`: a text or a vector -> the nearest rows of a job's index, with what was embedded and carried over.
+
+A text is embedded as index.json says the rows were: by the same model, tokenizer and pooling, through its
+`query_template`. Whatever differs is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from jobs.found_rows import FoundRow, FoundRows
+from jobs.spec import JobSpec
+from jobs.status import open_job
+from pipeline.errors import RowError, UserError
+from pipeline.index.manifest import Provenance
+from pipeline.index.search import VectorIndex
+from pipeline.job_folder import read_job
+from pipeline.model_path import model_digest, resolve_model
+from pipeline.prompts import QueryText
+from pipeline.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hit:
+    """A row near the query. `field` says what of it was embedded, and `text` is that text: None where it can't be
+    rebuilt from the carried columns."""
+
+    row: int
+    id: str | None
+    sample: int
+    field: str
+    score: float
+    text: str | None
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueryResult:
+    query: str
+    hits: tuple[Hit, ...]  # best first
+
+    def to_json(self) -> dict[str, Any]:
+        return {"query": self.query, "hits": [dataclasses.asdict(hit) for hit in self.hits]}
+
+
+def query_texts(out: Path, texts: Sequence[str], k: int) -> list[QueryResult]:
+    """The k rows nearest to each text. UserError where there is no index, or the model is another than the index's."""
+    if not all(text.strip() for text in texts):
+        raise UserError("query: the text is empty; say what to look for")
+    folder = open_job(out)
+    index = VectorIndex.open(folder.index)
+    spec = JobSpec.model_validate(read_job(folder)["spec"])
+    vectors = embed_queries(texts, index.manifest.provenance, spec)
+    return _search(out, index, list(texts), vectors, k)
+
+
+def query_vectors(out: Path, file: Path, k: int) -> list[QueryResult]:
+    """The same for vectors in a .npy file, [d] or [n, d]."""
+    folder = open_job(out)
+    index = VectorIndex.open(folder.index)
+    try:
+        vectors = np.load(file, allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"--vector {file}: no such file") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"--vector {file}: not a .npy file of numbers ({' '.join(str(error).split())})") from None
+    if not isinstance(vectors, np.ndarray):
+        raise UserError(f"--vector {file}: an archive of arrays; save one array with numpy.save")
+    names = [str(file)] if vectors.ndim < 2 else [f"{file}[{number}]" for number in range(len(vectors))]
+    return _search(out, index, names, vectors, k)
+
+
+def embed_queries(texts: Sequence[str], made: Provenance, spec: JobSpec) -> npt.NDArray[np.float32]:
+    """Texts -> vectors [n, d], as `made` says. Loads the model, in this process; device and dtype are the job's."""
+    from workers.engine_factory import load_engine
+    from workers.settings import EngineSettings
+
+    model_path = resolve_model(made.model)
+    tokenizer = load_tokenizer(model_path)
+    here = dataclasses.replace(made, model_files=model_digest(model_path), tokenizer=tokenizer.digest)
+    difference = made.difference(here)
+    if difference is not None:
+        raise UserError(
+            f"model {made.model}: changed since the index was made ({difference}); put the old one back or embed anew"
+        )
+    query_text = QueryText(made.query_template)
+    tokens = tokenizer.encode_batch([query_text.build(text) for text in texts])
+    for text, ids in zip(texts, tokens, strict=True):
+        if isinstance(ids, RowError):
+            raise UserError(f"query {_shown(text)}: {ids.message}")
+    loaded = load_engine(
+        EngineSettings(
+            model_path=str(model_path),
+            device=spec.cluster.device,
+            dtype=spec.cluster.dtype,
+            threads=_num_cpus(),
+            max_sequences=min(64, len(texts)),
+        )
+    )
+    try:
+        vectors: npt.NDArray[np.float32] = loaded.engine.embed(tokens, pooling=made.pooling)
+    except ValueError as error:
+        raise UserError(f"query: {error}") from None
+    return vectors
+
+
+def describe_results(results: Sequence[QueryResult]) -> str:
+    """For people: a line of numbers and two lines of text a hit."""
+    lines = []
+    for result in results:
+        lines.append(result.query)
+        for hit in result.hits:
+            name = f"row {hit.row}" + (f", {hit.id}" if hit.id not in (None, str(hit.row)) else "")
+            lines.append(f"  {hit.score:.4f}  {name}" + (f", sample {hit.sample}" if hit.sample else ""))
+            text = hit.text if hit.text is not None else str(hit.columns or "")
+            lines += textwrap.wrap(
+                text, 100, initial_indent="    ", subsequent_indent="    ", max_lines=2, placeholder=" …"
+            )
+        if not result.hits:
+            lines.append("  nothing found")
+    return "\n".join(lines)
+
+
+def _search(
+    out: Path, index: VectorIndex, names: Sequence[str], vectors: npt.NDArray[Any], k: int
+) -> list[QueryResult]:
+    found = index.search(vectors, k)
+    rows = FoundRows(out).read({(hit.place.row, hit.place.sample) for hits in found for hit in hits})
+    return [
+        QueryResult(
+            query=name,
+            hits=tuple(_hit(rows[hit.place.row, hit.place.sample], hit.place.field, hit.score) for hit in hits),
+        )
+        for name, hits in zip(names, found, strict=True)
+    ]
+
+
+def _hit(row: FoundRow, field: str, score: float) -> Hit:
+    return Hit(
+        row=row.row,
+        id=row.id,
+        sample=row.sample,
+        field=field,
+        score=score,
+        text=row.generation if field == "generation" else row.passage,
+        columns=row.columns,
+    )
+
+
+def _shown(text: str) -> str:
+    return repr(textwrap.shorten(text, 40, placeholder=" …"))
+
+
+def _num_cpus() -> int:
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,131 @@
+"""A JobSpec and what it speaks of -> a job that can be planned: everything settled that the model or the input decides.
+
+Nothing is written, and neither torch nor Ray is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+from jobs.output_path import refuse_output_in_input
+from jobs.spec import JobSpec, JsonObject, fingerprint, fingerprint_parts
+from pipeline.errors import UserError
+from pipeline.model_path import model_digest, resolve_model
+from pipeline.row_text import RowText
+from pipeline.source import Source, Split, auto_rows_per_split
+from workers.pooling_choice import resolve_pooling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedJob:
+    """What an earlier run wrote into the job directory. `covers` is what its fingerprint is of."""
+
+    spec: JobSpec
+    fingerprint: str
+    date: str
+    covers: JsonObject
+    source: JsonObject
+    splits: tuple[Split, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedJob:
+    """`spec` has no `auto` left where the model or the input decide: prompt.column, embed.pooling, output.*."""
+
+    spec: JobSpec
+    model_path: Path
+    source: Source
+    splits: tuple[Split, ...]
+    covers: JsonObject
+    fingerprint: str
+
+
+def resolve(spec: JobSpec, planned: PlannedJob | None = None) -> ResolvedJob:
+    """Settle what is open.
+
+    With `planned`, the input is not scanned again if it is still the one that was planned, and `auto` is what it was
+    then. UserError where the model, the input or a column of it does not exist; JobError that names what changed if
+    the planned input is another by now.
+    """
+    refuse_output_in_input(spec)
+    refuse_unsupported(spec)
+    model_path = resolve_model(spec.model)
+    if planned is not None and planned.spec.input == spec.input:
+        source, is_scanned = Source.from_json(planned.source), False
+        source.check_unchanged()
+    else:
+        is_scanned = True
+        path = list(spec.input.path) if isinstance(spec.input.path, tuple) else spec.input.path
+        source = Source.open(path, job=spec.input.job, format=spec.input.format)
+    settled, rows_per_split = _settle(spec, source, model_path, planned)
+    covers = fingerprint_parts(
+        settled,
+        model_digest=model_digest(model_path),
+        input_files=[(PurePath(file.path).name, file.digest) for file in source.files],
+        rows_per_split=rows_per_split,
+    )
+    identity = fingerprint(covers)
+    if planned is not None and planned.fingerprint == identity:
+        splits = planned.splits
+    else:
+        splits = tuple(source.splits(rows_per_split)) if is_scanned else ()  # the latter is refused: another job
+    return ResolvedJob(
+        spec=settled,
+        model_path=model_path,
+        source=source,
+        splits=splits,
+        covers=covers,
+        fingerprint=identity,
+    )
+
+
+def refuse_unsupported(spec: JobSpec) -> None:
+    """UserError for what a later version will do."""
+    if spec.cluster.expert_parallel not in ("auto", 1):
+        raise UserError(
+            f"cluster.expert_parallel: {spec.cluster.expert_parallel} is not supported yet: each shard holds all "
+            "experts; leave it at 1, and set cluster.replicas for more shards"
+        )
+
+
+def _settle(spec: JobSpec, source: Source, model_path: Path, planned: PlannedJob | None) -> tuple[JobSpec, int]:
+    """The spec without what the model or the input decide, and rows_per_split."""
+    prompt = spec.prompt
+    if _reads_prompt(spec) and prompt.template is None and prompt.column is None:
+        text = RowText(source.columns, text_column=source.text_column)
+        prompt = prompt.model_copy(update={"column": text.columns[0]})
+    settled = spec.model_copy(update={"prompt": prompt})
+    carried = _carried(settled, source)
+    _refuse_columns(settled, source, carried)
+    rows_per_split = spec.output.rows_per_split
+    if rows_per_split == "auto" and planned is not None:
+        rows_per_split = planned.covers["rows_per_split"]
+    if rows_per_split == "auto":
+        rows_per_split = auto_rows_per_split(source.num_rows)
+    output = spec.output.model_copy(update={"columns": carried, "rows_per_split": rows_per_split})
+    embed = spec.embed
+    if embed is not None:
+        embed = embed.model_copy(update={"pooling": resolve_pooling(embed.pooling, model_path)})
+    return settled.model_copy(update={"output": output, "embed": embed}), rows_per_split
+
+
+def _reads_prompt(spec: JobSpec) -> bool:
+    """Whether the prompt is looked at: to continue it, or to embed it."""
+    return spec.generate is not None or (spec.embed is not None and spec.embed.template is None)
+
+
+def _carried(spec: JobSpec, source: Source) -> tuple[str, ...]:
+    """output.columns; `auto` are those that the prompt and the embedded text are made of."""
+    texts = []
+    if _reads_prompt(spec):
+        texts.append(RowText(source.columns, column=spec.prompt.column, template=spec.prompt.template))
+    if spec.embed is not None and spec.embed.template is not None:
+        texts.append(RowText(source.columns, template=spec.embed.template, section="embed"))
+    named = tuple(dict.fromkeys(column for text in texts for column in text.columns))
+    return named if spec.output.columns == "auto" else spec.output.columns
+
+
+def _refuse_columns(spec: JobSpec, source: Source, carried: tuple[str, ...]) -> None:
+    """UserError for a column that the input does not have, wherever it is named."""
+    source.columns.select([*carried, *([spec.input.id] if spec.input.id else [])])

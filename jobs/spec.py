@@ -1,0 +1,263 @@
+"""What a person asks for: a job's settings, parsed once and frozen, and the fingerprint that tells two jobs apart.
+
+Reading YAML, overrides and the wording of complaints is in `specfile.py`. Whatever needs the model or the input to be
+settled (which column, how many rows a split) is in `resolve.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+JsonObject = dict[str, Any]
+
+_BYTE_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def _refusal(message: str) -> PydanticCustomError:
+    return PydanticCustomError("setting", "{wanted}", {"wanted": message})
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _count_or_auto(value: object) -> object:
+    if value == "auto" or _is_count(value):
+        return value
+    raise _refusal("must be a whole number of at least 1, or auto")
+
+
+def _bytes_or_auto(value: object) -> object:
+    if value == "auto" or _is_count(value):
+        return value
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B)", value, re.IGNORECASE) if isinstance(value, str) else None
+    if size and size[2].lower() in _BYTE_UNITS and (num_bytes := int(float(size[1]) * _BYTE_UNITS[size[2].lower()])):
+        return num_bytes
+    raise _refusal("must be a number of bytes, a size such as 2GiB, or auto")
+
+
+def _auto_or_bool(value: object) -> object:
+    if value == "auto" or isinstance(value, bool):
+        return value
+    raise _refusal("must be auto, true or false")
+
+
+def _path_or_paths(value: object) -> object:
+    if value is None or (isinstance(value, str) and value):
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(path, str) and path for path in value):
+        return tuple(value)
+    raise _refusal("must be a path or a list of paths")
+
+
+def _names_or_auto(value: object) -> object:
+    if value == "auto":
+        return value
+    if isinstance(value, list | tuple) and all(isinstance(name, str) and name for name in value):
+        if len(set(value)) < len(value):
+            raise _refusal("must name each column once")
+        return tuple(value)
+    raise _refusal("must be a list of column names, or auto")
+
+
+Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
+CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
+BytesOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_bytes_or_auto)]
+
+
+class Section(BaseModel):
+    """Frozen; unknown keys and wrong types are refused, nothing is coerced but a whole number to a float."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class InputSpec(Section):
+    path: Annotated[str | tuple[str, ...] | None, BeforeValidator(_path_or_paths)] = None
+    job: Text | None = None
+    id: Text | None = None
+    format: Text = "auto"  # by the files' names; `lines` or `text` where plain text is otherwise than they suggest
+
+    @model_validator(mode="after")
+    def _one_source(self) -> InputSpec:
+        if self.path and self.job:
+            raise _refusal("path and job are both set; keep the one to read from")
+        if not self.path and not self.job:
+            raise _refusal("names nothing to read; set input.path (a file, a folder, a glob, a URI) or input.job")
+        return self
+
+
+class Example(Section):
+    """One exchange shown to the model before the row's own prompt."""
+
+    user: str
+    assistant: str
+
+
+class PromptSpec(Section):
+    template: Text | None = None
+    column: Text | None = None
+    chat: Annotated[bool | Literal["auto"], BeforeValidator(_auto_or_bool)] = "auto"
+    system: Text | None = None
+    examples: Annotated[tuple[Example, ...], Field(strict=False)] = ()
+    on_too_long: Literal["error", "truncate"] = "error"
+
+    @model_validator(mode="after")
+    def _one_text(self) -> PromptSpec:
+        if self.template is not None and self.column is not None:
+            raise _refusal("template and column are both set; keep one")
+        return self
+
+
+class GenerateSpec(Section):
+    """None leaves a setting to the model's generation_config.json, and without one to greedy decoding, no filter."""
+
+    max_new_tokens: Count = 64
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None  # 0: no filter, whatever generation_config.json says
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    stop: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    stop_token_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = ()
+    n: Count = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    logprobs: bool = False
+
+
+class EmbedSpec(Section):
+    of: Literal["prompt", "generation", "both"] = "prompt"
+    template: Text | None = None
+    query_template: Text = "{{ text }}"
+    pooling: Literal["auto", "mean", "last", "weighted_mean"] = "auto"
+    routing_weight: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _template_is_used(self) -> EmbedSpec:
+        if self.template is not None and self.of == "generation":
+            raise _refusal("template replaces the prompt as the embedded text, but of: generation embeds no prompt")
+        if self.routing_weight:
+            raise _refusal("routing_weight is not supported yet; leave it at 0.0")
+        return self
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The vector columns of a part."""
+        return ("prompt_embedding", "generation_embedding") if self.of == "both" else ("embedding",)
+
+
+class IndexSpec(Section):
+    kind: Text = "auto"
+    shards: CountOrAuto = "auto"
+
+
+class OutputSpec(Section):
+    path: Text
+    columns: Annotated[tuple[str, ...] | Literal["auto"], BeforeValidator(_names_or_auto)] = "auto"
+    rows_per_split: CountOrAuto = "auto"
+
+
+class EngineSpec(Section):
+    kv_cache_bytes: BytesOrAuto = "auto"
+    max_context: CountOrAuto = "auto"
+    step_tokens: CountOrAuto = "auto"
+    max_sequences: CountOrAuto = "auto"
+
+
+class LimitsSpec(Section):
+    max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+class ClusterSpec(Section):
+    replicas: CountOrAuto = "auto"
+    expert_parallel: CountOrAuto = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    threads: CountOrAuto = "auto"
+    address: Text | None = None
+
+
+class JobSpec(Section):
+    """One job. `output.path` is `out/NAME` and `index` is on for a job that embeds, unless they are given."""
+
+    name: Annotated[str, Field(pattern=r"^[^/\\\s][^/\\\n]*$")] = "job"
+    model: Text
+    input: InputSpec
+    prompt: PromptSpec = PromptSpec()
+    generate: GenerateSpec | None = None
+    embed: EmbedSpec | None = None
+    index: IndexSpec | None = None
+    output: OutputSpec
+    engine: EngineSpec = EngineSpec()
+    limits: LimitsSpec = LimitsSpec()
+    cluster: ClusterSpec = ClusterSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        optional = ("prompt", "index", "output", "engine", "limits", "cluster")
+        filled = {key: value for key, value in given.items() if not (value is None and key in optional)}
+        if filled.get("embed") is not None:
+            filled.setdefault("index", {})
+        output = filled.setdefault("output", {})
+        if isinstance(output, Mapping) and output.get("path") is None:
+            filled["output"] = {**output, "path": f"out/{filled.get('name', 'job')}"}
+        return filled
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> JobSpec:
+        if self.generate is None and self.embed is None:
+            raise _refusal("asks for nothing: set generate or embed (`generate: {}` takes the defaults)")
+        if self.generate is None:
+            if self.embed is not None and self.embed.of != "prompt":
+                raise _refusal(f"embed.of: {self.embed.of} needs something generated, and generate is not set")
+            for key in ("system", "examples"):
+                if getattr(self.prompt, key):
+                    raise _refusal(f"prompt.{key} is for generation, and generate is not set")
+            if self.prompt.chat is True:
+                raise _refusal("prompt.chat is for generation (embedded text never passes through the chat template)")
+        if self.embed is None and self.index is not None:
+            raise _refusal("index is set but embed is not: there would be no vectors to index")
+        if (
+            self.generate is None
+            and self.embed is not None
+            and self.embed.template is not None
+            and (self.prompt.template is not None or self.prompt.column is not None)
+        ):
+            raise _refusal("embed.template replaces the prompt, and nothing is generated from it: keep one of the two")
+        return self
+
+    def to_json(self) -> JsonObject:
+        return self.model_dump(mode="json")
+
+
+def fingerprint_parts(
+    spec: JobSpec, *, model_digest: Mapping[str, str], input_files: Sequence[tuple[str, str]], rows_per_split: int
+) -> JsonObject:
+    """Everything that a job's results depend on, by the key that it comes from.
+
+    `model_digest`: file name -> digest. `input_files`: (file name, digest) in row order. What is digested is the bytes
+    and never where they lie, so that a moved model or data set is the same job. `rows_per_split` is the number used.
+    """
+    return {
+        "model": dict(sorted(model_digest.items())),
+        "input": {"id": spec.input.id, "format": spec.input.format, "files": [list(file) for file in input_files]},
+        "prompt": spec.prompt.model_dump(mode="json"),
+        "generate": spec.generate.model_dump(mode="json") if spec.generate else None,
+        "embed": spec.embed.model_dump(mode="json") if spec.embed else None,
+        "rows_per_split": rows_per_split,
+    }
+
+
+def fingerprint(parts: JsonObject) -> str:
+    """The sha256 of `fingerprint_parts`, in hexadecimal."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,166 @@
+"""The job directory as the controller knows it: whose it is, what is planned, what is committed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from jobs.events import CommittedSplit
+from jobs.resolve import PlannedJob, ResolvedJob, resolve
+from jobs.spec import JobSpec, JsonObject
+from pipeline.commits import CommitLog, Recovery
+from pipeline.errors import JobError, UserError
+from pipeline.index.manifest import parts_digest
+from pipeline.job_folder import JobFolder, read_job, read_plan, write_job, write_plan
+from pipeline.lock import lock
+from pipeline.source import Split
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobStore:
+    """A job directory that this process holds."""
+
+    folder: JobFolder
+    job: ResolvedJob
+    date: str  # when the job was planned, ISO 8601: what chat templates print
+    log: CommitLog
+    recovery: Recovery  # what the last run left to mend
+
+    def committed(self) -> dict[int, CommittedSplit]:
+        return {
+            split: CommittedSplit(revision=commit.revision, rows=commit.rows, errors=commit.errors)
+            for split, commit in self.log.commits.items()
+        }
+
+    def parts_digest(self) -> str:
+        """Another whenever a part is."""
+        return parts_digest(self.log.commits)
+
+    def report(self) -> JsonObject | None:
+        """The last report, if it is about the parts as they are now."""
+        try:
+            report = json.loads((self.folder.root / "report.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return report if isinstance(report, dict) and report.get("parts_digest") == self.parts_digest() else None
+
+
+@contextmanager
+def open_store(spec: JobSpec) -> Iterator[JobStore]:
+    """Resolve the job, take its directory and plan or recover it.
+
+    Nothing is written before the model and the input are known to exist. UserError for a directory that holds another
+    job or something else, JobError while another process works in it or if the input or the weights have changed.
+    """
+    folder = JobFolder(Path(spec.output.path).expanduser().absolute())
+    job = None
+    if not folder.job_file.exists():
+        _refuse_foreign(folder)
+        job = resolve(spec)  # a job that can't be run leaves nothing behind
+    with lock(folder):
+        planned = read_planned(folder)
+        if planned is not None:
+            job, date = resolve(spec, planned), planned.date
+            _refuse_other(folder, job, planned)
+        else:
+            job, date = job or resolve(spec), datetime.now().astimezone().isoformat(timespec="seconds")
+            _plan(folder, job, date)
+        log = CommitLog(folder, fingerprint=job.fingerprint)
+        yield JobStore(folder=folder, job=job, date=date, log=log, recovery=log.recover())
+
+
+def read_planned(folder: JobFolder) -> PlannedJob | None:
+    """What an earlier run planned; None where none got that far. JobError if it is damaged."""
+    if not folder.job_file.exists():
+        return None
+    job, plan = read_job(folder), read_plan(folder)
+    try:
+        return PlannedJob(
+            spec=JobSpec.model_validate(job["spec"]),
+            fingerprint=job["fingerprint"],
+            date=job["planned_at"],
+            covers=job["covers"],
+            source=plan["source"],
+            splits=tuple(Split.from_json(split) for split in plan["splits"]),
+        )
+    except (ValidationError, KeyError, TypeError) as error:
+        line = " ".join(str(error).split())
+        raise JobError(f"{folder.job_file} is not of this version of gristmill: {line[:200]}") from error
+
+
+def _plan(folder: JobFolder, job: ResolvedJob, date: str) -> None:
+    """job.json comes last: where it is, the job is planned."""
+    write_plan(
+        folder,
+        fingerprint=job.fingerprint,
+        splits=[split.to_json() for split in job.splits],
+        document={"source": job.source.to_json()},
+    )
+    document = {"spec": job.spec.to_json(), "planned_at": date, "covers": job.covers}
+    write_job(folder, fingerprint=job.fingerprint, document=document)
+
+
+def _refuse_foreign(folder: JobFolder) -> None:
+    """A folder that is not a job directory may hold other things, but nothing where this job's are to be."""
+    root = folder.root
+    if root.exists() and not root.is_dir():
+        raise UserError(f"output.path {root} is a file; name a folder")
+    for name in ("parts", "commits", "index"):
+        if (root / name).is_dir() and any((root / name).iterdir()):
+            raise UserError(
+                f"output.path {root} has a folder {name}/ but no job.json, so it is not a job's; name another"
+            )
+
+
+def _refuse_other(folder: JobFolder, job: ResolvedJob, planned: PlannedJob) -> None:
+    if job.fingerprint == planned.fingerprint:
+        if job.spec.output.columns != planned.spec.output.columns:
+            raise UserError(
+                f"output.path {folder.root} holds this job with output.columns {_names(planned)}; "
+                "ask for the same or name another output.path"
+            )
+        return
+    changes = differences(planned.covers, job.covers)
+    sections = {change.partition(".")[0] for change in changes}
+    if sections <= {"model"}:
+        raise JobError(
+            f"the model has changed since the job in {folder.root} was planned: "
+            f"{_listed([change.removeprefix('model.') for change in changes])}; "
+            "put the old one back or name another output.path"
+        )
+    raise UserError(
+        f"output.path {folder.root} holds another job: {_listed(changes)} "
+        f"{'differs' if len(changes) == 1 else 'differ'}; name another output.path, or remove this one"
+    )
+
+
+def _names(planned: PlannedJob) -> str:
+    columns = planned.spec.output.columns
+    return f"[{', '.join(columns)}]" if columns != "auto" else "auto"
+
+
+def _listed(changes: list[str]) -> str:
+    shown = ", ".join(changes[:3])
+    return shown + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
+
+
+def differences(before: JsonObject, now: JsonObject, prefix: str = "") -> list[str]:
+    """The keys whose values differ, dotted, as deep as both sides are mappings.
+
+    >>> differences({"generate": {"n": 1, "seed": 0}}, {"generate": {"n": 2, "seed": 0}})
+    ['generate.n']
+    """
+    found: list[str] = []
+    for key in dict.fromkeys([*before, *now]):
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += differences(one, other, f"{prefix}{key}.")
+        elif one != other:
+            found.append(f"{prefix}{key}")
+    return found

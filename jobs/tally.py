@@ -1,0 +1,140 @@
+"""What the controller counts while a job runs: for the progress bar now, for the report at the end."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jobs.events import CommittedSplit, ReplicaDied, ShardId
+from jobs.progress import Progress
+from workers.assignment import ShardReport
+
+SHOWN_EVERY_S = 0.5
+MAX_HISTORY = 2000
+
+OnProgress = Callable[[Progress], None]
+
+
+class Tally:
+    """Counts of this run. Rows are those of commits, and those that shards have done and not yet handed over."""
+
+    def __init__(
+        self,
+        *,
+        rows_total: int,
+        committed: Mapping[int, CommittedSplit],
+        retry_errors: bool,
+        on_progress: OnProgress | None,
+    ) -> None:
+        """`retry_errors`: failed rows count as not done until they were tried again."""
+        self._on_progress = on_progress
+        self._rows_total = rows_total
+        self._done = {index: split.rows - (split.errors if retry_errors else 0) for index, split in committed.items()}
+        self._errors = {index: 0 if retry_errors else split.errors for index, split in committed.items()}
+        self._rows_at_start = self._rows = sum(self._done.values())
+        self._error_rows = sum(self._errors.values())
+        self._reports: dict[ShardId, ShardReport] = {}
+        self._gone: Counter[str] = Counter()  # totals of shards that are no more
+        self._phase = "starting"
+        self._phases: dict[str, float] = {}
+        self._began_at = self._phase_at = time.monotonic()
+        self._began_wall = time.time()
+        self._running_at: float | None = None  # when the first shard was ready for rows
+        self._shown_at = 0.0
+        self._lacking: dict[int, tuple[float, list[dict[str, Any]]]] = {}  # replica -> since when, for which deaths
+        self._deaths: list[dict[str, Any]] = []
+        self._first_steps: list[float] = []
+        self._num_splits = 0
+        self.history: list[Progress] = []
+        self.started_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+    def enter(self, phase: str) -> None:
+        now = time.monotonic()
+        self._phases[self._phase] = self._phases.get(self._phase, 0.0) + now - self._phase_at
+        self._phase, self._phase_at = phase, now
+        self.show(at_once=True)
+
+    def take(self, shard: ShardId, report: ShardReport) -> None:
+        self._reports[shard] = report
+        if report.phase == "loading" and self._phase == "starting":
+            self.enter("loading the model")
+        if report.phase != "running":
+            return
+        now = time.monotonic()
+        if self._running_at is None:
+            self._running_at = now
+            self.enter("rows")
+        since, deaths = self._lacking.pop(shard.replica, (now, []))
+        for death in deaths:
+            death["recovered_after_s"] = round(now - since, 3)
+
+    def mourn(self, death: ReplicaDied) -> None:
+        now = time.monotonic()
+        record = {"replica": death.replica, "at_s": round(now - self._began_at, 3), "reason": death.reason}
+        self._deaths.append(record)
+        self._lacking.setdefault(death.replica, (now, []))[1].append(record)
+        for shard in [shard for shard in self._reports if shard.replica == death.replica]:
+            report = self._reports.pop(shard)
+            self._gone.update(_totals(report))
+            self._first_steps += [report.first_step_at] if report.first_step_at else []
+
+    def commit(self, split: int, *, rows: int, errors: int) -> None:
+        self._rows += rows - self._done.get(split, 0)
+        self._error_rows += errors - self._errors.get(split, 0)
+        self._done[split], self._errors[split] = rows, errors
+        self._num_splits += 1
+
+    def show(self, *, at_once: bool = False) -> None:
+        now = time.monotonic()
+        if at_once or now - self._shown_at >= SHOWN_EVERY_S:
+            self._shown_at = now
+            self.history.append(self.progress())
+            if len(self.history) > MAX_HISTORY:
+                self.history = self.history[::2]
+            if self._on_progress is not None:
+                self._on_progress(self.history[-1])
+
+    def progress(self) -> Progress:
+        totals = self._all_totals()
+        unreported = sum(report.counts.unreported_rows for report in self._reports.values())
+        return Progress(
+            phase=self._phase,
+            rows_done=min(self._rows + unreported, self._rows_total),
+            rows_total=self._rows_total,
+            rows_at_start=self._rows_at_start,
+            error_rows=self._error_rows,
+            prompt_tokens=int(totals["prompt_tokens"] + totals["embedded_tokens"]),
+            completion_tokens=int(totals["completion_tokens"]),
+            elapsed_s=time.monotonic() - self._running_at if self._running_at is not None else 0.0,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """For the report: how this run went, apart from what its parts say."""
+        now = time.monotonic()
+        phases = {**self._phases, self._phase: self._phases.get(self._phase, 0.0) + now - self._phase_at}
+        totals = self._all_totals()
+        first_steps = self._first_steps + [r.first_step_at for r in self._reports.values() if r.first_step_at]
+        return {
+            "seconds": {phase: round(seconds, 3) for phase, seconds in phases.items()},
+            "first_step_at": min(first_steps, default=None),  # seconds since 1970
+            "first_token_s": round(min(first_steps) - self._began_wall, 3) if first_steps else None,
+            "splits_committed": self._num_splits,
+            "deaths": self._deaths,
+            "embedded_tokens": int(totals["embedded_tokens"]),
+            "engine": {name: round(value, 3) for name, value in totals.items() if name not in _OWN_COUNTS},
+        }
+
+    def _all_totals(self) -> Counter[str]:
+        totals = Counter(self._gone)
+        for report in self._reports.values():
+            totals.update(_totals(report))
+        return totals
+
+
+_OWN_COUNTS = ("prompt_tokens", "completion_tokens", "embedded_tokens")
+
+
+def _totals(report: ShardReport) -> dict[str, Any]:
+    return {name: getattr(report.counts, name) for name in _OWN_COUNTS} | report.engine

@@ -1,0 +1,44 @@
+"""`gristmill generate`: one prompt through a model in this process, rendered and sampled as a job would."""
+
+from __future__ import annotations
+
+import os
+
+import pyarrow as pa
+
+from jobs.spec import GenerateSpec
+from pipeline.errors import RowError, UserError
+from pipeline.model_path import resolve_model
+from pipeline.prompts import ModelText, PromptBuilder, PromptSettings
+from pipeline.schemas import InputSchema
+from pipeline.source import Rows
+from workers.engine_factory import load_engine
+from workers.sampling_choice import resolve_sampling
+from workers.settings import EngineSettings
+
+
+def answer_prompt(model: str, prompt: str) -> str:
+    """The model's answer, through its chat template where it has one. UserError where it can't answer."""
+    path = resolve_model(model)
+    sampling = resolve_sampling(GenerateSpec().model_dump(), path)
+    threads = len(os.sched_getaffinity(0))
+    loaded = load_engine(EngineSettings(model_path=str(path), device="auto", threads=threads, max_sequences=1))
+    tokenizer = loaded.tokenizer
+    batch = pa.record_batch({"text": [prompt]})
+    builder = PromptBuilder(
+        PromptSettings(column="text"),
+        InputSchema(batch.schema),
+        model=ModelText(
+            chat_template=tokenizer.chat_template,
+            special_tokens=tokenizer.special_tokens,
+            control_strings=tokenizer.control_strings,
+        ),
+    )
+    (built,) = builder.build(Rows(first_row=0, batch=batch, errors={}))
+    tokens = built if isinstance(built, RowError) else tokenizer.encode_batch([built])[0]
+    if isinstance(tokens, RowError):
+        raise UserError(f"--prompt: {tokens.message}")
+    (output,) = loaded.engine.generate([tokens], sampling)
+    if output.error is not None:
+        raise UserError(f"--prompt: {output.error.message}")
+    return str(output.text)

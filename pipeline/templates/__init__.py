@@ -1,0 +1,1 @@
+"""Jinja templates that can't hurt: sandboxed, and bounded in size and time."""

@@ -1,0 +1,72 @@
+"""What is documented is what there is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic.fields import FieldInfo
+
+from jobs.cli import app
+from jobs.spec import JobSpec, Section
+from pipeline.errors import ROW_ERROR_CODES
+from pipeline.records import part_schema
+
+ROOT = Path(__file__).parents[2]
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The settings below a key, where it holds some."""
+    candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+    return next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, Section)), None)
+
+
+def settings() -> list[tuple[str, str]]:
+    """(heading in docs/job-files.md, key) of every setting."""
+    found = [("Top level", key) for key in JobSpec.model_fields]
+    for key, field in JobSpec.model_fields.items():
+        section = section_of(field)
+        if section is not None:
+            found += [(key, inner) for inner in section.model_fields]
+    return found
+
+
+def documented(page: str, heading: str) -> set[str]:
+    """The names in the first column of the table under a heading."""
+    text = (ROOT / page).read_text()
+    below = re.split(r"^## ", text, flags=re.MULTILINE)
+    (body,) = [part for part in below if part.startswith(f"{heading}\n")]
+    rows = [line.split("|")[1] for line in body.splitlines() if line.startswith("|")]
+    return {name for cell in rows for name in re.findall(r"`([^`]+)`", cell)}
+
+
+@pytest.mark.parametrize("heading", sorted({heading for heading, _ in settings()}))
+def test_every_setting_of_a_job_is_documented_and_no_other(heading: str) -> None:
+    assert documented("docs/job-files.md", heading) == {key for place, key in settings() if place == heading}
+
+
+def test_every_row_error_is_documented_and_no_other() -> None:
+    assert documented("docs/errors.md", "Of a row: an error row") == ROW_ERROR_CODES
+
+
+def test_every_column_of_a_part_is_documented_and_no_other() -> None:
+    import pyarrow as pa
+
+    schema = part_schema(embeds=None, dimension=None, carried=pa.schema([]))
+    assert documented("docs/job-directory.md", "A part's columns") == set(schema.names)
+
+
+def test_every_command_is_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for command in app.registered_commands:
+        assert command.callback is not None
+        assert f"gristmill {command.name or command.callback.__name__}" in readme
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / target).exists(), target

@@ -1,0 +1,119 @@
+"""A checkpoint opened for reading: what decoder it is, and its tensors by our names.
+
+Directories in Hugging Face layout with safetensors, and GGUF files. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UserError
+from workers.decoder.config import DecoderConfig
+from workers.decoder.families import gguf
+from workers.decoder.families.document import Document
+from workers.decoder.families.registry import Family, family_of
+from workers.decoder.gguf_files import GgufFiles
+from workers.decoder.safetensors_files import SafetensorsFiles, has_safetensors
+from workers.decoder.storage import Source, Storage
+
+
+class Checkpoint:
+    def __init__(self, path: Path, config: DecoderConfig, storage: Storage, sources: dict[str, Source]) -> None:
+        self.path = path
+        self.config = config
+        self.storage = storage
+        self.sources = sources
+
+    def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Our tensor `name`, in memory of its own. UserError where it is missing or has another shape."""
+        source = self.sources[name]
+        if source.name not in self.storage.names:
+            raise UserError(
+                f"{self.path}: tensor {source.name} is missing, which this {self.config.architecture} of "
+                f"{len(self.config.layers)} layers needs; fetch the checkpoint again, or mend its configuration"
+            )
+        published = self.storage.shape(source.name)
+        if source.at is not None and not (len(published) == len(shape) + 1 and source.at < published[0]):
+            raise self._misshapen(source, shape)
+        if source.rows is not None and source.rows[1] > published[0 if source.at is None else 1]:
+            raise self._misshapen(source, shape)
+        tensor = self.storage.read(source, dtype)
+        if tensor.shape != shape:
+            raise self._misshapen(source, shape)
+        return tensor
+
+    def _misshapen(self, source: Source, wanted: tuple[int, ...]) -> UserError:
+        piece = "" if source.at is None and source.rows is None else "a piece of "
+        return UserError(
+            f"{self.storage.where(source.name)}: tensor {source.name} has the shape "
+            f"{list(self.storage.shape(source.name))}, but the configuration needs {piece}it to be {list(wanted)}; "
+            "fetch the checkpoint again, or mend its configuration"
+        )
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Open a directory in Hugging Face layout or a .gguf file. Reads headers only; UserError when it can't be."""
+    if path.is_dir():
+        return _open_folder(path)
+    if path.is_file():
+        return _open_gguf(path)
+    raise UserError(f"{path}: no such file or folder")
+
+
+def read_document(folder: Path) -> Document:
+    """The config.json of a directory in Hugging Face layout."""
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a model in Hugging Face layout: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: can't be read as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: holds no object")
+    if values.get("quantization_config"):
+        method = Document(str(file), values).inner("quantization_config").text("quant_method", "unknown")
+        raise UserError(
+            f"{file}: weights quantized by {method!r} can't be read; use the unquantized checkpoint or a GGUF"
+        )
+    return Document(str(file), values)
+
+
+def _read_config(family: Family, document: Document) -> DecoderConfig:
+    try:
+        return family.read_config(document)
+    except UserError:
+        raise
+    except ValueError as error:  # values that are fine one by one and make no decoder together
+        raise UserError(f"{document.where}: {error}") from None
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    document = read_document(folder)
+    family = family_of(document)
+    config = _read_config(family, document)
+    if not has_safetensors(folder):
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        if pickles:
+            raise UserError(
+                f"{folder / pickles[0]}: pickled weights are never read, since reading them can run any code; "
+                "convert the checkpoint to safetensors or fetch it in that format"
+            )
+        raise UserError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json; fetch the weights")
+    storage = SafetensorsFiles(folder)
+    return Checkpoint(folder, config, storage, family.sources(config, storage.names))
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    storage = GgufFiles(path, prefixes=tuple(f"{name}." for name in ("general", *gguf.ARCHITECTURES)))
+    divisors: tuple[float, ...] = ()
+    if "rope_freqs.weight" in storage.names:
+        divisors = tuple(storage.read(Source("rope_freqs.weight"), torch.float32).tolist())
+    shapes = {name: storage.shape(name) for name in storage.names}
+    document = gguf.read_document(str(path), storage.metadata, gguf.GgufTensors(str(path), shapes, divisors))
+    config = _read_config(family_of(document), document)
+    return Checkpoint(path, config, storage, gguf.sources(config, storage.names))

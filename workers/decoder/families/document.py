@@ -1,0 +1,74 @@
+"""A checkpoint's own configuration, read key by key; what is missing or wrong is told with its file and key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """`where` is the file that the values came from."""
+
+    where: str
+    values: Mapping[str, Any]
+
+    def __contains__(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A whole number above 0."""
+        value = self._value(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.wrong(key, "a whole number above 0")
+        return value
+
+    def optional_integer(self, key: str, default: int | None = None) -> int | None:
+        """As `integer`; null means none. `default` counts only where the key is not there at all."""
+        if key not in self.values:
+            return default
+        return self.integer(key) if key in self else None
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._value(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self.wrong(key, "a number")
+        return float(value)
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        value = self._value(key, default)
+        if not isinstance(value, bool):
+            raise self.wrong(key, "true or false")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._value(key, default)
+        if not isinstance(value, str):
+            raise self.wrong(key, "a text")
+        return value
+
+    def choice(self, key: str, choices: Mapping[str, str], default: str | None = None) -> str:
+        """What `choices` makes of the text under `key`."""
+        value = self.text(key, default)
+        if value not in choices:
+            raise UserError(f"{self.where}: {key} {value!r} is not supported ({', '.join(choices)} are)")
+        return choices[value]
+
+    def inner(self, key: str) -> Document:
+        """The object under `key`, empty where there is none."""
+        value = self.values.get(key) or {}
+        if not isinstance(value, Mapping):
+            raise self.wrong(key, "an object")
+        return Document(f"{self.where}: {key}", value)
+
+    def wrong(self, key: str, wanted: str) -> UserError:
+        if key not in self.values:
+            return UserError(f"{self.where}: {key} is missing; it must be {wanted}")
+        return UserError(f"{self.where}: {key} must be {wanted}, not {self.values[key]!r}")
+
+    def _value(self, key: str, default: Any) -> Any:
+        value = self.values.get(key)
+        return default if value is None else value

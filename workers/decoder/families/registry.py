@@ -1,0 +1,35 @@
+"""Which module knows which architecture. Adding one is adding a module and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Protocol
+
+from pipeline.errors import UserError
+from workers.decoder.config import DecoderConfig
+from workers.decoder.families import llama, mistral, mixtral
+from workers.decoder.families.document import Document
+from workers.decoder.storage import Source
+
+
+class Family(Protocol):
+    """A module of this folder. `sources` gives each of our tensor names its place among the published `names`."""
+
+    MODEL_TYPES: tuple[str, ...]
+
+    def read_config(self, document: Document) -> DecoderConfig: ...
+
+    def sources(self, config: DecoderConfig, names: Collection[str]) -> dict[str, Source]: ...
+
+
+_MODULES: tuple[Family, ...] = (llama, mistral, mixtral)
+FAMILIES: dict[str, Family] = {model_type: module for module in _MODULES for model_type in module.MODEL_TYPES}
+
+
+def family_of(document: Document) -> Family:
+    model_type = document.text("model_type")
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"{document.where}: architecture {model_type!r} is not supported ({', '.join(sorted(FAMILIES))} are)"
+        )
+    return FAMILIES[model_type]

@@ -1,0 +1,51 @@
+/* What lies between the products, a pass each over the tokens' rows. */
+#include "vector.h"
+
+/* y [T, C] = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019). */
+void gristmill_rms_norm(const float *x, const float *weight, float eps, int64_t T, int64_t C, float *y, int64_t threads) {
+  const int64_t whole = C / LANES * LANES;
+#pragma omp parallel for schedule(static) num_threads(threads) if (T * C > 16384)
+  for (int64_t t = 0; t < T; t++) {
+    const float *in = x + t * C;
+    float *out = y + t * C, squares;
+    vec acc[4] = {{0}, {0}, {0}, {0}};
+    for (int64_t c = 0, i = 0; c < whole; c += LANES, i = (i + 1) & 3) acc[i] += load(in + c) * load(in + c);
+    squares = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+    for (int64_t c = whole; c < C; c++) squares += in[c] * in[c];
+    const float scale = 1.0f / sqrtf(squares / (float)C + eps);
+    for (int64_t c = 0; c < whole; c += LANES) store(out + c, load(in + c) * splat(scale) * load(weight + c));
+    for (int64_t c = whole; c < C; c++) out[c] = in[c] * scale * weight[c];
+  }
+}
+
+/* y [T, F] = silu(gate) * up for gate_up [T, 2F]: gate in the first half, up in the second (Shazeer 2020, SwiGLU). */
+void gristmill_silu_mul(const float *gate_up, int64_t T, int64_t F, float *y, int64_t threads) {
+  const int64_t whole = F / LANES * LANES;
+#pragma omp parallel for schedule(static) num_threads(threads) if (T * F > 16384)
+  for (int64_t t = 0; t < T; t++) {
+    const float *gate = gate_up + t * 2 * F, *up = gate + F;
+    float *out = y + t * F;
+    for (int64_t f = 0; f < whole; f += LANES) {
+      vec g = load(gate + f);
+      store(out + f, g / (splat(1.0f) + vexp(-g)) * load(up + f));
+    }
+    for (int64_t f = whole; f < F; f++) out[f] = gate[f] / (1.0f + vexp(splat(-gate[f]))[0]) * up[f];
+  }
+}
+
+/* y [T, H, D] = x with the first 2 * half columns of each head rotated by the token's angles cos, sin [T, half]:
+   column i pairs with i + half (Su et al. 2021, in the order of GPT-NeoX and Llama). x's tokens are `stride` apart. */
+void gristmill_rotate(const float *x, int64_t stride, const float *cosine, const float *sine, int64_t T, int64_t H,
+                      int64_t D, int64_t half, float *y, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (T * H * D > 16384)
+  for (int64_t t = 0; t < T; t++)
+    for (int64_t h = 0; h < H; h++) {
+      const float *in = x + t * stride + h * D, *c = cosine + t * half, *s = sine + t * half;
+      float *out = y + (t * H + h) * D;
+      for (int64_t i = 0; i < half; i++) {
+        out[i] = in[i] * c[i] - in[i + half] * s[i];
+        out[i + half] = in[i + half] * c[i] + in[i] * s[i];
+      }
+      for (int64_t i = 2 * half; i < D; i++) out[i] = in[i];
+    }
+}

@@ -1,0 +1,160 @@
+"""The whole decoder: token ids in, hidden states and logits out, over a paged KV cache.
+
+T tokens of a step, S rows of logits, C model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from workers.decoder import ops
+from workers.decoder.attention import AttentionMetadata, AttentionSpec, KVPool
+from workers.decoder.block import Block
+from workers.decoder.checkpoint import Checkpoint, load_checkpoint
+from workers.decoder.config import DecoderConfig
+from workers.decoder.memory import freed_at_once
+from workers.decoder.norm import Norm
+from workers.decoder.position import Rotary
+from workers.decoder.precision import Precision, resolve_precision
+from workers.decoder.tensors import Tensors
+from workers.decoder.weight import Weight
+from workers.parallel.dispatch import Dispatcher, LocalDispatcher
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerGroup:
+    """Layers that attend alike: they share a block table, and each block holds the same positions in all of them."""
+
+    spec: AttentionSpec
+    layers: tuple[int, ...]
+
+
+def layer_groups(config: DecoderConfig) -> tuple[LayerGroup, ...]:
+    """The groups in the order of their first layers."""
+    layers: dict[AttentionSpec, list[int]] = {}
+    for index, layer in enumerate(config.layers):
+        layers.setdefault(layer.attention.spec, []).append(index)
+    return tuple(LayerGroup(spec=spec, layers=tuple(indices)) for spec, indices in layers.items())
+
+
+class Decoder:
+    """One rank's decoder. Sequences travel packed, [T, C] without padding, prefill and decode mixed."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        embedding: Weight,
+        blocks: Sequence[Block],
+        norm: Norm,
+        output: Weight,
+        precision: Precision,
+        device: torch.device,
+        dispatcher: Dispatcher,
+    ) -> None:
+        self.config = config
+        self.groups = layer_groups(config)
+        self.vocab_size = config.vocab_size
+        self.hidden_width = config.hidden_width
+        self.precision = precision
+        self.device = device
+        self.embedding = embedding  # [V, C]
+        self.blocks = tuple(blocks)
+        self.norm = norm
+        self.output = output  # [V, C]; the embedding itself when tied
+        self.dispatcher = dispatcher
+        self._group_of = {layer: g for g, group in enumerate(self.groups) for layer in group.layers}
+        rotaries = (layer.attention.rotary for layer in config.layers)
+        self._rotaries = {rotary: Rotary(rotary, device) for rotary in rotaries if rotary is not None}
+
+    @classmethod
+    def load(
+        cls,
+        source: Path | Checkpoint,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: str = "auto",
+        experts: Sequence[Sequence[int]] | None = None,
+        dispatcher: Dispatcher | None = None,
+    ) -> Decoder:
+        """Read a checkpoint's weights: a directory in Hugging Face layout, a .gguf file, or one opened before.
+
+        `dtype` is "auto", "float32" or "bfloat16". `experts[layer]` names the expert of each slot that this rank holds
+        (None: all); other experts are not read, and `dispatcher` must know the same placement.
+        Peak memory: the weights held plus one tensor. UserError when the checkpoint is not whole.
+        """
+        device = torch.device(device)
+        checkpoint = source if isinstance(source, Checkpoint) else load_checkpoint(source)
+        config = checkpoint.config
+        precision = resolve_precision(dtype, device)
+        tensors = Tensors(checkpoint, "", precision.weights, device)
+        with freed_at_once():
+            embedding = tensors.weight(config.hidden_width, ("embedding.weight", config.vocab_size))
+            blocks = [
+                Block.load(i, config, tensors, None if experts is None else experts[i])
+                for i in range(len(config.layers))
+            ]
+            norm = Norm.load(config.norm, config.hidden_width, tensors.under("norm"))
+            output = embedding
+            if not config.tied_embeddings:
+                output = tensors.weight(config.hidden_width, ("output.weight", config.vocab_size))
+        return cls(
+            config,
+            embedding=embedding,
+            blocks=blocks,
+            norm=norm,
+            output=output,
+            precision=precision,
+            device=device,
+            dispatcher=dispatcher or LocalDispatcher(),
+        )
+
+    def new_pools(self, num_blocks: Sequence[int], block_tokens: int) -> list[KVPool]:
+        """Empty pools, one a layer; `num_blocks` is given a group."""
+        return [
+            ops.new_pool(
+                layer.attention.spec,
+                num_blocks[self._group_of[i]],
+                block_tokens,
+                dtype=self.precision.cache,
+                device=self.device,
+            )
+            for i, layer in enumerate(self.config.layers)
+        ]
+
+    def block_bytes(self, group: int, block_tokens: int) -> int:
+        """Bytes that one block of a group takes in all of its layers together."""
+        spec = self.groups[group].spec
+        one = ops.new_pool(spec, 1, block_tokens, dtype=self.precision.cache, device=self.device)
+        return one.nbytes * len(self.groups[group].layers)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        metadata: Sequence[AttentionMetadata],
+        pools: Sequence[KVPool],
+    ) -> Tensor:
+        """token_ids and positions [T] int64, metadata a group, pools a layer -> hidden [T, C] after the final norm.
+
+        Writes the tokens' keys and values to the pools. T may be 0: a rank without work still joins its gang's
+        exchanges.
+        """
+        x = self.embedding.rows(token_ids).to(self.precision.activations)  # [T, C]
+        rotations = {config: rotary(positions) for config, rotary in self._rotaries.items()}
+        for i, block in enumerate(self.blocks):
+            rotary = block.attention.config.rotary
+            rotation = None if rotary is None else rotations[rotary]
+            x = block(x, rotation, pools[i], metadata[self._group_of[i]], self.dispatcher)
+        return self.norm(x)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [S, C] after the final norm -> [S, V] float32."""
+        return ops.linear(hidden, self.output).float()

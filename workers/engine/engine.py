@@ -1,0 +1,356 @@
+"""Many requests through one decoder: `add` them, `step` until they are finished.
+
+A step is: schedule (pure), run the decoder, choose tokens, see what ended. Between steps everything is consistent, so
+requests may come and go at any time. If a step raises, nothing it computed is kept: all running requests start over.
+
+    text or ids -> GenerateRequest -> Scheduler -> StepBatch -> Runner -> hidden [T, C] -> logits [N, V] -> choose
+                -> tokens -> Ending -> Finished
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.errors import RowError
+from pipeline.model_path import resolve_model
+from pipeline.tokenizer import Tokenizer, load_tokenizer
+from pipeline.tokenizers.checkpoint import directory_facts
+from workers.decoder.model import Decoder
+from workers.engine import offline
+from workers.engine.block_tables import BlockTables
+from workers.engine.endings import Ending, Endings
+from workers.engine.kv_cache import CacheShape, GroupNeed, KVCache, auto_budget_bytes, split_budget
+from workers.engine.request import Finished, GenerateRequest, Output, Request, SamplingParams
+from workers.engine.runner import Runner
+from workers.engine.sampler import Choices, choose
+from workers.engine.scheduler import Scheduler, StepBatch
+from workers.engine.sequence import Sequence
+from workers.engine.stats import EngineStats
+from workers.engine.stopping import StopSearch
+from workers.engine.vectors import Vectors
+
+Auto = Literal["auto"]
+
+# Chosen for a CPU. Reading the weights once a step costs as much as the arithmetic of some tens of tokens, so a step
+# should hold many; beyond some hundreds nothing is gained, while the activations outgrow the cache and every decoding
+# sequence waits longer for its next token. Twice as many tokens as sequences leave room to prefill while all decode.
+STEP_TOKENS = 512
+MAX_SEQUENCES = 256
+BLOCK_TOKENS = 16
+
+
+@dataclass(slots=True, kw_only=True)
+class _Answer:
+    """A request under way, and its samples that have ended."""
+
+    request: Request
+    first: Sequence
+    ending: Ending | None
+    num_samples: int
+    ended: dict[int, Finished] = field(default_factory=dict)
+    searches: dict[int, StopSearch] = field(default_factory=dict)
+    error: RowError | None = None
+
+
+class Engine:
+    """One decoder shard serving many requests at once.
+
+    `kv_cache_bytes` bounds the cache of keys and values (kv_cache.py says what `auto` is and how it is split);
+    `max_context` is the most tokens of prompt and generation together, at most the model's own. A step computes up to
+    `step_tokens` tokens of up to `max_sequences` sequences. An engine with a tokenizer takes and gives text.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer | None = None,
+        *,
+        eos_ids: frozenset[int] | None = None,
+        kv_cache_bytes: int | Auto = "auto",
+        max_context: int | Auto = "auto",
+        step_tokens: int | Auto = "auto",
+        max_sequences: int | Auto = "auto",
+        block_tokens: int = BLOCK_TOKENS,
+        reuse_prefixes: bool = True,
+    ) -> None:
+        """`eos_ids`, the tokens that end a text, are the tokenizer's unless given. ValueError for a size of nothing."""
+        for name, value in (
+            ("max_context", max_context),
+            ("step_tokens", step_tokens),
+            ("max_sequences", max_sequences),
+        ):
+            if value != "auto" and value < 1:
+                raise ValueError(f"{name} must be at least 1 or 'auto', got {value}")
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.max_context = decoder.config.max_context if max_context == "auto" else max_context
+        self.max_context = min(self.max_context, decoder.config.max_context)
+        tokens = STEP_TOKENS if step_tokens == "auto" else step_tokens
+        # More sequences than tokens in a step could only wait in turns, holding their blocks.
+        sequences = min(tokens, MAX_SEQUENCES if max_sequences == "auto" else max_sequences)
+        shape = CacheShape(
+            block_tokens=block_tokens, step_tokens=tokens, max_context=self.max_context, max_sequences=sequences
+        )
+        needs = [
+            GroupNeed(block_bytes=decoder.block_bytes(g, block_tokens), window=group.spec.window)
+            for g, group in enumerate(decoder.groups)
+        ]
+        budget = auto_budget_bytes(needs, shape, decoder.device) if kv_cache_bytes == "auto" else kv_cache_bytes
+        self.cache = KVCache(decoder, split_budget(needs, budget, shape), block_tokens)
+        tables = BlockTables(
+            self.cache.groups, block_tokens=block_tokens, step_tokens=tokens, reuse_prefixes=reuse_prefixes
+        )
+        self._scheduler = Scheduler(tables, step_tokens=tokens, max_sequences=sequences, max_context=self.max_context)
+        self._runner = Runner(decoder, self.cache)
+        self._vectors = Vectors()
+        if eos_ids is None:
+            eos_ids = tokenizer.eos_ids if tokenizer is not None else frozenset()
+        self._endings = Endings(tokenizer, eos_ids)
+        self._answers: dict[int, _Answer] = {}
+        self._refused: list[Finished] = []
+        self._stats = EngineStats()
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "auto",
+        kv_cache_bytes: int | Auto = "auto",
+        max_context: int | Auto = "auto",
+        step_tokens: int | Auto = "auto",
+        max_sequences: int | Auto = "auto",
+        reuse_prefixes: bool = True,
+    ) -> Engine:
+        """Load decoder and tokenizer from what `model:` may be in a job. A checkpoint without a tokenizer is fine."""
+        found = resolve_model(str(path))
+        decoder = Decoder.load(found, device=device, dtype=dtype)
+        tokenizer, eos_ids = _vocabulary(found)
+        return cls(
+            decoder,
+            tokenizer,
+            eos_ids=eos_ids,
+            kv_cache_bytes=kv_cache_bytes,
+            max_context=max_context,
+            step_tokens=step_tokens,
+            max_sequences=max_sequences,
+            reuse_prefixes=reuse_prefixes,
+        )
+
+    def add(self, request: Request) -> None:
+        """Take a request; `step` answers it, also if it can't be served.
+
+        ValueError for what is wrong with the call rather than with the row: an id that is in use already, or stop
+        strings without a tokenizer.
+        """
+        if request.request_id in self._answers:
+            raise ValueError(f"request_id {request.request_id} is in use")
+        ending = self._endings.of(request.params) if isinstance(request, GenerateRequest) else None
+        error = self._scheduler.refuse(request) or self._strange_token(request.token_ids)
+        if error is not None:
+            self._refused.append(_failed(request, error))
+            return
+        self._answers[request.request_id] = _Answer(
+            request=request,
+            first=self._scheduler.add(request),
+            ending=ending,
+            num_samples=request.params.n if isinstance(request, GenerateRequest) else 1,
+        )
+
+    def check(self, params: SamplingParams) -> None:
+        """ValueError if this engine can't follow `params`: stop strings without a tokenizer."""
+        self._endings.of(params)
+
+    def abort(self, request_id: int) -> None:
+        """Forget a request; it gets no answer. Unknown ids (it may have finished just now) are no error."""
+        answer = self._answers.pop(request_id, None)
+        if answer is not None:
+            self._scheduler.abort(answer.first)
+            self._vectors.forget(answer.first)
+        self._refused = [finished for finished in self._refused if finished.request_id != request_id]
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._refused) or self._scheduler.has_work
+
+    @property
+    def num_waiting(self) -> int:
+        """Samples that don't run yet, and refused requests that the next step reports."""
+        return self._scheduler.num_waiting + len(self._refused)
+
+    @property
+    def num_running(self) -> int:
+        return self._scheduler.num_running
+
+    @property
+    def stats(self) -> EngineStats:
+        """A copy: it stays as it is while the engine goes on."""
+        return replace(self._stats)
+
+    @torch.inference_mode()
+    def step(self) -> list[Finished]:
+        """Compute one step and return what finished in it. Without work it still joins its gang's exchanges."""
+        stats = self._stats
+        begin = perf_counter()
+        batch = self._scheduler.schedule()
+        scheduled = perf_counter()
+        try:
+            hidden = self._runner.hidden(batch)
+            vectors = self._vectors.take(hidden, batch)
+            logits, rows = self._runner.logits(hidden, batch)
+            computed = perf_counter()
+            choices = choose(logits, batch.draws, rows)
+        except BaseException:
+            self._scheduler.roll_back(batch)
+            raise
+        sampled = perf_counter()
+        over = self._take(batch, choices)
+        self._scheduler.advance(batch)
+        finished, self._refused = self._refused, []
+        for sequence in over:
+            finished += self._end(sequence)
+        for sequence, vector in vectors:
+            finished.append(self._answer_vector(sequence, vector))
+        ended = perf_counter()
+
+        stats.steps += 1
+        stats.requests += len({answer.request_id for answer in finished})
+        stats.errors += sum(answer.error is not None for answer in finished)
+        stats.prefill_tokens += batch.num_prefill_tokens
+        stats.decode_tokens += len(batch.draws)
+        stats.found_tokens += batch.num_found_tokens
+        stats.preemptions += batch.num_preempted
+        stats.schedule_s += scheduled - begin
+        if batch.num_prefill_tokens:
+            stats.prefill_s += computed - scheduled
+        else:
+            stats.decode_s += computed - scheduled
+            stats.decode_tokens_alone += len(batch.draws)
+        stats.sample_s += sampled - computed
+        stats.finish_s += ended - sampled
+        return finished
+
+    def generate(
+        self,
+        prompts: Items[str | Items[int]],
+        params: SamplingParams | Items[SamplingParams] | None = None,
+        *,
+        keys: Items[int] | None = None,
+    ) -> list[Output]:
+        """Continue every prompt (text or token ids): the outputs in the order of prompts, then samples.
+
+        `params` are one for all (default: SamplingParams()) or one a prompt. `keys` tell the prompts' random numbers
+        apart; by default a prompt's key is a hash of its token ids and of how often it came before in this call, so
+        that its text does not depend on its neighbours. Prompts that can't be served have one output with an `error`.
+        Millions of prompts are tokenized and added as the engine goes along; only the outputs are kept.
+        """
+        return offline.generate(self, prompts, params, keys)
+
+    def embed(self, texts: Items[str | Items[int]], pooling: str = "mean") -> npt.NDArray[np.float32]:
+        """Vectors of unit length, float32 [n, C], of texts (or token ids). ValueError naming a text that has none."""
+        return offline.embed(self, texts, pooling)
+
+    def _take(self, batch: StepBatch, choices: Choices) -> list[Sequence]:
+        """Give each draw its token -> the sequences that are over."""
+        over = []
+        for i, (sequence, token) in enumerate(zip(batch.draws, choices.token_ids, strict=True)):
+            answer = self._answers[sequence.request.request_id]
+            assert answer.ending is not None
+            if i in choices.errors:
+                answer.error = choices.errors[i]
+                sequence.ended_by = "error"
+            elif token in answer.ending.token_ids or (
+                answer.ending.strings and self._search(answer, sequence).push(token)
+            ):
+                sequence.ended_by = "stop"
+            else:
+                sequence.tokens.append(token)
+                if i in choices.logprobs:
+                    sequence.logprobs.append(choices.logprobs[i])
+                if len(sequence.tokens) < sequence.max_tokens:
+                    continue
+                sequence.ended_by = "length"
+            over.append(sequence)
+        return over
+
+    def _search(self, answer: _Answer, sequence: Sequence) -> StopSearch:
+        search = answer.searches.get(sequence.sample)
+        if search is None:
+            assert self.tokenizer is not None
+            assert answer.ending is not None
+            search = StopSearch(self.tokenizer.incremental(), answer.ending.strings)
+            answer.searches[sequence.sample] = search
+        return search
+
+    def _end(self, sequence: Sequence) -> list[Finished]:
+        """Note that a sample is over -> the answer to its request, if that was the last one or it failed."""
+        request = sequence.request
+        answer = self._answers.get(request.request_id)
+        if answer is None:  # another sample of the request failed in this same step
+            return []
+        if answer.error is not None:
+            self.abort(request.request_id)
+            return [_failed(request, answer.error)]
+        answer.ended[sequence.sample] = self._finished(answer, sequence)
+        if len(answer.ended) < answer.num_samples:
+            return []
+        del self._answers[request.request_id]
+        return [answer.ended[sample] for sample in range(answer.num_samples)]
+
+    def _finished(self, answer: _Answer, sequence: Sequence) -> Finished:
+        assert isinstance(sequence.request, GenerateRequest)
+        token_ids = sequence.generated.tolist()
+        text, reason = None, sequence.ended_by
+        if self.tokenizer is not None:
+            search = answer.searches.pop(sequence.sample, None)
+            if search is None:
+                text = self.tokenizer.decode(token_ids)
+            else:
+                if not search.ended and search.flush():
+                    reason = "stop"
+                text = search.text
+        return Finished(
+            request_id=sequence.request.request_id,
+            sample=sequence.sample,
+            token_ids=token_ids,
+            text=text,
+            finish_reason=reason,
+            logprobs=sequence.logprobs if sequence.request.params.logprobs else None,
+            prompt_tokens=sequence.num_prompt,
+        )
+
+    def _answer_vector(self, sequence: Sequence, vector: npt.NDArray[np.float32] | RowError) -> Finished:
+        del self._answers[sequence.request.request_id]
+        if isinstance(vector, RowError):
+            return _failed(sequence.request, vector)
+        return Finished(
+            request_id=sequence.request.request_id, token_ids=[], prompt_tokens=sequence.num_prompt, vector=vector
+        )
+
+    def _strange_token(self, token_ids: Items[int]) -> RowError | None:
+        vocabulary = self.decoder.vocab_size
+        if min(token_ids) >= 0 and max(token_ids) < vocabulary:
+            return None
+        strange = next(token for token in token_ids if not 0 <= token < vocabulary)
+        return RowError("internal", f"token id {strange} is outside the model's vocabulary of {vocabulary}")
+
+
+def _vocabulary(path: Path) -> tuple[Tokenizer | None, frozenset[int]]:
+    """The checkpoint's tokenizer, if it has one, and the tokens that end a text."""
+    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None, directory_facts(path, {}, lambda token: None, digest="").eos_ids
+    tokenizer = load_tokenizer(path)
+    return tokenizer, tokenizer.eos_ids
+
+
+def _failed(request: Request, error: RowError) -> Finished:
+    return Finished(request_id=request.request_id, token_ids=[], prompt_tokens=len(request.token_ids), error=error)

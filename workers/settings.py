@@ -1,0 +1,58 @@
+"""What a shard is told when it begins. Plain values that travel: strings, numbers, JSON."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.prompts import PromptSettings
+
+JsonObject = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """None leaves a setting to the engine. `factory` is `module:callable`: EngineSettings -> the engine."""
+
+    model_path: str
+    factory: str = "workers.engine_factory:load_engine"
+    device: str = "cpu"
+    dtype: str = "auto"
+    threads: int = 1
+    kv_cache_bytes: int | None = None
+    max_context: int | None = None
+    step_tokens: int | None = None
+    max_sequences: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedSettings:
+    of: Literal["prompt", "generation", "both"]
+    template: str | None = None  # over input columns, instead of the prompt's
+    pooling: str = "mean"  # settled: see pooling_choice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSettings:
+    """`sampling` holds SamplingParams' fields, None where the model decides; None: nothing is generated."""
+
+    out: str  # the job directory
+    source: JsonObject  # pipeline.source.Source as JSON
+    engine: EngineSettings
+    prompt: PromptSettings
+    on_too_long: Literal["error", "truncate"]
+    date: str  # the job's, ISO 8601: what chat templates print
+    sampling: JsonObject | None
+    embed: EmbedSettings | None
+    carried: tuple[str, ...] = ()
+    id_column: str | None = None
+
+
+def load_callable(path: str) -> Callable[..., Any]:
+    """`module:callable` -> the callable."""
+    module, _, name = path.partition(":")
+    found = getattr(importlib.import_module(module), name)
+    assert callable(found), path
+    return found  # type: ignore[no-any-return]
