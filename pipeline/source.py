@@ -138,7 +138,7 @@ class Source:
             format=form,
             files=files,
             columns=columns,
-            text_column=_text_column(columns.fields, form, is_job=job is not None),
+            text_column=_text_column(columns, form, is_job=job is not None),
             scans=scans,
         )
         if source.num_rows == 0:
@@ -328,9 +328,9 @@ def _total_bytes(places: Sequence[Place]) -> int:
     return sum(int(place.info().size or 0) for place in places)
 
 
-def _text_column(schema: pa.Schema, format: Format, *, is_job: bool) -> str | None:
+def _text_column(schema: InputSchema, format: Format, *, is_job: bool) -> str | None:
     """The column that is read where none is named: `text` of plain text or another job, else the only text there is."""
-    texts = [field.name for field in schema if pa.types.is_string(field.type)]
+    texts = schema.text_columns
     if is_job or format.name in ("text", "lines"):
         return TEXT_COLUMN if TEXT_COLUMN in texts else None
     return texts[0] if len(texts) == 1 else None

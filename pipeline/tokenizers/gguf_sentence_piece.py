@@ -23,12 +23,15 @@ def sentence_piece_tokenizer(vocabulary: Vocabulary) -> SentencePieceTokenizer:
         prefix_after_control=True,
     )
     try:
-        return SentencePieceTokenizer(_model(vocabulary), vocabulary.facts(), framing, _strippers(vocabulary))
+        return SentencePieceTokenizer(
+            sentence_piece_model(vocabulary), vocabulary.facts(), framing, _strippers(vocabulary)
+        )
     except RuntimeError as error:
         raise UserError(f"{vocabulary.path}: its vocabulary makes no SentencePiece model: {error}") from None
 
 
-def _model(vocabulary: Vocabulary) -> ModelProto:
+def sentence_piece_model(vocabulary: Vocabulary) -> ModelProto:
+    """Return the vocabulary as a SentencePiece model, which can be saved as a tokenizer.model."""
     scores = vocabulary.array("scores", float)
     if len(scores) != len(vocabulary.tokens):
         raise UserError(
@@ -54,6 +57,7 @@ def _model(vocabulary: Vocabulary) -> ModelProto:
     model.trainer_spec.byte_fallback = num_bytes == 256
     model.trainer_spec.unk_id = unknown
     model.trainer_spec.unk_piece = model.pieces[unknown].piece
+    model.trainer_spec.unk_surface = ""  # a control token here as any other
     model.normalizer_spec.name = "identity"
     model.normalizer_spec.add_dummy_prefix = vocabulary.value("add_space_prefix", bool, True)
     model.normalizer_spec.remove_extra_whitespaces = vocabulary.value("remove_extra_whitespaces", bool, False)

@@ -90,6 +90,13 @@ def test_whole_and_broken_numbers_go_together_where_both_are_seen_early(tmp_path
     assert errors == dict.fromkeys([3, 4, 5], "malformed_record")
 
 
+def test_whole_numbers_that_are_too_large_for_most_are_kept_to_the_last_digit(tmp_path: Path, read_all: Any) -> None:
+    numbers = [2**64 - 1, 5, -(10**37), 10**38]
+    rows, errors = read_all(write(tmp_path / "a.jsonl", *[{"hash": number} for number in numbers[:3]]))
+    assert [str(row["hash"]) for row in rows] == [str(number) for number in numbers[:3]]
+    assert errors == {}
+
+
 def test_nested_values_are_read_as_they_are(tmp_path: Path, read_all: Any) -> None:
     records = [
         {"messages": [{"role": "user", "content": "a"}], "meta": {"tags": ["x"], "more": {}}},
@@ -184,7 +191,7 @@ def test_a_column_of_any_values_is_read_and_keeps_what_fits(values: list[object]
         if offset in errors:
             assert not array[offset].is_valid
         elif isinstance(value, str | bool | int | float):
-            assert array[offset].as_py() == value
+            assert array[offset].as_py() == (float(value) if kind == pa.float64() else value)
 
 
 @given(JSON_VALUES, JSON_VALUES)

@@ -108,6 +108,17 @@ def test_added_tokens_are_matched_and_special_ones_only_on_request(
     assert tokenizer.decode(tokenizer.encode(text, parse_special=True), skip_special_tokens=False) == text
 
 
+def test_an_unknown_piece_shows_as_sentencepiece_shows_it_or_by_name(
+    piece_model: Callable[..., bytes], piece_folder: Callable[..., Path]
+) -> None:
+    model = piece_model("bpe", byte_fallback=False)
+    tokenizer = load_tokenizer(piece_folder(model))
+    ids = tokenizer.encode("a☃b")
+    assert 0 in ids
+    assert tokenizer.decode(ids) == SentencePieceProcessor.from_proto(model).decode(ids) == "a ⁇ b"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "a<unk>b"
+
+
 def test_ids_past_the_vocabulary_stand_for_nothing(
     piece_model: Callable[..., bytes], piece_folder: Callable[..., Path], streamed: Callable[..., str]
 ) -> None:

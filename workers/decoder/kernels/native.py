@@ -177,11 +177,15 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def new_pages(
     num_blocks: int, num_kv_heads: int, block_tokens: int, head_width: int, value_width: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Empty pools of keys and values in the layout that `attention` reads (attention.c says which). All zeros."""
+    """Empty pools of keys and values in the layout that `attention` reads (attention.c says which).
+
+    Whatever the memory held: `attention` never lets a slot that was not written reach a result. So the operating system
+    provides pages as they are first written, and a large cache costs nothing until it is used.
+    """
     assert block_tokens % panel_keys() == 0
     panel = panel_columns()
-    keys = torch.zeros(num_blocks, num_kv_heads, block_tokens // panel_keys(), head_width, panel_keys(), dtype=dtype)
-    values = torch.zeros(num_blocks, num_kv_heads, block_tokens, -(-value_width // panel) * panel, dtype=dtype)
+    keys = torch.empty(num_blocks, num_kv_heads, block_tokens // panel_keys(), head_width, panel_keys(), dtype=dtype)
+    values = torch.empty(num_blocks, num_kv_heads, block_tokens, -(-value_width // panel) * panel, dtype=dtype)
     return keys, values
 
 
