@@ -64,6 +64,8 @@ class Vocabulary:
     def array(self, key: str, kind: type[Value]) -> list[Value]:
         """Return the array `tokenizer.ggml.KEY`, empty where the file does not have it."""
         values = self.value(key, list, [])
+        if kind is float:  # some converters write whole scores as integers
+            values = [float(value) if isinstance(value, int) else value for value in values]
         if values and not isinstance(values[0], kind):
             raise UserError(f"{self.path}: tokenizer.ggml.{key} holds {type(values[0]).__name__}, not {kind.__name__}")
         return cast(list[Value], values)
