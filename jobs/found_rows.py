@@ -14,12 +14,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-from pipeline.row_text import RowText
 
 from jobs.spec import JobSpec
 from pipeline.errors import JobError, UserError
 from pipeline.job_folder import JobFolder, read_job, read_plan
 from pipeline.records import carried_names
+from pipeline.row_text import RowText
 from pipeline.schemas import InputSchema
 
 

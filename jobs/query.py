@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pipeline.prompts import QueryText
 
 from jobs.found_rows import FoundRow, FoundRows
 from jobs.spec import JobSpec
@@ -26,6 +25,7 @@ from pipeline.index.manifest import Provenance
 from pipeline.index.search import VectorIndex
 from pipeline.job_folder import read_job
 from pipeline.model_path import model_digest, resolve_model
+from pipeline.prompts import QueryText
 from pipeline.tokenizer import load_tokenizer
 
 
@@ -54,6 +54,8 @@ class QueryResult:
 
 def query_texts(out: Path, texts: Sequence[str], k: int) -> list[QueryResult]:
     """The k rows nearest to each text. UserError where there is no index, or the model is another than the index's."""
+    if not all(text.strip() for text in texts):
+        raise UserError("query: the text is empty; say what to look for")
     folder = open_job(out)
     index = VectorIndex.open(folder.index)
     spec = JobSpec.model_validate(read_job(folder)["spec"])
@@ -80,7 +82,6 @@ def query_vectors(out: Path, file: Path, k: int) -> list[QueryResult]:
 def embed_queries(texts: Sequence[str], made: Provenance, spec: JobSpec) -> npt.NDArray[np.float32]:
     """Texts -> vectors [n, d], as `made` says. Loads the model, in this process; device and dtype are the job's."""
     from workers.engine_factory import load_engine
-
     from workers.settings import EngineSettings
 
     model_path = resolve_model(made.model)
@@ -89,7 +90,7 @@ def embed_queries(texts: Sequence[str], made: Provenance, spec: JobSpec) -> npt.
     difference = made.difference(here)
     if difference is not None:
         raise UserError(
-            f"model {made.model}: has changed since the index was made ({difference}); put the old one back or embed anew"
+            f"model {made.model}: changed since the index was made ({difference}); put the old one back or embed anew"
         )
     query_text = QueryText(made.query_template)
     tokens = tokenizer.encode_batch([query_text.build(text) for text in texts])

@@ -36,6 +36,7 @@ def ray_session(address: str | None, *, num_cpus: int) -> Iterator[None]:
                 PYTHONPATH=_tree_first(os.environ.get("PYTHONPATH")),
                 RAY_USAGE_STATS_ENABLED="0",
                 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+                RAY_worker_niceness="0",  # Ray's 15 lets whatever else the machine does starve the decoder
             ):
                 ray.init(
                     address="local",

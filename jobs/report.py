@@ -49,18 +49,20 @@ class PartsSummary:
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def add(self, batch: pa.RecordBatch) -> None:
-        first = pc.equal(batch.column("sample"), 0)
+        first = pc.equal(batch.column("sample"), pa.scalar(0))
         self.records += batch.num_rows
-        self.rows += pc.sum(first).as_py() or 0
+        self.rows += first.true_count
         self.finish_reasons.update(_counts(batch.column("finish_reason")))
         self.prompt_lengths.update(_counts(batch.column("prompt_tokens").filter(first)))
         self.completion_lengths.update(_counts(batch.column("completion_tokens")))
         self.errors.update(_counts(batch.column("error_code")))
         failed = batch.filter(batch.column("error_code").is_valid())
-        for code in pc.unique(failed.column("error_code")).to_pylist():
+        for code in _counts(failed.column("error_code")):
             kept = self.examples.setdefault(code, [])
             if len(kept) < MAX_EXAMPLES:
-                of_code = failed.filter(pc.equal(failed.column("error_code"), code)).slice(0, MAX_EXAMPLES - len(kept))
+                of_code = failed.filter(pc.equal(failed.column("error_code"), pa.scalar(code))).slice(
+                    0, MAX_EXAMPLES - len(kept)
+                )
                 kept.extend(
                     {"row": row, "message": (message or "")[:MAX_MESSAGE_CHARS]}
                     for row, message in zip(
@@ -159,7 +161,9 @@ def write_report(
 def describe_report(report: dict[str, Any], out: Path) -> str:
     """What a person is told at the end of a run."""
     rows, tokens, runs = report["rows"], report["tokens"], report["runs"]
-    lines = [f"{report['name']}: {rows['done']:,} of {rows['total']:,} rows done ({report['state']})"]
+    lines = [f"{report['name']}: {rows['done']:,} of {rows['total']:,} rows done"]
+    if rows["done"] < rows["total"]:
+        lines[0] += "; without --limit the next run goes on"
     lines += [
         f"  {found['count']:,} rows failed with {code}, the first of them row {found['examples'][0]['row']:,}: "
         + " ".join(found["examples"][0]["message"].split())
@@ -190,4 +194,6 @@ def _total(lengths: Counter[int]) -> int:
 def _counts(column: pa.Array[Any]) -> dict[Any, int]:
     """Value -> how often it occurs; nulls are left out."""
     found = pc.value_counts(column.drop_null())
-    return dict(zip(found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True))
+    values: list[Any] = found.field("values").to_pylist()
+    counts: list[Any] = found.field("counts").to_pylist()
+    return dict(zip(values, counts, strict=True))

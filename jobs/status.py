@@ -1,4 +1,4 @@
-"""How far a job directory is, read from its files alone, also while a controller works in it; and what an audit says."""
+"""How far a job directory is, read from its files alone, also while a controller works in it; what an audit says."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.audit import Audit
-
 from pipeline.commits import Commit, read_commits
 from pipeline.errors import JobError, UserError
 from pipeline.index.manifest import MANIFEST_NAME, parts_digest, read_manifest
@@ -68,6 +67,7 @@ def committed_status(folder: JobFolder) -> dict[str, Any]:
     return {
         "name": job["spec"]["name"],
         "output": str(folder.root),
+        "fingerprint": job["fingerprint"],
         "state": "finished" if splits and done == total and indexed else "stopped",
         "rows": {"total": total, "done": done, "ok": done - failed, "errors": failed},
         "errors": dict(codes.most_common()),

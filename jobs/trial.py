@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 
 import pyarrow as pa
-from pipeline.prompts import ModelText, PromptBuilder, PromptSettings
-from workers.engine_factory import load_engine
 
 from jobs.spec import GenerateSpec
 from pipeline.errors import RowError, UserError
 from pipeline.model_path import resolve_model
+from pipeline.prompts import ModelText, PromptBuilder, PromptSettings
 from pipeline.schemas import InputSchema
 from pipeline.source import Rows
+from workers.engine_factory import load_engine
 from workers.sampling_choice import resolve_sampling
 from workers.settings import EngineSettings
 

@@ -102,7 +102,16 @@ class _Auditor:
             indexed_vectors=indexed_vectors,
         )
 
+    def _not_begun(self, path: Path) -> bool:
+        """Whether `path`, which every job has, is missing because a run ended before it was written."""
+        if path.exists() or _listed(self._folder.commits) or _listed(self._folder.parts):
+            return False
+        self._pending.append(f"{path} is not there yet")
+        return True
+
     def _job(self) -> dict[str, Any] | None:
+        if self._not_begun(self._folder.job_file):
+            return None
         try:
             return read_job(self._folder)
         except JobError as error:
@@ -111,8 +120,7 @@ class _Auditor:
 
     def _plan(self, job: Mapping[str, Any] | None) -> list[PlannedSplit] | None:
         path = self._folder.plan_file
-        if not path.exists() and not _listed(self._folder.commits):
-            self._pending.append("the job is not planned yet")
+        if self._not_begun(path):
             return None
         try:
             plan = read_plan(self._folder)

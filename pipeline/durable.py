@@ -190,12 +190,12 @@ def unseal(content: bytes, path: Path) -> dict[str, Any]:
     """The document that `seal` was given. JobError if any byte of it was changed; `path` is for the message."""
     try:
         document = json.loads(content)
-    except ValueError:
-        document = None
-    if isinstance(document, dict) and "checksum" in document:
-        del document["checksum"]
-        if seal(document) == content:
-            return document
+        if isinstance(document, dict) and "checksum" in document:
+            del document["checksum"]
+            if seal(document) == content:
+                return document
+    except (ValueError, RecursionError):
+        pass  # no JSON that `seal` writes
     raise JobError(f"{path} is damaged: its content does not match its own checksum")
 
 

@@ -218,11 +218,12 @@ class PartBuilder:
         for field, matrix in self._matrices.items():
             finite = np.asarray(np.isfinite(matrix).all(axis=1))
             each = self._vectors_a_row(field)
-            for place in np.flatnonzero(~(finite & matrix.any(axis=1))).tolist():
-                offset = place // each
-                if offset not in self._failed and offset not in self._kept_offsets:
-                    flaw = "is all zeros" if finite[place] else "holds NaN or infinities"
-                    self._failed[offset] = RowError("nonfinite", f"the embedding of the {field} {flaw}")
+            searchable = (finite & matrix.any(axis=1)).reshape(self._num_rows, each)
+            searchable[self._kept_offsets] = True  # their vectors are in the kept records
+            for place in np.flatnonzero(~searchable).tolist():
+                flaw = "is all zeros" if finite[place] else "holds NaN or infinities"
+                error = RowError("nonfinite", f"the embedding of the {field} {flaw}")
+                self._failed.setdefault(place // each, error)
 
     def _refuse_texts(self) -> None:
         """Rows whose text Arrow can't hold become `internal`: no tokenizer's decoder gives half a surrogate pair."""

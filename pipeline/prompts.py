@@ -196,7 +196,7 @@ class PromptBuilder:
         None means that nothing in it was written by the prompt's author.
         """
         plain = self._chat is None
-        if self._frame is None:
+        if self._frame is None or (self._frame.questions and not self._frame.fits(text)):
             assert self._chat is not None
             if hidden is None:
                 values, hidden = self._control.hide({"text": text}, self._beside)

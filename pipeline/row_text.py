@@ -158,7 +158,7 @@ def _null(columns: Sequence[str]) -> RowError:
 
 
 def _only_text_column(schema: InputSchema, section: str) -> str:
-    texts = [field.name for field in schema.fields if pa.types.is_string(field.type)]
+    texts = schema.text_columns
     if len(texts) != 1:
         found = f"has {len(texts)} text columns ({', '.join(texts)})" if texts else "has no text column"
         raise UserError(f"input {found}: say {section}.column or {section}.template")

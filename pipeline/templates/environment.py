@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
+from jinja2.filters import make_attrgetter
 from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -20,6 +21,7 @@ from jinja2.visitor import NodeTransformer
 from pipeline.templates.guards import COMPARING_TESTS, FILTER_GUARDS, LIST_FILTERS, METHOD_GUARDS, Guard
 from pipeline.templates.limits import Meter, OverLimit, TemplateLimits
 
+_QUESTIONS = {"startswith", "endswith"}
 _KEEPERS = (dict, Namespace)  # called with values, they only keep them
 _LISTING_FILTERS = {"join", "list", "sum"}  # that go through a generator to its end
 _JINJAS_OWN_ARGUMENTS = {"_loop_vars", "_block_vars", "caller"}
@@ -43,6 +45,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.concat_bounded: Callable[..., str] = self._concat
         self.comparable: Callable[[Any], Any] = self._comparable
         self.looked: Callable[[Any], Any] = self._looked
+        self.contains: Callable[[Any, Any], bool] = self._contains
+        self.tested: Callable[[Any], Any] = self._tested
+        self._own = (self.concat_bounded, self.comparable, self.looked, self.contains, self.tested)
         self.finalize = self._null_refusing if refuse_null else self._counted
         self._refuse_null = refuse_null
         self.filters["sum"] = self._sum
@@ -59,7 +64,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if __obj is __self.turn:
             __obj(*args)
             return ""
-        if __obj is __self.concat_bounded or __obj is __self.comparable or __obj is __self.looked:
+        if any(__obj is own for own in __self._own):
             return __obj(*args)
         __self.meter.step()
         own = {name: value for name, value in kwargs.items() if name not in _JINJAS_OWN_ARGUMENTS}
@@ -74,12 +79,14 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         elif isinstance(owner, str | bytes | int):
             if method.__name__ == "strip" and not args and owner == __self.meter.watched:
                 __self.meter.was_trimmed = True
-            else:
+            elif method.__name__ not in _QUESTIONS:
                 __self.meter.look(owner)
             if (guard := METHOD_GUARDS.get(method.__name__)) is not None:
                 guard(__self.meter, owner, *args, **own)
         result = super().call(__context, __obj, *args, **kwargs)
         __self.meter.made(result)
+        if isinstance(owner, str) and method.__name__ in _QUESTIONS:
+            __self.meter.ask(owner, method.__name__, args, result)
         return result
 
     def getitem(self, obj: Any, argument: Any) -> Any:
@@ -113,6 +120,22 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.meter.look(value)
         return value
 
+    def _contains(self, container: Any, value: Any) -> bool:
+        """`value in container`."""
+        self.meter.step()
+        self.meter.allow_text(value, list(container) if isinstance(container, dict) else container)
+        found: bool = value in container
+        if isinstance(container, str):
+            self.meter.ask(container, "__contains__", (value,), found)
+        else:
+            self.meter.look(value, list(container) if isinstance(container, dict) else container)
+        return found
+
+    def _tested(self, value: Any) -> Any:
+        """Whether a loop with a condition takes its next item."""
+        self.meter.step()
+        return value
+
     def _looked(self, value: Any) -> Any:
         """The value; going through it, or cutting it, may depend on what it is."""
         if isinstance(value, str):
@@ -136,7 +159,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Jinja's filter with bounded additions."""
         items = self.meter.listed(iterable)
         if attribute is not None:
-            items = list(self.call_filter("map", items, kwargs={"attribute": attribute}, context=None))
+            items = list(map(make_attrgetter(self, attribute), items))
         for item in items:
             start = self.call_binop(None, "+", start, item)
         return start
@@ -214,6 +237,8 @@ def _instrument(template: nodes.Template) -> None:
     """Make every loop turn and macro call count, with the literal text it may print, and `~` bounded."""
     for loop in template.find_all(nodes.For):
         loop.iter = _call("looked", [loop.iter], loop.lineno)
+        if loop.test is not None:
+            loop.test = _call("tested", [loop.test], loop.lineno)
     bodies: list[Any] = list(template.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock)))
     for node in bodies:
         literal = sum(len(data.data) for statement in node.body for data in statement.find_all(nodes.TemplateData))
@@ -233,6 +258,9 @@ class _Bounded(NodeTransformer):
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
+        if len(node.ops) == 1 and node.ops[0].op in ("in", "notin"):
+            found = _call("contains", [node.ops[0].expr, node.expr], node.lineno)
+            return found if node.ops[0].op == "in" else nodes.Not(found).set_lineno(node.lineno)
         node.expr = _compared(node.expr)
         for operand in node.ops:
             operand.expr = _compared(operand.expr)

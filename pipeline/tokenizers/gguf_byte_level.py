@@ -15,6 +15,11 @@ from pipeline.tokenizers.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 
 
 def byte_level_tokenizer(vocabulary: Vocabulary) -> LibraryTokenizer:
+    return LibraryTokenizer(byte_level_backend(vocabulary), vocabulary.facts())
+
+
+def byte_level_backend(vocabulary: Vocabulary) -> LibraryBackend:
+    """Return the vocabulary as the `tokenizers` library has it, which can be saved as a tokenizer.json."""
     pre_tokenizer = _pre_tokenizer(vocabulary)
     merges = [_pair(merge, vocabulary.path) for merge in vocabulary.array("merges", str)]
     try:
@@ -24,8 +29,8 @@ def byte_level_tokenizer(vocabulary: Vocabulary) -> LibraryTokenizer:
     backend = LibraryBackend(model)
     backend.pre_tokenizer = pre_tokenizer.build()
     backend.decoder = decoders.ByteLevel()
-    facts = vocabulary.facts()
-    named = {facts.special_tokens.get(role) for role in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    special_tokens = vocabulary.facts().special_tokens
+    named = {special_tokens.get(role) for role in ("bos_token", "eos_token", "unk_token", "pad_token")}
     special_types = (TokenType.CONTROL, TokenType.UNKNOWN)
     backend.add_tokens(
         [
@@ -35,7 +40,7 @@ def byte_level_tokenizer(vocabulary: Vocabulary) -> LibraryTokenizer:
         ]
     )
     backend.post_processor = _frame(vocabulary, *vocabulary.ends_added(adds_bos=pre_tokenizer.adds_bos))
-    return LibraryTokenizer(backend, facts)
+    return backend
 
 
 def _pre_tokenizer(vocabulary: Vocabulary) -> PreTokenizer:

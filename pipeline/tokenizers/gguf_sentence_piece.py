@@ -23,12 +23,15 @@ def sentence_piece_tokenizer(vocabulary: Vocabulary) -> SentencePieceTokenizer:
         prefix_after_control=True,
     )
     try:
-        return SentencePieceTokenizer(_model(vocabulary), vocabulary.facts(), framing, _strippers(vocabulary))
+        return SentencePieceTokenizer(
+            sentence_piece_model(vocabulary), vocabulary.facts(), framing, _strippers(vocabulary)
+        )
     except RuntimeError as error:
         raise UserError(f"{vocabulary.path}: its vocabulary makes no SentencePiece model: {error}") from None
 
 
-def _model(vocabulary: Vocabulary) -> ModelProto:
+def sentence_piece_model(vocabulary: Vocabulary) -> ModelProto:
+    """Return the vocabulary as a SentencePiece model, which can be saved as a tokenizer.model."""
     scores = vocabulary.array("scores", float)
     if len(scores) != len(vocabulary.tokens):
         raise UserError(

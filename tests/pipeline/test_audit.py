@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -202,6 +203,10 @@ def test_rows_are_counted_in_the_part_itself_not_only_in_its_commit(folder: JobF
             "row 9 is not of this split, which has rows 4 to 7",
         ),
         (lambda table: replaced(table, "sample", [0, 0, 0, 0, 1, 0, 1]), "row 4 is with samples that are not numbered"),
+        (
+            lambda table: replaced(table, "error_code", [None, "internal", *table["error_code"].to_pylist()[2:]]),
+            "row 4 is failed and yet there with several records",
+        ),
         (lambda table: replaced(table, "error_code", [None] * 7), "its commit says {'prompt_too_long': 1}"),
         (
             lambda table: replaced(table, "prompt_embedding", [None, *table["prompt_embedding"].to_pylist()[1:]]),
@@ -344,6 +349,23 @@ def test_a_job_under_way_is_not_damaged(tmp_path: Path) -> None:
     assert audit(folder.root).ok
     with lock(folder):
         assert "is running this job just now" in pending()
+
+
+def test_nothing_that_a_kill_leaves_is_called_damage(tmp_path: Path, filesystem: Any) -> None:
+    for step in itertools.count(0, 2):
+        folder = JobFolder(tmp_path / str(step))
+        with filesystem.dies_at(step):
+            finish(folder, planned(folder))
+        finished = not filesystem.died
+        if folder.commits.exists():
+            found = audit(folder.root)
+            assert found.problems == ()
+            assert found.ok or not finished
+        finish(folder, planned(folder))
+        assert audit(folder.root).ok
+        if finished:
+            break
+    assert step > 60
 
 
 def test_a_job_that_embeds_nothing_or_wants_no_index_needs_none(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ heads: Ainslie et al. 2023), D head width, Dv value width, L cached positions of
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,8 +102,8 @@ class PlainPool(KVPool):
         self.dtype = dtype
         shape = (num_blocks, block_tokens, spec.num_kv_heads)
         # Zeros: what was never written is masked, but 0 * NaN would not be.
-        self.keys = torch.zeros(*shape, spec.head_width, dtype=dtype, device=device)
-        self.values = torch.zeros(*shape, spec.value_width, dtype=dtype, device=device)
+        self.keys = _zeros((*shape, spec.head_width), dtype, torch.device(device))
+        self.values = _zeros((*shape, spec.value_width), dtype, torch.device(device))
 
     @property
     def nbytes(self) -> int:
@@ -114,6 +116,13 @@ class PlainPool(KVPool):
     def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:
         self.keys[targets] = self.keys[sources]
         self.values[targets] = self.values[sources]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that, on the CPU, the operating system provides page by page as they are first written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def reference_paged_attention(

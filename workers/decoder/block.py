@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from workers.decoder.attention import AttentionMetadata, KVPool
-from workers.decoder.config import ExpertsConfig, LayerConfig
+from workers.decoder.config import DecoderConfig, ExpertsConfig
 from workers.decoder.experts import Experts
 from workers.decoder.feedforward import FeedForward
 from workers.decoder.norm import Norm
@@ -32,19 +32,19 @@ class Block:
         self.feed_forward = feed_forward
 
     @classmethod
-    def load(
-        cls, index: int, config: LayerConfig, hidden_width: int, tensors: Tensors, held: Sequence[int] | None = None
-    ) -> Block:
-        """`held`: the expert of each slot, for a layer that has experts; None: all of them."""
-        inner = tensors.under("feed_forward")
+    def load(cls, index: int, config: DecoderConfig, tensors: Tensors, held: Sequence[int] | None = None) -> Block:
+        """Layer `index` of a decoder, from all of its `tensors`. `held`: the expert of each slot; None: all of them."""
+        layer, width = config.layers[index], config.hidden_width
+        own = tensors.under(f"layers.{index}")
+        inner = own.under("feed_forward")
         return cls(
             index,
-            Norm.load(config.norm, hidden_width, tensors.under("attention_norm")),
-            SelfAttention.load(config.attention, hidden_width, tensors.under("attention")),
-            Norm.load(config.norm, hidden_width, tensors.under("feed_forward_norm")),
-            Experts.load(config.feed_forward, hidden_width, inner, held)
-            if isinstance(config.feed_forward, ExpertsConfig)
-            else FeedForward.load(config.feed_forward, hidden_width, inner),
+            Norm.load(layer.norm, width, own.under("attention_norm")),
+            SelfAttention.load(layer.attention, width, own.under("attention")),
+            Norm.load(layer.norm, width, own.under("feed_forward_norm")),
+            Experts.load(layer.feed_forward, width, inner, held)
+            if isinstance(layer.feed_forward, ExpertsConfig)
+            else FeedForward.load(layer.feed_forward, width, inner),
         )
 
     def __call__(

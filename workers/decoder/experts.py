@@ -44,11 +44,12 @@ class Experts:
         down = ops.new_bank(experts, hidden_width, width, dtype=dtype, device=device)
         for slot, expert in enumerate(experts):
             own = tensors.under(f"experts.{expert}")
-            gate_up.put(slot, own.stacked_matrix((("gate.weight", width), ("up.weight", width)), hidden_width))
-            down.put(slot, own.matrix("down.weight", hidden_width, width))
+            gate_up.put(slot, 0, own.matrix("gate.weight", width, hidden_width))
+            gate_up.put(slot, width, own.matrix("up.weight", width, hidden_width))
+            down.put(slot, 0, own.matrix("down.weight", hidden_width, width))
         return cls(
             config,
-            tensors.weight("router.weight", router.num_experts, hidden_width),
+            tensors.weight(hidden_width, ("router.weight", router.num_experts)),
             tensors.vector("router.bias", router.num_experts) if router.bias else None,
             tensors.vector("router.correction", router.num_experts) if router.correction_bias else None,
             gate_up,

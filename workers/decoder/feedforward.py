@@ -25,12 +25,11 @@ class FeedForward:
     @classmethod
     def load(cls, config: FeedForwardConfig, hidden_width: int, tensors: Tensors) -> FeedForward:
         into = ("gate", "up") if config.gated else ("up",)
-        up_bias = tensors.stacked_vector([(f"{name}.bias", config.width) for name in into]) if config.bias else None
         return cls(
             config,
-            tensors.stacked_weight([(f"{name}.weight", config.width) for name in into], hidden_width),
-            up_bias,
-            tensors.weight("down.weight", hidden_width, config.width),
+            tensors.weight(hidden_width, *((f"{name}.weight", config.width) for name in into)),
+            tensors.vectors(*((f"{name}.bias", config.width) for name in into)) if config.bias else None,
+            tensors.weight(config.width, ("down.weight", hidden_width)),
             tensors.vector("down.bias", hidden_width) if config.bias else None,
         )
 

@@ -17,6 +17,7 @@ from workers.decoder.attention import AttentionMetadata, AttentionSpec, KVPool
 from workers.decoder.block import Block
 from workers.decoder.checkpoint import Checkpoint, load_checkpoint
 from workers.decoder.config import DecoderConfig
+from workers.decoder.memory import freed_at_once
 from workers.decoder.norm import Norm
 from workers.decoder.position import Rotary
 from workers.decoder.precision import Precision, resolve_precision
@@ -92,17 +93,16 @@ class Decoder:
         config = checkpoint.config
         precision = resolve_precision(dtype, device)
         tensors = Tensors(checkpoint, "", precision.weights, device)
-        embedding = tensors.weight("embedding.weight", config.vocab_size, config.hidden_width)
-        blocks = [
-            Block.load(
-                i, layer, config.hidden_width, tensors.under(f"layers.{i}"), None if experts is None else experts[i]
-            )
-            for i, layer in enumerate(config.layers)
-        ]
-        norm = Norm.load(config.norm, config.hidden_width, tensors.under("norm"))
-        output = embedding
-        if not config.tied_embeddings:
-            output = tensors.weight("output.weight", config.vocab_size, config.hidden_width)
+        with freed_at_once():
+            embedding = tensors.weight(config.hidden_width, ("embedding.weight", config.vocab_size))
+            blocks = [
+                Block.load(i, config, tensors, None if experts is None else experts[i])
+                for i in range(len(config.layers))
+            ]
+            norm = Norm.load(config.norm, config.hidden_width, tensors.under("norm"))
+            output = embedding
+            if not config.tied_embeddings:
+                output = tensors.weight(config.hidden_width, ("output.weight", config.vocab_size))
         return cls(
             config,
             embedding=embedding,

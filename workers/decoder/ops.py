@@ -45,11 +45,11 @@ def _runs_native(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32 and native.available()
 
 
-def new_weight(matrix: Tensor) -> Weight:
-    """The handle that is fastest where matrix [out, in] lies. It keeps `matrix` itself or a copy in another layout."""
-    if _packs(matrix.dtype, matrix.device):
-        return PackedWeight(matrix)
-    return DenseWeight(matrix)
+def new_weight(out_features: int, in_features: int, *, dtype: torch.dtype, device: torch.device) -> Weight:
+    """An unfilled weight of the variant that multiplies fastest on `device`."""
+    if _packs(dtype, device):
+        return PackedWeight(out_features, in_features, dtype=dtype)
+    return DenseWeight(torch.empty(out_features, in_features, dtype=dtype, device=device))
 
 
 def new_bank(

@@ -43,9 +43,9 @@ class SelfAttention:
         biases = (("query.bias", query), ("key.bias", key), ("value.bias", value))
         return cls(
             config,
-            tensors.stacked_weight(weights, hidden_width),
-            tensors.stacked_vector(biases) if config.qkv_bias else None,
-            tensors.weight("output.weight", hidden_width, spec.num_heads * spec.value_width),
+            tensors.weight(hidden_width, *weights),
+            tensors.vectors(*biases) if config.qkv_bias else None,
+            tensors.weight(spec.num_heads * spec.value_width, ("output.weight", hidden_width)),
             tensors.vector("output.bias", hidden_width) if config.output_bias else None,
         )
 

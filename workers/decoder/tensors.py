@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,24 +32,19 @@ class Tensors:
         return self.checkpoint.read(self.prefix + name, (width,), torch.float32).to(self.device)
 
     def matrix(self, name: str, out_features: int, in_features: int) -> Tensor:
-        """[out, in] on the processor, in the model's dtype; the caller owns the memory."""
+        """[out, in] in the model's dtype, still on the processor."""
         return self.checkpoint.read(self.prefix + name, (out_features, in_features), self.dtype)
 
-    def weight(self, name: str, out_features: int, in_features: int) -> Weight:
-        return ops.new_weight(self.matrix(name, out_features, in_features).to(self.device))
-
-    def stacked_weight(self, names: Sequence[tuple[str, int]], in_features: int) -> Weight:
-        """One weight out of several: names of (name, out) one below the other. One more part in memory at most."""
-        return ops.new_weight(self.stacked_matrix(names, in_features).to(self.device))
-
-    def stacked_matrix(self, names: Sequence[tuple[str, int]], in_features: int) -> Tensor:
-        """As `stacked_weight`, the plain matrix on the processor."""
-        whole = torch.empty(sum(out for _, out in names), in_features, dtype=self.dtype)
+    def weight(self, in_features: int, *parts: tuple[str, int]) -> Weight:
+        """One weight out of parts of (name, out), one below the other. Never more than one part in memory twice."""
+        # The weight comes first, so that the parts' memory is free again behind it and not in holes between weights.
+        weight = ops.new_weight(sum(out for _, out in parts), in_features, dtype=self.dtype, device=self.device)
         begin = 0
-        for name, out_features in names:
-            whole[begin : begin + out_features] = self.matrix(name, out_features, in_features)
+        for name, out_features in parts:
+            weight.put(begin, self.matrix(name, out_features, in_features))
             begin += out_features
-        return whole
+        return weight
 
-    def stacked_vector(self, names: Sequence[tuple[str, int]]) -> Tensor:
-        return torch.cat([self.vector(name, width) for name, width in names])
+    def vectors(self, *parts: tuple[str, int]) -> Tensor:
+        """Vectors of (name, width) one after the other, float32."""
+        return torch.cat([self.vector(name, width) for name, width in parts])

@@ -24,6 +24,10 @@ class Weight(ABC):
         """Bytes of memory held."""
 
     @abstractmethod
+    def put(self, first_row: int, matrix: Tensor) -> None:
+        """Fill the rows from first_row on with matrix [n, in]: how a weight made of several parts is loaded."""
+
+    @abstractmethod
     def rows(self, ids: Tensor) -> Tensor:
         """ids [T] int64 -> [T, in] in the weight's dtype."""
 
@@ -39,6 +43,9 @@ class DenseWeight(Weight):
     @property
     def nbytes(self) -> int:
         return self.tensor.nbytes
+
+    def put(self, first_row: int, matrix: Tensor) -> None:
+        self.tensor[first_row : first_row + matrix.shape[0]].copy_(matrix)
 
     def rows(self, ids: Tensor) -> Tensor:
         return self.tensor[ids]
@@ -62,8 +69,8 @@ class ExpertBank(ABC):
         """Bytes of memory held."""
 
     @abstractmethod
-    def put(self, slot: int, matrix: Tensor) -> None:
-        """Fill a slot with matrix [out, in]. Memory: one more matrix at most."""
+    def put(self, slot: int, first_row: int, matrix: Tensor) -> None:
+        """Fill a slot's rows from first_row on with matrix [n, in]."""
 
 
 class DenseBank(ExpertBank):
@@ -88,6 +95,5 @@ class DenseBank(ExpertBank):
     def nbytes(self) -> int:
         return self.tensor.nbytes
 
-    def put(self, slot: int, matrix: Tensor) -> None:
-        assert matrix.shape == self.tensor.shape[1:], (matrix.shape, self.tensor.shape)
-        self.tensor[slot].copy_(matrix)
+    def put(self, slot: int, first_row: int, matrix: Tensor) -> None:
+        self.tensor[slot, first_row : first_row + matrix.shape[0]].copy_(matrix)

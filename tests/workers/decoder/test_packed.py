@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 def test_float32_on_the_cpu_is_packed() -> None:
     spec = AttentionSpec(num_heads=2, num_kv_heads=1, head_width=8, value_width=8, scale=1.0)
-    assert isinstance(ops.new_weight(torch.randn(4, 4)), PackedWeight)
+    assert isinstance(ops.new_weight(4, 4, dtype=torch.float32, device=CPU), PackedWeight)
     assert isinstance(ops.new_bank([0, 2], 4, 4, dtype=torch.float32, device=CPU), PackedBank)
     assert isinstance(ops.new_pool(spec, 2, 16, dtype=torch.float32, device=CPU), PackedPool)
     assert isinstance(ops.new_pool(spec, 2, 4, dtype=torch.float32, device=CPU), PlainPool)  # blocks of part of a panel
@@ -26,7 +26,10 @@ def test_float32_on_the_cpu_is_packed() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_packed_weight_answers_as_a_plain_one(dtype: torch.dtype) -> None:
     matrix, x, bias = torch.randn(37, 20).to(dtype), torch.randn(9, 20), torch.randn(37)
-    packed, plain = PackedWeight(matrix), DenseWeight(matrix)
+    packed, plain = PackedWeight(37, 20, dtype=dtype), DenseWeight(torch.empty(37, 20, dtype=dtype))
+    for weight in (packed, plain):  # in parts whose borders cut through panels, one of them within one
+        for first, end in ((0, 20), (20, 22), (22, 37)):
+            weight.put(first, matrix[first:end])
     ids = torch.tensor([0, 36, 5, 5, 16])
     assert packed.shape == plain.shape
     assert torch.equal(packed.rows(ids), plain.rows(ids).float())
@@ -38,7 +41,8 @@ def test_a_packed_bank_answers_as_a_plain_one() -> None:
     for slot in range(3):
         matrix = torch.randn(37, 20)
         for bank in banks:
-            bank.put(slot, matrix)
+            bank.put(slot, 0, matrix[:5])
+            bank.put(slot, 5, matrix[5:])
     x, bias, runs = torch.randn(8, 20), torch.randn(3, 37), torch.tensor([5, 0, 3])
     torch.testing.assert_close(ops.grouped_linear(x, banks[0], runs, bias), ops.grouped_linear(x, banks[1], runs, bias))
     torch.testing.assert_close(ops.grouped_linear(x, banks[0], runs), ops.grouped_linear(x, banks[1], runs))

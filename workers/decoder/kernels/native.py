@@ -69,11 +69,24 @@ def pack(matrix: Tensor) -> Tensor:
     *lead, rows, columns = matrix.shape
     panel = panel_columns()
     packed = matrix.new_zeros(*lead, -(-rows // panel), columns, panel)
-    whole = rows // panel
-    packed[..., :whole, :, :] = matrix[..., : whole * panel, :].reshape(*lead, whole, panel, columns).transpose(-1, -2)
-    if rows % panel:
-        packed[..., whole, :, : rows % panel] = matrix[..., whole * panel :, :].transpose(-1, -2)
+    pack_rows(packed, 0, matrix)
     return packed
+
+
+def pack_rows(packed: Tensor, first: int, matrix: Tensor) -> None:
+    """Make matrix [..., n, C] the rows first ... first + n - 1 of packed [..., panels, C, P]."""
+    *lead, rows, columns = matrix.shape
+    panel = packed.shape[-1]
+    at, done = first // panel, 0
+    if first % panel:  # fill up the panel that an earlier part began
+        done = min(rows, panel - first % panel)
+        packed[..., at, :, first % panel : first % panel + done] = matrix[..., :done, :].transpose(-1, -2)
+        at += 1
+    whole, end = (rows - done) // panel, done + (rows - done) // panel * panel
+    panels = matrix[..., done:end, :].reshape(*lead, whole, panel, columns)
+    packed[..., at : at + whole, :, :] = panels.transpose(-1, -2)
+    if end < rows:
+        packed[..., at + whole, :, : rows - end] = matrix[..., end:, :].transpose(-1, -2)
 
 
 def matmul(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
@@ -164,11 +177,15 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def new_pages(
     num_blocks: int, num_kv_heads: int, block_tokens: int, head_width: int, value_width: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Empty pools of keys and values in the layout that `attention` reads (attention.c says which). All zeros."""
+    """Empty pools of keys and values in the layout that `attention` reads (attention.c says which).
+
+    Whatever the memory held: `attention` never lets a slot that was not written reach a result. So the operating system
+    provides pages as they are first written, and a large cache costs nothing until it is used.
+    """
     assert block_tokens % panel_keys() == 0
     panel = panel_columns()
-    keys = torch.zeros(num_blocks, num_kv_heads, block_tokens // panel_keys(), head_width, panel_keys(), dtype=dtype)
-    values = torch.zeros(num_blocks, num_kv_heads, block_tokens, -(-value_width // panel) * panel, dtype=dtype)
+    keys = torch.empty(num_blocks, num_kv_heads, block_tokens // panel_keys(), head_width, panel_keys(), dtype=dtype)
+    values = torch.empty(num_blocks, num_kv_heads, block_tokens, -(-value_width // panel) * panel, dtype=dtype)
     return keys, values
 
 

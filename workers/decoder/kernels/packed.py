@@ -21,14 +21,17 @@ DTYPES = (torch.float32, torch.bfloat16)
 class PackedWeight(Weight):
     """A matrix [out, in] in panels of output columns, see `native.pack`. `rows` gives float32."""
 
-    def __init__(self, matrix: Tensor) -> None:
-        self.packed = native.pack(matrix)
-        self.shape = (matrix.shape[0], matrix.shape[1])
-        self.dtype = matrix.dtype
+    def __init__(self, out_features: int, in_features: int, *, dtype: torch.dtype) -> None:
+        self.shape = (out_features, in_features)
+        self.dtype = dtype
+        self.packed = _panels(out_features, in_features, dtype=dtype)
 
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes
+
+    def put(self, first_row: int, matrix: Tensor) -> None:
+        native.pack_rows(self.packed, first_row, matrix)
 
     def rows(self, ids: Tensor) -> Tensor:
         panel = self.packed.shape[-1]
@@ -47,17 +50,14 @@ class PackedBank(ExpertBank):
         self.out_features = out_features
         self.in_features = in_features
         self.dtype = dtype
-        panel = native.panel_columns()
-        # Zeros: the last panel's columns beyond out_features are computed, and thrown away, like the others.
-        self.packed = torch.zeros(len(self.experts), -(-out_features // panel), in_features, panel, dtype=dtype)
+        self.packed = _panels(len(self.experts), out_features, in_features, dtype=dtype)
 
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes
 
-    def put(self, slot: int, matrix: Tensor) -> None:
-        assert matrix.shape == (self.out_features, self.in_features), matrix.shape
-        self.packed[slot].copy_(native.pack(matrix))
+    def put(self, slot: int, first_row: int, matrix: Tensor) -> None:
+        native.pack_rows(self.packed[slot], first_row, matrix)
 
     def linear(self, x: Tensor, rows_per_slot: Sequence[int], bias: Tensor | None) -> Tensor:
         """x [T, in] sorted by slot -> [T, out] in x's dtype; bias [slots, out]."""
@@ -109,3 +109,10 @@ class PackedPool(KVPool):
             slopes=self._slopes,
             sinks=sinks,
         ).to(query.dtype)
+
+
+def _panels(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Room for matrices [..., out, in]. The last panel's columns beyond `out` are computed as well, so zeros."""
+    *lead, rows, columns = shape
+    panel = native.panel_columns()
+    return torch.zeros(*lead, -(-rows // panel), columns, panel, dtype=dtype)

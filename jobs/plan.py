@@ -1,0 +1,287 @@
+"""`gristmill plan`: what a job would do, what that takes, and about how long. Reads, and changes nothing.
+
+Tokens are counted on a sample of rows. Time is the arithmetic of those tokens over what this machine's matrix product
+does just now, times a measured share; where the job runs elsewhere, no time is given.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import takewhile
+from pathlib import Path
+
+from jobs.fleet import num_replicas
+from jobs.resolve import ResolvedJob, resolve
+from jobs.spec import JobSpec
+from jobs.status import job_status
+from jobs.terminal import human_bytes, human_seconds
+from pipeline.errors import RowError
+from pipeline.prompts import Example, ModelText, PromptBuilder, PromptSettings, TextBuilder
+from pipeline.row_text import RowText
+from pipeline.source import Rows, Split
+from pipeline.tokenizer import Tokenizer, load_tokenizer
+from workers.forecast import EFFICIENCY, Forecast, forecast
+from workers.settings import EngineSettings
+
+SAMPLE_PLACES = 8  # all over the input
+SAMPLE_ROWS = 16  # at each
+SAMPLE_BYTES = 1 << 20
+
+_BLOCK_TOKENS = 16  # a shared prefix is reused in blocks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEstimate:
+    """Means a row that can be served, from `sampled_rows` rows; `errors` counts those of them that can't be."""
+
+    sampled_rows: int
+    errors: Counter[str]
+    prompt: float
+    shared: int  # of it, the beginning that all prompts have in common and that is computed once
+    passage: float  # embedded besides
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    job: ResolvedJob
+    shard: Forecast
+    tokens: TokenEstimate
+    max_new_tokens: int  # a row, all of its samples together
+    embeds_generation: bool
+    seconds: float | None  # None: not estimated
+    output: str  # what is at output.path
+
+    def describe(self) -> str:
+        """For people, a line a subject."""
+        spec, shard = self.job.spec, self.shard
+        rows, splits, files = self.job.source.num_rows, self.job.splits, len(self.job.source.files)
+        asked = [name for name in ("generate", "embed", "index") if getattr(spec, name) is not None]
+        lines = [
+            (spec.name, ", ".join(asked)),
+            (
+                "model",
+                f"{spec.model}: {shard.architecture}, {shard.num_layers} layers, {_weights(shard)}",
+            ),
+            (
+                "input",
+                f"{rows:,} rows in {files:,} file{'s' if files > 1 else ''}; {len(splits):,} splits of up to "
+                f"{max(split.num_rows for split in splits):,} rows",
+            ),
+            ("tokens", self._tokens()),
+            ("memory", self._memory()),
+            ("where", self._where()),
+            ("time", self._time()),
+            ("output", self.output),
+        ]
+        if self.tokens.errors:
+            failed = ", ".join(f"{count} {code}" for code, count in self.tokens.errors.most_common())
+            lines.insert(4, ("errors", f"in the sample of {self.tokens.sampled_rows} rows: {failed}"))
+        width = max(len(name) for name, _ in lines[1:])
+        return "\n".join([f"{lines[0][0]}: {lines[0][1]}", *(f"  {name:{width}}  {text}" for name, text in lines[1:])])
+
+    def _tokens(self) -> str:
+        rows, found = self.job.source.num_rows, self.tokens
+        parts = []
+        if found.prompt:
+            parts.append(f"about {rows * found.prompt:,.0f} to read ({found.prompt:,.0f} a row")
+            parts[-1] += f", the first {found.shared} of them computed once)" if found.shared else ")"
+        if self.max_new_tokens:
+            parts.append(f"at most {rows * self.max_new_tokens:,} to generate")
+        if found.passage:
+            parts.append(f"about {rows * found.passage:,.0f} to embed ({found.passage:,.0f} a row)")
+        return ", ".join(parts) + f"; counted on {found.sampled_rows} rows"
+
+    def _memory(self) -> str:
+        shard, spec = self.shard, self.job.spec
+        parts = [
+            f"{human_bytes(shard.weight_bytes)} of weights ({shard.dtype})",
+            f"at most {human_bytes(shard.kv_cache_bytes)} of KV cache",
+        ]
+        text = f"a replica: {', '.join(parts)}"
+        if spec.embed is not None:
+            samples = spec.generate.n if spec.generate is not None and spec.embed.of != "prompt" else 1
+            vectors = self.job.source.num_rows * (samples + (1 if spec.embed.of == "both" else 0))
+            text += f"; index: {human_bytes(vectors * shard.hidden_width * 4)} of vectors"
+        return text
+
+    def _where(self) -> str:
+        cluster, shard = self.job.spec.cluster, self.shard
+        replicas = num_replicas(cluster)
+        ray = f"the Ray cluster at {cluster.address}" if cluster.address else "this machine, in a Ray of the job's own"
+        return (
+            f"{replicas} replica{'s' if replicas > 1 else ''} on {shard.device}, {shard.threads} threads each, on {ray}"
+        )
+
+    def _time(self) -> str:
+        if self.seconds is None or self.shard.flops_per_s is None:
+            return "not estimated: the job does not run on this machine's processor"
+        most = "up to" if self.max_new_tokens else "about"
+        return (
+            f"{most} {human_seconds(self.seconds)}, if steps reach {EFFICIENCY:.0%} of the "
+            f"{self.shard.flops_per_s / 1e9:,.0f} GFLOP/s that a matrix product did here just now"
+        )
+
+
+def make_plan(spec: JobSpec) -> Plan:
+    """UserError and JobError as running the job would raise them, as far as that shows before the model is loaded."""
+    job = resolve(spec)
+    settled, cluster = job.spec, job.spec.cluster
+    cpus = len(os.sched_getaffinity(0))
+    shard = forecast(
+        EngineSettings(
+            model_path=str(job.model_path),
+            device=cluster.device,
+            dtype=cluster.dtype,
+            threads=max(1, cpus // num_replicas(cluster)) if cluster.threads == "auto" else cluster.threads,
+            kv_cache_bytes=None if settled.engine.kv_cache_bytes == "auto" else settled.engine.kv_cache_bytes,
+            max_context=None if settled.engine.max_context == "auto" else settled.engine.max_context,
+            step_tokens=None if settled.engine.step_tokens == "auto" else settled.engine.step_tokens,
+            max_sequences=None if settled.engine.max_sequences == "auto" else settled.engine.max_sequences,
+        )
+    )
+    tokens = estimate_tokens(job, shard.max_context)
+    new_tokens = settled.generate.max_new_tokens * settled.generate.n if settled.generate is not None else 0
+    embeds_generation = settled.embed is not None and settled.embed.of != "prompt"
+    return Plan(
+        job=job,
+        shard=shard,
+        tokens=tokens,
+        max_new_tokens=new_tokens,
+        embeds_generation=embeds_generation,
+        seconds=_seconds(job, shard, tokens, new_tokens, embeds_generation) if not cluster.address else None,
+        output=_output(job),
+    )
+
+
+def estimate_tokens(job: ResolvedJob, max_context: int) -> TokenEstimate:
+    tokenizer = load_tokenizer(job.model_path)
+    prompts, passages = _builders(job, tokenizer)
+    columns = list(dict.fromkeys(column for builder in (prompts, passages) if builder for column in builder.columns))
+    read, embedded, errors = list[list[int]](), list[list[int]](), Counter[str]()
+    sampled = 0
+    for rows in _sample(job, columns):
+        sampled += rows.batch.num_rows
+        for builder, kept in ((prompts, read), (passages, embedded)):
+            if builder is None:
+                continue
+            built = builder.build(rows)
+            encoded = iter(tokenizer.encode_batch([one for one in built if not isinstance(one, RowError)]))
+            for one in built:
+                ids = one if isinstance(one, RowError) else next(encoded)
+                if isinstance(ids, RowError):
+                    errors[ids.code] += 1
+                elif len(ids) > max_context - (builder is prompts) and job.spec.prompt.on_too_long == "error":
+                    errors["prompt_too_long"] += 1
+                else:
+                    kept.append(ids[:max_context])
+    return TokenEstimate(
+        sampled_rows=sampled,
+        errors=errors,
+        prompt=_mean(read),
+        shared=common_prefix(read) // _BLOCK_TOKENS * _BLOCK_TOKENS,
+        passage=_mean(embedded),
+    )
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """How many items all sequences begin with. None for one sequence: there is nothing to share.
+
+    >>> common_prefix([[1, 2, 3], [1, 2, 4], [1, 2]])
+    2
+    """
+    if len(sequences) < 2:
+        return 0
+    return sum(1 for _ in takewhile(lambda items: len(set(items)) == 1, zip(*sequences, strict=False)))
+
+
+def _builders(job: ResolvedJob, tokenizer: Tokenizer) -> tuple[PromptBuilder | None, TextBuilder | None]:
+    """What makes the text that is continued, and the text that is embedded, of a row."""
+    spec, source = job.spec, job.source
+    prompt, embed = spec.prompt, spec.embed
+    prompts = None
+    if spec.generate is not None:
+        settings = PromptSettings(
+            column=prompt.column,
+            template=prompt.template,
+            chat=prompt.chat,
+            system=prompt.system,
+            examples=tuple(Example(user=one.user, assistant=one.assistant) for one in prompt.examples),
+        )
+        model = ModelText(
+            chat_template=tokenizer.chat_template,
+            special_tokens=tokenizer.special_tokens,
+            control_strings=tokenizer.control_strings,
+        )
+        prompts = PromptBuilder(
+            settings, source.columns, model=model, text_column=source.text_column, now=datetime.now().astimezone()
+        )
+    passages = None
+    if embed is not None and embed.of != "generation":
+        template = embed.template or prompt.template
+        row_text = RowText(
+            source.columns,
+            column=None if template else prompt.column,
+            template=template,
+            text_column=source.text_column,
+            section="embed" if embed.template else "prompt",
+        )
+        passages = TextBuilder(row_text)
+    return prompts, passages
+
+
+def _sample(job: ResolvedJob, columns: Sequence[str]) -> Iterator[Rows]:
+    """Some rows at places spread over the input."""
+    splits = job.splits
+    chosen = {splits[number * len(splits) // SAMPLE_PLACES].index for number in range(SAMPLE_PLACES)}
+    for index in sorted(chosen):
+        split: Split = splits[index]
+        rows = next(job.source.read(split, columns, max_bytes=SAMPLE_BYTES))
+        count = min(rows.batch.num_rows, SAMPLE_ROWS)
+        errors = {offset: error for offset, error in rows.errors.items() if offset < count}
+        yield Rows(first_row=rows.first_row, batch=rows.batch.slice(0, count), errors=errors)
+    job.source.close()
+
+
+def _seconds(
+    job: ResolvedJob, shard: Forecast, tokens: TokenEstimate, new_tokens: int, embeds_generation: bool
+) -> float | None:
+    if shard.flops_per_s is None:
+        return None
+    rows, cost = job.source.num_rows, shard.cost
+    total = cost.flops(
+        tokens=rows * max(0.0, tokens.prompt - tokens.shared) + tokens.shared,
+        chosen=0,
+        context=(tokens.prompt + tokens.shared) / 2,
+    )
+    total += cost.flops(tokens=rows * new_tokens, chosen=rows * new_tokens, context=tokens.prompt + new_tokens / 2)
+    total += cost.flops(tokens=rows * tokens.passage, chosen=0, context=tokens.passage / 2)
+    if embeds_generation:
+        total += cost.flops(tokens=rows * new_tokens, chosen=0, context=new_tokens / 2)
+    return total / (shard.flops_per_s * EFFICIENCY)
+
+
+def _output(job: ResolvedJob) -> str:
+    out = Path(job.spec.output.path)
+    if not (out / "job.json").is_file():
+        return f"{out}, which is new"
+    status = job_status(out)
+    if status["fingerprint"] != job.fingerprint:
+        return f"{out}, which holds another job: running this one there will be refused"
+    rows = status["rows"]
+    return f"{out}, where {rows['done']:,} of {rows['total']:,} rows are done: running goes on from there"
+
+
+def _weights(shard: Forecast) -> str:
+    cost = shard.cost
+    met = cost.weights_a_token + cost.output_weights
+    return f"{cost.weights / 1e6:,.1f} M weights" + (
+        f" of which a token meets {met / 1e6:,.1f} M" if met < 0.9 * cost.weights else ""
+    )
+
+
+def _mean(sequences: Sequence[Sequence[int]]) -> float:
+    return sum(map(len, sequences)) / len(sequences) if sequences else 0.0

@@ -1,0 +1,150 @@
+"""What a model would take of this machine, told before it is loaded: memory, arithmetic, how fast that goes here."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from workers.decoder.checkpoint import load_checkpoint
+from workers.decoder.config import DecoderConfig, ExpertsConfig, FeedForwardConfig, LayerConfig
+from workers.decoder.model import layer_groups
+from workers.decoder.precision import resolve_precision
+from workers.engine.engine import BLOCK_TOKENS, MAX_SEQUENCES, STEP_TOKENS
+from workers.engine.kv_cache import CacheShape, GroupNeed, auto_budget_bytes
+from workers.settings import EngineSettings
+
+# The share of a large float32 matrix product's speed that whole steps reach, prefill and decode in batches of 64 and
+# more: measured with SmolLM2-135M and with its upcycled form on two cores.
+EFFICIENCY = 0.6
+
+_MEASURED_S = 0.15
+_MEASURED_WIDTH = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCost:
+    """Numbers of weights, and bytes of cache a token. Norms and biases, below a thousandth, are left out."""
+
+    weights: int
+    weights_a_token: int  # that one token meets: attention, its own experts; neither embedding nor output
+    output_weights: int  # met by each token whose successor is chosen
+    cache_values_a_token: int  # keys and values in all layers, windows aside
+    attention_values_a_token: int  # query and value columns in all layers: 2 FLOP each for every token attended to
+
+    def flops(self, *, tokens: float, chosen: float, context: float) -> float:
+        """Of `tokens` tokens that attend to `context` others on average, `chosen` of which yield a next token."""
+        attention = 2 * self.attention_values_a_token * context
+        return tokens * (2.0 * self.weights_a_token + attention) + 2.0 * chosen * self.output_weights
+
+
+def model_cost(config: DecoderConfig) -> ModelCost:
+    width, vocab = config.hidden_width, config.vocab_size
+    layers = [_layer_weights(layer, width) for layer in config.layers]
+    specs = [layer.attention.spec for layer in config.layers]
+    output = vocab * width
+    return ModelCost(
+        weights=sum(held for held, _ in layers) + output * (1 if config.tied_embeddings else 2),
+        weights_a_token=sum(met for _, met in layers),
+        output_weights=output,
+        cache_values_a_token=sum(spec.num_kv_heads * (spec.head_width + spec.value_width) for spec in specs),
+        attention_values_a_token=sum(spec.num_heads * (spec.head_width + spec.value_width) for spec in specs),
+    )
+
+
+def _layer_weights(layer: LayerConfig, width: int) -> tuple[int, int]:
+    """(held, met by one token)."""
+    spec, forward = layer.attention.spec, layer.feed_forward
+    attention = width * (spec.num_heads + spec.num_kv_heads) * (spec.head_width + spec.value_width)
+    if isinstance(forward, ExpertsConfig):
+        one, router = _feed_forward_weights(forward.expert, width), width * forward.router.num_experts
+        return (
+            attention + router + forward.router.num_experts * one,
+            attention + router + forward.router.top_k * one,
+        )
+    return (attention + _feed_forward_weights(forward, width),) * 2
+
+
+def _feed_forward_weights(config: FeedForwardConfig, width: int) -> int:
+    return (3 if config.gated else 2) * width * config.width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """One shard on this machine. `flops_per_s` is None where nothing was measured: the job runs on a GPU."""
+
+    architecture: str
+    num_layers: int
+    hidden_width: int
+    max_context: int
+    device: Literal["cpu", "cuda"]
+    dtype: str
+    threads: int
+    cost: ModelCost
+    weight_bytes: int
+    kv_cache_bytes: int  # the budget; pages are only used as they are written
+    flops_per_s: float | None  # of a large float32 matrix product, just now
+
+
+def forecast(settings: EngineSettings) -> Forecast:
+    """Reads the headers of a checkpoint and multiplies matrices for a moment. UserError for what is no model."""
+    config = load_checkpoint(Path(settings.model_path)).config
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = resolve_precision(settings.dtype, torch.device(device))
+    cost = model_cost(config)
+    return Forecast(
+        architecture=config.architecture,
+        num_layers=len(config.layers),
+        hidden_width=config.hidden_width,
+        max_context=min(settings.max_context or config.max_context, config.max_context),
+        device="cuda" if device == "cuda" else "cpu",
+        dtype=str(precision.weights).removeprefix("torch."),
+        threads=settings.threads,
+        cost=cost,
+        weight_bytes=cost.weights * precision.weights.itemsize,
+        kv_cache_bytes=settings.kv_cache_bytes or _auto_cache_bytes(settings, config, precision.cache.itemsize, device),
+        flops_per_s=_measured_flops_per_s(settings.threads) if device == "cpu" else None,
+    )
+
+
+def _auto_cache_bytes(settings: EngineSettings, config: DecoderConfig, value_bytes: int, device: str) -> int:
+    """As the engine settles it; it looks at the memory that is free once the weights are loaded."""
+    step_tokens = settings.step_tokens or STEP_TOKENS
+    shape = CacheShape(
+        block_tokens=BLOCK_TOKENS,
+        step_tokens=step_tokens,
+        max_context=min(settings.max_context or config.max_context, config.max_context),
+        max_sequences=min(step_tokens, settings.max_sequences or MAX_SEQUENCES),
+    )
+    needs = [
+        GroupNeed(
+            block_bytes=BLOCK_TOKENS
+            * group.spec.num_kv_heads
+            * (group.spec.head_width + group.spec.value_width)
+            * value_bytes
+            * len(group.layers),
+            window=group.spec.window,
+        )
+        for group in layer_groups(config)
+    ]
+    return auto_budget_bytes(needs, shape, torch.device(device))
+
+
+def _measured_flops_per_s(threads: int) -> float:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        square = torch.rand(_MEASURED_WIDTH, _MEASURED_WIDTH)
+        torch.mm(square, square)
+        began, times = time.perf_counter(), 0
+        while (elapsed := time.perf_counter() - began) < _MEASURED_S:
+            torch.mm(square, square)
+            times += 1
+        return 2.0 * _MEASURED_WIDTH**3 * times / elapsed
+    finally:
+        torch.set_num_threads(before)
