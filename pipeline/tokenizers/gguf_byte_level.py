@@ -29,7 +29,7 @@ def byte_level_backend(vocabulary: Vocabulary) -> LibraryBackend:
     backend = LibraryBackend(model)
     backend.pre_tokenizer = pre_tokenizer.build()
     backend.decoder = decoders.ByteLevel()
-    special_tokens = vocabulary.facts().special_tokens
+    special_tokens = vocabulary.special_tokens()
     named = {special_tokens.get(role) for role in ("bos_token", "eos_token", "unk_token", "pad_token")}
     special_types = (TokenType.CONTROL, TokenType.UNKNOWN)
     backend.add_tokens(
