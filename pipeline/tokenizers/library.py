@@ -210,8 +210,7 @@ def _plain_sibling(backend: LibraryBackend) -> LibraryBackend:
     if backend.post_processor is not None:
         sibling.post_processor = backend.post_processor
     added = backend.get_added_tokens_decoder()
-    for token_id in sorted(added):
-        (sibling.add_special_tokens if added[token_id].special else sibling.add_tokens)([added[token_id]])
+    sibling.add_tokens([added[token_id] for token_id in sorted(added)])  # at once: each call rebuilds its automaton
     if set(sibling.get_added_tokens_decoder()) != set(added):  # ids with gaps can't be given anew one by one
         sibling = LibraryBackend.from_str(backend.to_str())
     sibling.encode_special_tokens = True
