@@ -61,7 +61,7 @@ def test_one_text_that_breaks_the_tokenizer_fails_alone(desk):
 
 def test_a_prompt_may_fill_all_but_one_token_of_the_context_and_a_passage_all_of_it(desk):
     def outcome(num_tokens: int, **options) -> list:
-        shard = desk(["a " * 20], max_context=num_tokens, **options)
+        shard = desk(["a " * 20], max_context=num_tokens, prompt={"chat": False}, **options)
         (piece,) = read(shard)
         return (piece.prompts or []) + (piece.passages or [])
 
