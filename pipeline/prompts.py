@@ -184,7 +184,7 @@ class PromptBuilder:
         return self._of_values(values)
 
     def _of_values(self, values: Mapping[str, Any]) -> Prompt | RowError:
-        hidden: Mapping[str, str] = {}
+        hidden: Mapping[str, str] | None = None
         if self._author_controls:
             values, hidden = self._control.hide(values, self._beside)
         text = self._row_text.text(values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from types import GeneratorType
 from typing import Any
@@ -23,6 +23,7 @@ from pipeline.templates.limits import Meter, OverLimit, TemplateLimits
 
 _QUESTIONS = {"startswith", "endswith"}
 _KEEPERS = (dict, Namespace)  # called with values, they only keep them
+_FOR_NULLS = {"d", "default", "tojson"}  # the filters that have something to say about a null
 _LISTING_FILTERS = {"join", "list", "sum"}  # that go through a generator to its end
 _JINJAS_OWN_ARGUMENTS = {"_loop_vars", "_block_vars", "caller"}
 
@@ -54,6 +55,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = tojson
         for name, function in list(self.filters.items()):
             self.filters[name] = _guarded_filter(name, function, self.meter, FILTER_GUARDS.get(name))
+            if refuse_null and name not in _FOR_NULLS:
+                self.filters[name] = _null_refusing_filter(name, self.filters[name])
         self.filters["random"] = _not_random
         for name in COMPARING_TESTS:
             self.tests[name] = _guarded_test(self.tests[name], self.meter)
@@ -81,6 +84,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 __self.meter.was_trimmed = True
             elif method.__name__ not in _QUESTIONS:
                 __self.meter.look(owner)
+            if __self._refuse_null and method.__name__ == "format" and _holds_null((*args, *own.values())):
+                raise NullPrinted
             if (guard := METHOD_GUARDS.get(method.__name__)) is not None:
                 guard(__self.meter, owner, *args, **own)
         result = super().call(__context, __obj, *args, **kwargs)
@@ -94,6 +99,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         self.meter.allow_operator(operator, left, right)
+        formats = operator == "%" and isinstance(left, str)
+        if self._refuse_null and formats and _holds_null(right if isinstance(right, tuple) else (right,)):
+            raise NullPrinted
         if operator != "+":
             self.meter.look(left, right)
         result = super().call_binop(context, operator, left, right)
@@ -106,7 +114,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def _concat(self, *values: Any) -> str:
         """`a ~ b`, which Jinja's sandbox does not intercept."""
-        if self._refuse_null and any(value is None for value in values):
+        if self._refuse_null and _holds_null(values):
             raise NullPrinted
         self.meter.allow_text(*values)
         result = "".join(map(str, values))
@@ -190,7 +198,7 @@ def _not_random(*_: Any) -> Any:
 
 def _guarded_filter(name: str, function: Any, meter: Meter, guard: Guard | None) -> Any:
     """The filter, counted and, where it can make something large, asked for its size first."""
-    num_passed = 1 if hasattr(function, "jinja_pass_arg") else 0  # a context or an environment comes first
+    num_passed = _num_passed(function)
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -208,6 +216,29 @@ def _guarded_filter(name: str, function: Any, meter: Meter, guard: Guard | None)
         return result
 
     return guarded
+
+
+def _null_refusing_filter(name: str, function: Any) -> Any:
+    """The filter, which does not make the text `None` of a null."""
+    num_passed = _num_passed(function)
+
+    @functools.wraps(function)
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        value = args[num_passed]
+        if value is None or (name == "join" and isinstance(value, list | tuple) and _holds_null(value)):
+            raise NullPrinted
+        return function(*args, **kwargs)
+
+    return refusing
+
+
+def _holds_null(values: Iterable[Any]) -> bool:
+    return any(value is None for value in values)
+
+
+def _num_passed(function: Any) -> int:
+    """How many arguments, a context or an environment, come before the value."""
+    return 1 if hasattr(function, "jinja_pass_arg") else 0
 
 
 def _watch_filter(name: str, meter: Meter, value: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
