@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import audit as audit_module
 from pipeline.attempt import records_to_keep
 from pipeline.audit import Audit, audit
 from pipeline.commits import CommitLog
@@ -366,6 +367,37 @@ def test_nothing_that_a_kill_leaves_is_called_damage(tmp_path: Path, filesystem:
         if finished:
             break
     assert step > 60
+
+
+def test_a_run_that_goes_on_meanwhile_is_not_called_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the audit looks at split 0 the controller commits it anew, and another split for the first time."""
+    folder = JobFolder(tmp_path / "out")
+    log = planned(folder)
+    log.publish(log.commit(part_of(folder, 0, rows=2)))
+    look = audit_module.file_sha256
+
+    def look_late(path: Path) -> str:
+        if log.commits[0].revision == 0:
+            kept = records_to_keep(folder.part(0), log.commits[0].sha256, retry_errors=False)
+            log.publish(log.commit(part_of(folder, 0, revision=1, kept=kept)))
+            log.publish(log.commit(part_of(folder, 1)))
+        return look(path)
+
+    monkeypatch.setattr(audit_module, "file_sha256", look_late)
+    found = audit(folder.root)
+    assert found.problems == ()
+    assert "split 0 was committed again while it was looked at" in found.pending
+
+    listed = os.listdir
+
+    def list_early(path: Any) -> list[str]:
+        names = listed(path)
+        if path == folder.commits and 2 not in log.commits:
+            log.publish(log.commit(part_of(folder, 2)))
+        return names
+
+    monkeypatch.setattr(os, "listdir", list_early)
+    assert audit(folder.root).problems == ()
 
 
 def test_a_job_that_embeds_nothing_or_wants_no_index_needs_none(tmp_path: Path) -> None:
