@@ -14,11 +14,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-from hypothesis import settings
-
-# How long an example takes says something about the machine, not about the code.
-settings.register_profile("gristmill", deadline=None)
-settings.load_profile("gristmill")
 from hypothesis import HealthCheck, settings
 
 # How long an example takes says more about what else the machine does than about the code.
