@@ -1,6 +1,6 @@
 """Seconds from the start of `gristmill run` to the first token, Ray's start and the model's loading included.
 
-    python -m benchmarks.startup
+python -m benchmarks.startup
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
             subprocess.run([command, "run", job, "--json"], check=True, stdout=subprocess.DEVNULL)
             whole = time.time() - start
             report = json.loads(Path(folder, "out", "report.json").read_text())
-            to_first_token = report["times"]["first_step_at"] - start
+            to_first_token = report["runs"][-1]["first_step_at"] - start
             print(f"first token after {to_first_token:5.1f} s, whole job of one token {whole:5.1f} s", flush=True)
 
 

@@ -58,7 +58,7 @@ class Plan:
     def describe(self) -> str:
         """For people, a line a subject."""
         spec, shard = self.job.spec, self.shard
-        rows, splits = self.job.source.num_rows, self.job.splits
+        rows, splits, files = self.job.source.num_rows, self.job.splits, len(self.job.source.files)
         asked = [name for name in ("generate", "embed", "index") if getattr(spec, name) is not None]
         lines = [
             (spec.name, ", ".join(asked)),
@@ -68,7 +68,7 @@ class Plan:
             ),
             (
                 "input",
-                f"{rows:,} rows in {len(self.job.source.files):,} files; {len(splits):,} splits of up to "
+                f"{rows:,} rows in {files:,} file{'s' if files > 1 else ''}; {len(splits):,} splits of up to "
                 f"{max(split.num_rows for split in splits):,} rows",
             ),
             ("tokens", self._tokens()),
@@ -119,9 +119,9 @@ class Plan:
     def _time(self) -> str:
         if self.seconds is None or self.shard.flops_per_s is None:
             return "not estimated: the job does not run on this machine's processor"
-        most = "at most " if self.max_new_tokens else ""
+        most = "up to" if self.max_new_tokens else "about"
         return (
-            f"{most}about {human_seconds(self.seconds)}, if steps reach {EFFICIENCY:.0%} of the "
+            f"{most} {human_seconds(self.seconds)}, if steps reach {EFFICIENCY:.0%} of the "
             f"{self.shard.flops_per_s / 1e9:,.0f} GFLOP/s that a matrix product did here just now"
         )
 

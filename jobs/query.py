@@ -54,6 +54,8 @@ class QueryResult:
 
 def query_texts(out: Path, texts: Sequence[str], k: int) -> list[QueryResult]:
     """The k rows nearest to each text. UserError where there is no index, or the model is another than the index's."""
+    if not all(text.strip() for text in texts):
+        raise UserError("query: the text is empty; say what to look for")
     folder = open_job(out)
     index = VectorIndex.open(folder.index)
     spec = JobSpec.model_validate(read_job(folder)["spec"])

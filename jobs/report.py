@@ -51,7 +51,7 @@ class PartsSummary:
     def add(self, batch: pa.RecordBatch) -> None:
         first = pc.equal(batch.column("sample"), pa.scalar(0))
         self.records += batch.num_rows
-        self.rows += pc.sum(first).as_py() or 0
+        self.rows += first.true_count
         self.finish_reasons.update(_counts(batch.column("finish_reason")))
         self.prompt_lengths.update(_counts(batch.column("prompt_tokens").filter(first)))
         self.completion_lengths.update(_counts(batch.column("completion_tokens")))
@@ -161,7 +161,9 @@ def write_report(
 def describe_report(report: dict[str, Any], out: Path) -> str:
     """What a person is told at the end of a run."""
     rows, tokens, runs = report["rows"], report["tokens"], report["runs"]
-    lines = [f"{report['name']}: {rows['done']:,} of {rows['total']:,} rows done ({report['state']})"]
+    lines = [f"{report['name']}: {rows['done']:,} of {rows['total']:,} rows done"]
+    if rows["done"] < rows["total"]:
+        lines[0] += "; without --limit the next run goes on"
     lines += [
         f"  {found['count']:,} rows failed with {code}, the first of them row {found['examples'][0]['row']:,}: "
         + " ".join(found["examples"][0]["message"].split())

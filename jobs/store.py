@@ -130,7 +130,8 @@ def _refuse_other(folder: JobFolder, job: ResolvedJob, planned: PlannedJob) -> N
     sections = {change.partition(".")[0] for change in changes}
     if sections <= {"model"}:
         raise JobError(
-            f"the model has changed since the job in {folder.root} was planned: {_listed(changes)}; "
+            f"the model has changed since the job in {folder.root} was planned: "
+            f"{_listed([change.removeprefix('model.') for change in changes])}; "
             "put the old one back or name another output.path"
         )
     raise UserError(

@@ -118,6 +118,7 @@ class Tally:
         first_steps = self._first_steps + [r.first_step_at for r in self._reports.values() if r.first_step_at]
         return {
             "seconds": {phase: round(seconds, 3) for phase, seconds in phases.items()},
+            "first_step_at": min(first_steps, default=None),  # seconds since 1970
             "first_token_s": round(min(first_steps) - self._began_wall, 3) if first_steps else None,
             "splits_committed": self._num_splits,
             "deaths": self._deaths,

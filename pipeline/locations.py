@@ -115,7 +115,9 @@ def _walk(filesystem: fs.FileSystem, folder: str) -> Iterator[str]:
 def _glob(place: Place) -> Iterator[str]:
     segments = place.path.split("/")
     literal = next(i for i, segment in enumerate(segments) if _MAGIC.search(segment))
-    yield from _match(place.filesystem, "/".join(segments[:literal]) or "/", segments[literal:])
+    folder = "/".join(segments[:literal]) or "/"
+    if place.filesystem.get_file_info(folder).type == fs.FileType.Directory:
+        yield from _match(place.filesystem, folder, segments[literal:])
 
 
 def _match(filesystem: fs.FileSystem, folder: str, segments: Sequence[str]) -> Iterator[str]:
@@ -129,7 +131,7 @@ def _match(filesystem: fs.FileSystem, folder: str, segments: Sequence[str]) -> I
         elif info.type == fs.FileType.Directory:
             yield from _match(filesystem, info.path, rest) if rest else _walk(filesystem, info.path)
         return
-    for entry in filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
+    for entry in filesystem.get_file_info(fs.FileSelector(folder)):
         hidden = entry.base_name.startswith(".") and not first.startswith(".")
         if hidden or not (first == "**" or fnmatch.fnmatchcase(entry.base_name, first)):
             continue

@@ -20,6 +20,16 @@ class InputSchema:
     fields: pa.Schema
     problems: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def usable(self) -> list[str]:
+        """The columns that there is no problem with."""
+        return [name for name in self.fields.names if name not in self.problems]
+
+    @property
+    def text_columns(self) -> list[str]:
+        """The usable columns that hold text and nothing but text."""
+        return [name for name in self.usable if pa.types.is_string(self.fields.field(name).type)]
+
     def select(self, names: Sequence[str]) -> pa.Schema:
         """Just these columns, each once. UserError for one that is unknown or unusable."""
         chosen: dict[str, pa.Field[Any]] = {}

@@ -125,6 +125,8 @@ class Source:
         hashed = all(place.is_local for place in places) and _total_bytes(places) <= _HASHED_TOTAL_BYTES
         looked = _in_threads(lambda place: _look(form, place, limits, hashed), places)
         files = [file for file, _ in looked]
+        if job is not None and hashed:
+            _refuse_altered_parts(job, files)
         scans = [scan for _, scan in looked]
         columns = merge_schemas(
             [(file.path, scan.schema) for file, scan in looked if scan.num_rows] or [(files[0].path, scans[0].schema)],
@@ -136,7 +138,7 @@ class Source:
             format=form,
             files=files,
             columns=columns,
-            text_column=_text_column(columns.fields, form, is_job=job is not None),
+            text_column=_text_column(columns, form, is_job=job is not None),
             scans=scans,
         )
         if source.num_rows == 0:
@@ -178,9 +180,10 @@ class Source:
     def read(self, split: Split, columns: Sequence[str], *, max_bytes: int = DEFAULT_BATCH_BYTES) -> Iterator[Rows]:
         """The split's rows, in order, in batches of at most `max_bytes` decoded (a row that is larger comes alone).
 
-        Where no columns are asked for, batches have the first one, so that they have rows at all. JobError where a file can't be read any more or is another than it was at planning.
+        Where no columns are asked for, batches have one that is there, so that they have rows at all. JobError where a
+        file can't be read any more or is another than it was at planning.
         """
-        selected = self.columns.select(columns or self.schema.names[:1])
+        selected = self.columns.select(columns or self.columns.usable[:1])
         row, end = split.first_row, split.first_row + split.num_rows
         cursor = self._cursor(split, selected, max_bytes)
         whole = False
@@ -284,6 +287,13 @@ def _listed(patterns: Sequence[str], job: str | None, format: str) -> tuple[Form
     return list_input(patterns, format)
 
 
+def _refuse_altered_parts(job: str, files: Sequence[InputFile]) -> None:
+    committed = committed_parts(job)
+    for file in files:
+        if file.digest != f"sha256:{committed[file.path]}":
+            raise UserError(f"input.job {job}: {file.path} is not what was committed; see gristmill verify {job}")
+
+
 def _look(format: Format, place: Place, limits: ScanLimits, hashed: bool) -> tuple[InputFile, FileScan]:
     scan = format.scan(place.name, limits)
     try:
@@ -318,9 +328,9 @@ def _total_bytes(places: Sequence[Place]) -> int:
     return sum(int(place.info().size or 0) for place in places)
 
 
-def _text_column(schema: pa.Schema, format: Format, *, is_job: bool) -> str | None:
+def _text_column(schema: InputSchema, format: Format, *, is_job: bool) -> str | None:
     """The column that is read where none is named: `text` of plain text or another job, else the only text there is."""
-    texts = [field.name for field in schema if pa.types.is_string(field.type)]
+    texts = schema.text_columns
     if is_job or format.name in ("text", "lines"):
         return TEXT_COLUMN if TEXT_COLUMN in texts else None
     return texts[0] if len(texts) == 1 else None

@@ -6,14 +6,11 @@ that a chat template renders is parsed (`parse_special`), except for its `litera
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from pipeline.errors import RowError, UserError
-
-if TYPE_CHECKING:
-    from pipeline.tokenizers.training import Training
 
 Span = tuple[int, int]
 
@@ -71,8 +68,8 @@ class Tokenizer(Protocol):
         """Role -> string, `{"bos_token": "<s>", ...}`: the variables that chat templates expect."""
 
     @property
-    def control_strings(self) -> tuple[str, ...]:
-        """Every string that becomes a control token where `parse_special` allows it."""
+    def control_strings(self) -> frozenset[str]:
+        """The strings of control tokens: what text from a row never becomes, but a parsed template does."""
 
     @property
     def digest(self) -> str:
@@ -113,13 +110,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if path.suffix == ".gguf":
         return _load_gguf(path)
     raise UserError(f"{path}: no tokenizer there: neither a directory nor a .gguf file")
-
-
-def train_tokenizer(corpus: Iterable[str], out: Path, kind: str, vocab_size: int) -> Training:
-    """Train a SentencePiece vocabulary, `bpe` or `unigram`, and write it to the new folder `out`; see `training`."""
-    from pipeline.tokenizers.training import train
-
-    return train(corpus, out, kind, vocab_size)
 
 
 def _load_gguf(path: Path) -> Tokenizer:

@@ -30,6 +30,7 @@ MAX_UNREAD = 2  # assignments leased ahead of the one that is being read
 MAX_READY_TOKENS = 1 << 21
 MAX_PARTS_IN_WRITING = 2  # beyond these the engine waits for the disk
 IDLE_S = 0.05
+MAX_LOGGED_ROWS = 20
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class RowRunner:
         self._next_request = 0
         self._flights: dict[int, Flight] = {}
         self._open: list[Work] = []  # whose rows have begun to come, not yet being written
-        self._num_errors = self._prompt_tokens = self._completion_tokens = self._embedded_tokens = 0
+        self._num_broken = self._num_errors = self._prompt_tokens = self._completion_tokens = self._embedded_tokens = 0
         self._first_step_at: float | None = None
         self._ahead = ReadAhead(
             preparation.read,
@@ -201,8 +202,7 @@ class RowRunner:
     def _feed(self) -> None:
         """Keep a full batch waiting at the engine; where it has nothing to do, wait a little for rows."""
         while self._engine.num_waiting < self._batch_rows:
-            is_idle = not self._engine.has_work and not self._open
-            rows = self._ahead.take(IDLE_S if is_idle else 0.0)
+            rows = self._ahead.take(0.0 if self._engine.has_work else IDLE_S)
             if rows is None:
                 return
             self._admit(rows)
@@ -338,7 +338,9 @@ class RowRunner:
             self._num_errors += 1
 
     def _fail_unexpectedly(self, work: Work, row: int, error: Exception) -> None:
-        log.error("row %d broke", row, exc_info=error)
+        self._num_broken += 1
+        if self._num_broken <= MAX_LOGGED_ROWS:
+            log.error("row %d broke", row, exc_info=error)
         self._fail(work, row, RowError("internal", f"{type(error).__name__}: {error}"))
 
     def _fail_shard(self, failure: Failure) -> None:

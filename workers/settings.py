@@ -31,7 +31,7 @@ class EngineSettings:
 class EmbedSettings:
     of: Literal["prompt", "generation", "both"]
     template: str | None = None  # over input columns, instead of the prompt's
-    pooling: str = "auto"
+    pooling: str = "mean"  # settled: see pooling_choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from contextlib import ExitStack
@@ -75,6 +76,9 @@ class ShardActor:
             log.exception("the model could not be loaded")
             self._failure = Failure(kind="job", message=f"loading the model failed: {type(error).__name__}: {error}")
         else:
+            # Rows make many small objects that never refer in circles; what is loaded stays as long as the process.
+            gc.freeze()
+            gc.set_threshold(20_000, 50, 50)
             self._runner = runner
             if self._stopped:
                 runner.stop()
@@ -127,7 +131,7 @@ def _prompts(
         model=ModelText(
             chat_template=tokenizer.chat_template,
             special_tokens=tokenizer.special_tokens,
-            control_strings=getattr(tokenizer, "control_strings", ()),
+            control_strings=tokenizer.control_strings,
         ),
         text_column=source.text_column,
         now=datetime.fromisoformat(settings.date),

@@ -32,18 +32,19 @@ class ArrowFormat:
 
     def scan(self, path: str, limits: ScanLimits) -> FileScan:
         try:
-            source = _Source(locate(path)).file
-            schema = _schema(source)
+            source = _Source(locate(path))
+            schema = _schema(source.file)
+            mapped = source.is_mapped and _is_plain(source)
             lightest = min(range(len(schema)), key=lambda index: _weight(schema.field(index).type), default=0)
             starts = [0]
-            for batch in _batches(source, [lightest], first=0):
+            for batch in _batches(source.file, None if mapped else [lightest], first=0):
                 starts.append(starts[-1] + batch.num_rows)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise UserError(f"input {path}: not a readable Arrow IPC file ({one_line(error)})") from error
 
         def position(row: int) -> Position:
             index = bisect_right(starts, row) - 1
-            return {"batch": index, "skip": row - starts[index]}
+            return {"batch": index, "skip": row - starts[index], "mapped": int(mapped)}
 
         return FileScan(
             num_rows=starts[-1], schema=pa.schema([plain_field(field) for field in schema]), locate=position
@@ -64,7 +65,8 @@ class ArrowCursor:
         self._max_bytes = max_bytes
         self._source = _Source(locate(file.path))
         schema = _schema(self._source.file)
-        fields = [schema.get_field_index(field.name) for field in columns]
+        mapped = start["mapped"] and self._source.is_mapped
+        fields = None if mapped else [schema.get_field_index(field.name) for field in columns]
         self._index = start["batch"] - 1  # of the record batch at hand
         self._batches = _batches(self._source.file, fields, first=start["batch"])
         self._end = self.row = row - start["skip"]  # the row behind the record batch at hand
@@ -105,11 +107,11 @@ class ArrowCursor:
             raise JobError(f"input {self._name}: {one_line(error)}") from error
         if batch is None:
             raise JobError(f"input {self._name} has changed: it holds fewer rows than when the job was planned")
-        self._batch = batch
+        self._batch = batch.select(self._columns.names)
         self._index += 1
         self.row = self._end
         self._end += batch.num_rows
-        self._largest_value = max(1, sum(_largest_shared(column) for column in batch.columns))
+        self._largest_value = max(1, sum(_largest_shared(column) for column in self._batch.columns))
 
 
 class _Source:
@@ -124,6 +126,16 @@ class _Source:
         else:
             self.file = place.filesystem.open_input_file(place.path)
 
+    @property
+    def is_mapped(self) -> bool:
+        return self._map is not None
+
+    def holds(self, buffer: pa.Buffer) -> bool:
+        """Whether the buffer is a piece of the mapped file."""
+        assert self._map is not None
+        whole = pa.py_buffer(self._map)
+        return whole.address <= buffer.address < whole.address + whole.size
+
     def forget(self) -> None:
         """Give back the memory that mapped pages take; they are read again when touched again."""
         if self._map is not None:
@@ -135,9 +147,19 @@ def _schema(source: pa.NativeFile) -> pa.Schema:
     return reader.schema
 
 
-def _batches(source: pa.NativeFile, fields: Sequence[int], *, first: int) -> Iterator[pa.RecordBatch]:
-    """The record batches from number `first` on, with just these fields, in the file's order."""
-    options = pa.ipc.IpcReadOptions(included_fields=sorted(set(fields)))
+def _is_plain(source: _Source) -> bool:
+    """Whether record batches are not compressed, by the first one: its buffers are then pieces of the mapped file."""
+    batch = next((batch for batch in _batches(source.file, None, first=0) if batch.num_rows), None)
+    buffers = [] if batch is None else [buffer for column in batch.columns for buffer in column.buffers() if buffer]
+    return all(source.holds(buffer) for buffer in buffers if buffer.size)
+
+
+def _batches(source: pa.NativeFile, fields: Sequence[int] | None, *, first: int) -> Iterator[pa.RecordBatch]:
+    """The record batches from number `first` on, in the file's order: with just these fields, or None for all.
+
+    Choosing fields makes pyarrow copy them even from a mapped file, where all of them cost nothing.
+    """
+    options = pa.ipc.IpcReadOptions(included_fields=sorted(set(fields or ())))
     if _is_file(source):
         reader = pa.ipc.open_file(source, options=options)
         for index in range(first, reader.num_record_batches):

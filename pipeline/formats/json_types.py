@@ -7,6 +7,7 @@ from ["a", 1].
 from __future__ import annotations
 
 from collections import Counter
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +15,9 @@ import pyarrow as pa
 from pipeline.errors import RowError
 
 _INT64 = range(-(1 << 63), 1 << 63)
+_LARGE = pa.decimal128(38, 0)  # whole numbers past int64: hashes, as a rule
+_LARGE_END = 10**38
+_NUMBERS = (pa.int64(), _LARGE, pa.float64())  # each holds those before it
 
 
 def common_type(kinds: Counter[pa.DataType]) -> pa.DataType:
@@ -37,7 +41,7 @@ def type_of(value: object) -> pa.DataType:
     if isinstance(value, bool):
         return pa.bool_()
     if isinstance(value, int):
-        return pa.int64() if value in _INT64 else pa.float64()
+        return pa.int64() if value in _INT64 else _LARGE if abs(value) < _LARGE_END else pa.float64()
     if isinstance(value, float):
         return pa.float64()
     if isinstance(value, str):
@@ -56,8 +60,8 @@ def merge(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
         return one
     if pa.types.is_null(one):
         return other
-    if {one, other} == {pa.int64(), pa.float64()}:
-        return pa.float64()
+    if one in _NUMBERS and other in _NUMBERS:
+        return max(one, other, key=_NUMBERS.index)
     if pa.types.is_list(one) and pa.types.is_list(other):
         items = merge(one.value_type, other.value_type)
         return None if items is None else pa.list_(items)
@@ -88,6 +92,8 @@ def convert(value: object, kind: pa.DataType) -> object:
         raise ValueError
     if pa.types.is_int64(kind) and isinstance(value, int) and value in _INT64:
         return value
+    if kind == _LARGE and isinstance(value, int) and abs(value) < _LARGE_END:
+        return Decimal(value)
     if pa.types.is_float64(kind) and isinstance(value, int | float):
         try:
             return float(value)

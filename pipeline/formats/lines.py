@@ -53,7 +53,7 @@ def read_lines(
 ) -> Iterator[tuple[int, bytes | None]]:
     """(byte offset, line without its end) for each line; None for a line that is too long, which is never held.
 
-    `file` stands at byte `start`. Blank lines are passed over unless asked for.
+    `file` stands at byte `start`. Blank lines are passed over unless asked for. A line is allowed a chunk at least.
     """
     offset = start
     pending: list[bytes] = []  # the pieces of a line that began in an earlier chunk, while it is not too long

@@ -44,9 +44,8 @@ def sentence_piece_model(vocabulary: Vocabulary) -> ModelProto:
             text = text if spelled in vocabulary.id_of else spelled
         kind = kind if kind in _KNOWN_TYPES else TokenType.NORMAL
         model.pieces.add(piece=text, score=score, type=TokenType.UNUSED if kind == TokenType.UNKNOWN else kind)
-    unknown = vocabulary.token_id("unknown")
-    if unknown is None:
-        unknown = next((at for at, kind in enumerate(vocabulary.types) if kind == TokenType.UNKNOWN), 0)
+    named = vocabulary.token_id("unknown") or 0
+    unknown = next((at for at, kind in enumerate(vocabulary.types) if kind == TokenType.UNKNOWN), named)
     model.pieces[unknown].type = TokenType.UNKNOWN  # SentencePiece wants exactly one
     num_bytes = sum(kind == TokenType.BYTE for kind in vocabulary.types)
     if num_bytes not in (0, 256):
@@ -57,6 +56,7 @@ def sentence_piece_model(vocabulary: Vocabulary) -> ModelProto:
     model.trainer_spec.byte_fallback = num_bytes == 256
     model.trainer_spec.unk_id = unknown
     model.trainer_spec.unk_piece = model.pieces[unknown].piece
+    model.trainer_spec.unk_surface = ""  # a control token here as any other
     model.normalizer_spec.name = "identity"
     model.normalizer_spec.add_dummy_prefix = vocabulary.value("add_space_prefix", bool, True)
     model.normalizer_spec.remove_extra_whitespaces = vocabulary.value("remove_extra_whitespaces", bool, False)

@@ -27,6 +27,7 @@ class PieceTexts:
             elif piece.type == _Piece.CONTROL:
                 self.special[token_id] = piece.piece
             elif piece.type == _Piece.UNKNOWN:
+                self.special[token_id] = piece.piece
                 self.verbatim[token_id] = model.trainer_spec.unk_surface
             else:
                 self.pieces[token_id] = piece.piece

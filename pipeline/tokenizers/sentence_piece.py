@@ -90,7 +90,7 @@ class SentencePieceTokenizer:
         return self._facts.special_tokens
 
     @property
-    def control_strings(self) -> tuple[str, ...]:
+    def control_strings(self) -> frozenset[str]:
         return self._added.control_strings
 
     @property

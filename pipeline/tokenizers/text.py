@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from pipeline.errors import RowError
 
 NOT_TEXT = RowError("not_text", "the prompt is not text: it holds a lone surrogate")
 
 
-def is_text(text: object) -> bool:
+def is_text(text: object) -> TypeGuard[str]:
     """Whether `text` is a string that UTF-8 can hold."""
     if not isinstance(text, str):
         return False

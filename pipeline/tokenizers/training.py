@@ -11,7 +11,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from pipeline.errors import UserError
+from pipeline.errors import RowError, UserError
 from pipeline.tokenizers.text import is_text
 
 KINDS = ("bpe", "unigram")
@@ -29,7 +29,7 @@ class Training:
     num_skipped: int
 
 
-def train(corpus: Iterable[str], out: Path, kind: str, vocab_size: int) -> Training:
+def train_tokenizer(corpus: Iterable[str | RowError], out: Path, kind: str, vocab_size: int) -> Training:
     """Train on the lines of `corpus` and write tokenizer.model and tokenizer_config.json to the new folder `out`.
 
     Every text survives encoding and decoding: text is not normalised, white space is kept, and a character that the
@@ -72,7 +72,7 @@ def train(corpus: Iterable[str], out: Path, kind: str, vocab_size: int) -> Train
 class _Lines:
     """The lines of a corpus, long ones cut at white space. What the corpus raises is kept: the trainer hides it."""
 
-    def __init__(self, corpus: Iterable[str]) -> None:
+    def __init__(self, corpus: Iterable[str | RowError]) -> None:
         self._corpus = corpus
         self.num_texts = 0
         self.num_skipped = 0

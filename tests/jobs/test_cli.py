@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs.cli import execute
+from pipeline.errors import JobError, UserError
 
 USAGE_ERRORS = [
     [],
@@ -49,6 +57,11 @@ def test_importing_the_command_loads_neither_torch_nor_ray() -> None:
     assert "jobs.cli" in loaded
     heavy = {"torch", "ray", "pyarrow", "numpy", "pydantic", "transformers", "faiss", "rich"}
     assert heavy.isdisjoint(loaded)
+
+
+def test_python_s_interface_is_loaded_when_it_is_asked_for() -> None:
+    code = "import sys, jobs; before = 'jobs.client' in sys.modules; print(before, callable(jobs.run))"
+    assert fresh(code).stdout.split() == ["False", "True"]
 
 
 def test_help_answers_well_under_a_second() -> None:
@@ -107,3 +120,117 @@ def test_nothing_else_reaches_standard_output_while_json_is_written() -> None:
 def test_json_with_a_lone_surrogate_can_be_written_and_read(capfd: pytest.CaptureFixture[str]) -> None:
     code = r"from jobs.terminal import *; import sys; write_json({'text': 'a\ud800b'}, sys.stdout)"
     assert json.loads(fresh(code).stdout) == {"text": "a\ud800b"}
+
+
+@pytest.fixture
+def run_is_replaced(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
+    """Puts a function in the place of `jobs.client.run`."""
+    import jobs.client
+
+    return lambda function: monkeypatch.setattr(jobs.client, "run", function)
+
+
+def a_job_file() -> str:
+    Path("job.yaml").write_text("model: m\ninput: {path: corpus.txt}\ngenerate: {}\noutput: {path: out}\n")
+    return "job.yaml"
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_status", "said"),
+    [
+        (UserError("input: no such column"), 2, "no such column"),
+        (JobError("no space left"), 1, "no space left"),
+        (KeyboardInterrupt(), 130, "gristmill run job.yaml --limit 3"),
+    ],
+    ids=["wrong request", "failed job", "interrupted"],
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_run_that_does_not_finish_says_why_in_one_line(
+    error: BaseException,
+    exit_status: int,
+    said: str,
+    as_json: bool,
+    run_is_replaced: Callable[[Callable[..., Any]], None],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def run(*_: Any, **__: Any) -> None:
+        raise error
+
+    run_is_replaced(run)
+    arguments = ["run", a_job_file(), "--limit", "3", *(["--json"] if as_json else [])]
+    assert execute(arguments) == exit_status
+    out, err = capfd.readouterr()
+    assert said in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    if as_json:
+        assert json.loads(out)["exit_status"] == exit_status
+    else:
+        assert out == ""
+
+
+def test_embed_is_short_for_a_job_that_embeds_and_indexes(
+    run_is_replaced: Callable[[Callable[..., Any]], None],
+) -> None:
+    asked: list[Any] = []
+
+    def run(spec: Any, **_: Any) -> None:
+        asked.append(spec)
+        raise JobError("enough")
+
+    run_is_replaced(run)
+    execute(["embed", "corpus/*.parquet", "--model", "m", "--output", "out/index", "--column", "body"])
+    (spec,) = asked
+    assert spec.model == "m"
+    assert spec.input.path == "corpus/*.parquet"
+    assert spec.prompt.column == "body"
+    assert spec.generate is None
+    assert spec.index is not None
+    assert spec.output.path == "out/index"
+
+
+def test_run_takes_output_set_limit_and_retry_errors(run_is_replaced: Callable[[Callable[..., Any]], None]) -> None:
+    asked: list[Any] = []
+
+    def run(spec: Any, **options: Any) -> None:
+        asked.append((spec, options))
+        raise JobError("enough")
+
+    run_is_replaced(run)
+    options = [
+        "--output",
+        "elsewhere",
+        "--set",
+        "generate.n=2",
+        "--set",
+        "name=other",
+        "--limit",
+        "7",
+        "--retry-errors",
+    ]
+    execute(["run", a_job_file(), *options])
+    ((spec, given),) = asked
+    assert (spec.output.path, spec.generate.n, spec.name) == ("elsewhere", 2, "other")
+    assert (given["limit"], given["retry_errors"]) == (7, True)
+
+
+def test_a_bar_with_rows_speed_and_time_left_is_drawn_on_a_terminal() -> None:
+    code = (
+        "from jobs.progress import Progress\n"
+        "from jobs.terminal import ProgressDisplay\n"
+        "with ProgressDisplay() as display:\n"
+        "    display(Progress(phase='rows', rows_done=30, rows_total=120, rows_at_start=0, error_rows=0,\n"
+        "                     prompt_tokens=9000, completion_tokens=1000, elapsed_s=10.0))\n"
+    )
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    done = subprocess.run([sys.executable, "-c", code], stderr=theirs, stdout=subprocess.PIPE, check=True)
+    os.close(theirs)
+    drawn = b""
+    with contextlib.suppress(OSError):  # a terminal that is closed ends so
+        while piece := os.read(ours, 65536):
+            drawn += piece
+    os.close(ours)
+    assert done.stdout == b""
+    for shown in ("rows", "30/120", "1,000 tokens/s", "0:30 left"):
+        assert shown in drawn.decode()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -207,6 +208,8 @@ def test_carried_columns_keep_their_types_and_values(folder: JobFolder) -> None:
         "words": pa.array([["a"], None], pa.list_(pa.string())),
         "nested": pa.array([{"k": 1}, None], pa.struct([("k", pa.int32())])),
         "kind": pa.array(["x", "y"]).dictionary_encode(),
+        "runs": pc.run_end_encode(pa.array(["x", "x"])),
+        "view": pa.array(["x", None], pa.string_view()),
         "long": pa.array(["x", "y"], pa.large_string()),
         "text": pa.array(["input", "texts"]),
     }
@@ -251,6 +254,21 @@ def test_a_later_revision_takes_over_what_was_finished_and_fills_in_the_rest(fol
     assert table["embedding"].to_pylist() == [[2.0] if row in (1, 4) else [1.0] for row in table["row"].to_pylist()]
     assert table["title"].to_pylist() == list("aabbccddee")
     assert (later.revision, later.rows, later.errors, later.vectors) == (1, 5, 0, {"prompt": 5})
+
+
+def test_a_prompts_vector_stays_with_its_row_where_records_happen_to_be_as_many_as_rows(folder: JobFolder) -> None:
+    """Two of four rows are kept, and the other two have two records each."""
+    layout = RecordLayout.of(samples=2, embeds="prompt", dimension=1)
+    kept = None
+    for revision, rows in enumerate([range(4), (1, 3)]):
+        builder = PartBuilder(layout, split=0, first_row=0, num_rows=4, revision=revision, kept=kept)
+        for row in rows:
+            builder.add_vector(row, "prompt", np.array([row + 1], np.float32))
+            add(builder, row, sample=0)
+            add(builder, row, sample=1)
+        table = written(folder, builder.write(folder))
+        assert table["embedding"].to_pylist() == [[1], [1], [2], [2], [3], [3], [4], [4]]
+        kept = table.filter(pa.array([True, True, False, False] * 2))
 
 
 def test_a_damaged_part_is_not_taken_over(folder: JobFolder) -> None:

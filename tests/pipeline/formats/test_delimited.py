@@ -76,7 +76,8 @@ def test_fields_may_be_long(tmp_path: Path, read_all: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("a.csv", "x;y\n1;2\n"), ("a.csv", "x\ty\n1\t2\n"), ("a.tsv", "x\ty\n1\t2\n"), ("a.csv", "x|y\n1|2\n")]
+    ("name", "content"),
+    [("a.csv", "x;y\n1;2\n"), ("a.csv", "x\ty\n1\t2\n"), ("a.tsv", "x\ty\n1\t2\n"), ("a.csv", "x|y\n1|2\n")],
 )
 def test_the_first_line_tells_the_delimiter(tmp_path: Path, read_all: Any, name: str, content: str) -> None:
     assert read_all(write(tmp_path / name, content))[0] == [{"x": "1", "y": "2"}]
@@ -93,7 +94,9 @@ def test_a_mark_before_the_first_name_is_no_part_of_it(tmp_path: Path, read_all:
 
 
 def test_names_are_trimmed_and_missing_ones_made_up(tmp_path: Path, read_all: Any) -> None:
-    assert read_all(write(tmp_path / "a.csv", ", body ,\n0,text,x\n"))[0] == [{"column_1": "0", "body": "text", "column_3": "x"}]
+    assert read_all(write(tmp_path / "a.csv", ", body ,\n0,text,x\n"))[0] == [
+        {"column_1": "0", "body": "text", "column_3": "x"}
+    ]
 
 
 @pytest.mark.parametrize(

@@ -55,11 +55,15 @@ def test_a_bad_record_is_an_error_of_its_row_alone(tmp_path: Path, read_all: Any
     path = write(tmp_path / "bad.jsonl", *GOOD[:10], line, *GOOD[10:])
     rows, errors = read_all(path, ["body"])
     assert errors == {10: code}
-    assert [row["body"] for row in rows] == [row["body"] for row in GOOD[:10]] + [None] + [row["body"] for row in GOOD[10:]]
+    assert [row["body"] for row in rows] == [row["body"] for row in GOOD[:10]] + [None] + [
+        row["body"] for row in GOOD[10:]
+    ]
 
 
 def test_what_is_wrong_in_columns_that_are_not_read_does_not_matter(tmp_path: Path, read_all: Any) -> None:
-    path = write(tmp_path / "a.jsonl", *GOOD, {"body": "fine", "n": "no number"}, '{"body": "fine", "other": "\\udc00"}')
+    path = write(
+        tmp_path / "a.jsonl", *GOOD, {"body": "fine", "n": "no number"}, '{"body": "fine", "other": "\\udc00"}'
+    )
     assert read_all(path, ["body"])[1] == {}
     assert read_all(path, ["body", "n", "other"])[1] == {20: "malformed_record", 21: "not_text"}
 
@@ -84,6 +88,13 @@ def test_whole_and_broken_numbers_go_together_where_both_are_seen_early(tmp_path
     rows, errors = read_all(path, ["x"])
     assert [row["x"] for row in rows] == [1.0, 2.5, float(2**60 + 1), None, None, None]
     assert errors == dict.fromkeys([3, 4, 5], "malformed_record")
+
+
+def test_whole_numbers_that_are_too_large_for_most_are_kept_to_the_last_digit(tmp_path: Path, read_all: Any) -> None:
+    numbers = [2**64 - 1, 5, -(10**37), 10**38]
+    rows, errors = read_all(write(tmp_path / "a.jsonl", *[{"hash": number} for number in numbers[:3]]))
+    assert [str(row["hash"]) for row in rows] == [str(number) for number in numbers[:3]]
+    assert errors == {}
 
 
 def test_nested_values_are_read_as_they_are(tmp_path: Path, read_all: Any) -> None:
@@ -180,7 +191,7 @@ def test_a_column_of_any_values_is_read_and_keeps_what_fits(values: list[object]
         if offset in errors:
             assert not array[offset].is_valid
         elif isinstance(value, str | bool | int | float):
-            assert array[offset].as_py() == value
+            assert array[offset].as_py() == (float(value) if kind == pa.float64() else value)
 
 
 @given(JSON_VALUES, JSON_VALUES)
@@ -210,7 +221,9 @@ def _holds_conflict(value: object) -> bool:
 
 
 LINE = st.one_of(
-    st.dictionaries(st.sampled_from(["body", "n"]), JSON_VALUES, max_size=2).map(lambda value: json.dumps(value).encode()),
+    st.dictionaries(st.sampled_from(["body", "n"]), JSON_VALUES, max_size=2).map(
+        lambda value: json.dumps(value).encode()
+    ),
     st.binary(max_size=12),
     st.sampled_from([b"", b" ", b"\r", b'{"body":"x"}', b'{"body":"\\ud800"}', b"\xef\xbb\xbf"]),
 )

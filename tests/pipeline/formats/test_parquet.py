@@ -110,7 +110,9 @@ def test_every_encoding_of_text_is_string(tmp_path: Path, read_all: Any) -> None
     assert {kinds[name] for name in ("plain", "large", "view", "dictionary")} == {pa.string()}
     assert kinds["nested"] == pa.list_(pa.string())
     rows, errors = read_all(path)
-    assert [row["large"] for row in rows] == [row["view"] for row in rows] == [row["dictionary"] for row in rows] == texts
+    assert (
+        [row["large"] for row in rows] == [row["view"] for row in rows] == [row["dictionary"] for row in rows] == texts
+    )
     assert [row["nested"] for row in rows] == [[text] for text in texts]
     assert errors == {}
 

@@ -266,6 +266,17 @@ def test_whatever_step_building_dies_at_an_index_is_whole(
     assert step > 15
 
 
+def test_the_index_is_on_the_disk_before_it_takes_its_place(
+    committed: Committed, provenance: Provenance, filesystem: Any
+) -> None:
+    folder, log = committed(unit(9))
+    with filesystem.dies_at(None):
+        build_index(folder, log.commits, job="mine", provenance=provenance)
+    manifest, names, place = ["open", "write", "fsync"], ["open", "fsync"], ["rename", "open", "fsync"]
+    assert filesystem.trace[-8:] == manifest + names + place
+    assert filesystem.trace.count("fsync") == 5  # rows.parquet, a shard, index.json, their folder, the folder around it
+
+
 def test_a_full_disk_is_one_line_and_leaves_the_old_index(
     committed: Committed, provenance: Provenance, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,6 +92,12 @@ def test_a_control_string_that_only_arises_where_a_template_meets_a_row_is_not_o
     assert len(set(tokenizer.encode(rendered, parse_special=True)) & control_ids(tokenizer)) == 2
 
 
+def test_control_strings_are_those_that_parsing_finds(tokenizer: Tokenizer) -> None:
+    assert {START, END} <= tokenizer.control_strings
+    for text in tokenizer.control_strings:
+        assert len(tokenizer.encode(text, add_special_tokens=False, parse_special=True)) == 1
+
+
 def test_a_batch_equals_its_rows_one_by_one(
     tokenizer: Tokenizer, prompt: Callable[..., Any], hard_texts: list[str]
 ) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
-from pipeline.errors import JobError, UserError
-from pipeline.tokenizer import load_tokenizer, train_tokenizer
+from pipeline.errors import JobError, RowError, UserError
+from pipeline.tokenizer import load_tokenizer
+from pipeline.tokenizers.corpus import corpus_texts
+from pipeline.tokenizers.training import train_tokenizer
 
 TEXT = ["the quick brown fox jumps over the lazy dog " * 3, "  def f(x):\n        return x\n", "Größe, naïve"] * 20
 
@@ -107,3 +112,37 @@ def test_what_the_corpus_raises_comes_through(tmp_path: Path) -> None:
 
     with pytest.raises(JobError, match="the bucket went away"):
         train_tokenizer(corpus(), tmp_path, "bpe", 320)
+
+
+def test_a_corpus_is_any_input_that_a_job_can_read(tmp_path: Path) -> None:
+    records = [{"id": 1, "text": TEXT[0]}, {"id": 2, "text": None}, {"id": 3, "text": TEXT[1]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + "not json\n")
+    (tmp_path / "page.txt").write_text(TEXT[2])
+    texts = list(corpus_texts(str(tmp_path / "rows.jsonl")))
+    assert [text for text in texts if isinstance(text, str)] == [TEXT[0], TEXT[1]]
+    assert [error.code for error in texts if isinstance(error, RowError)] == ["malformed_record"]
+    assert list(corpus_texts(str(tmp_path / "page.txt"))) == [TEXT[2]]
+    report = train_tokenizer(corpus_texts(str(tmp_path / "rows.jsonl")), tmp_path / "new", "bpe", 290)
+    assert (report.num_texts, report.num_skipped) == (4, 2)
+
+
+def test_a_file_of_no_known_format_is_plain_text(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1\ny = 2\n")
+    (tmp_path / "b.py").write_text("z = 3\n")
+    assert list(corpus_texts(str(tmp_path / "a.py"))) == ["x = 1", "y = 2"]
+    assert list(corpus_texts(str(tmp_path / "*.py"))) == ["x = 1", "y = 2", "z = 3"]
+
+
+def test_of_several_text_columns_text_is_read_or_else_all_are(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a", "b"], "title": ["x", "y"]}), tmp_path / "titled.parquet")
+    pq.write_table(pa.table({"body": ["a", "b"], "title": ["x", "y"]}), tmp_path / "both.parquet")
+    pq.write_table(pa.table({"number": [1, 2]}), tmp_path / "numbers.parquet")
+    assert list(corpus_texts(str(tmp_path / "titled.parquet"))) == ["a", "b"]
+    assert sorted(map(str, corpus_texts(str(tmp_path / "both.parquet")))) == ["a", "b", "x", "y"]
+    with pytest.raises(UserError, match="has no text column"):
+        train_tokenizer(corpus_texts(str(tmp_path / "numbers.parquet")), tmp_path / "new", "bpe", 290)
+
+
+def test_a_corpus_that_is_not_there_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        train_tokenizer(corpus_texts(str(tmp_path / "nowhere.txt")), tmp_path / "new", "bpe", 290)

@@ -1,0 +1,167 @@
+"""Jobs on a real Ray, started once, with an engine that computes nothing (`tests/workers/cheap_engine.py`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENGINES = ROOT / "tests" / "workers"
+CHEAP = "cheap_engine:load"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """The address of a Ray of 4 CPUs, which this process is connected to."""
+    import ray
+
+    from jobs.ray_session import ray_session
+
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ENGINES), *([before] if before else [])])
+    try:
+        with ray_session(None, num_cpus=4):
+            assert signal.getsignal(signal.SIGTERM) is on_sigterm, "it is still the caller's"
+            yield ray.get_runtime_context().gcs_address
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture
+def cheap_model(tmp_path: Path, tiny_tokenizer_dir: Path) -> Callable[..., Path]:
+    """A model's folder for the cheap engine: `cheap_model(step_s=0.1)`."""
+
+    def make(**options: Any) -> Path:
+        folder = tmp_path / "model"
+        if not folder.exists():
+            shutil.copytree(tiny_tokenizer_dir, folder)
+            (folder / "config.json").write_text('{"model_type": "llama"}')
+            (folder / "model.safetensors").write_bytes(b"weights")
+        (folder / "cheap.json").write_text(json.dumps(options))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def job(tmp_path: Path, cheap_model: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
+    """`job(texts, **settings)`: the settings of a job over rows with the columns body and title."""
+
+    def make(texts: list[Any], **settings: Any) -> dict[str, Any]:
+        path = tmp_path / "rows.parquet"
+        pq.write_table(pa.table({"body": texts, "title": [f"title {row}" for row in range(len(texts))]}), path)
+        model = cheap_model() if not (tmp_path / "model").exists() else tmp_path / "model"
+        defaults: dict[str, Any] = {
+            "name": "test",
+            "model": str(model),
+            "input": {"path": str(path)},
+            "prompt": {"column": "body"},
+            "generate": {"max_new_tokens": 4},
+            "embed": {"of": "both"},
+            "output": {"path": str(tmp_path / "out"), "rows_per_split": 8},
+            "cluster": {"threads": 1},
+        }
+        return defaults | settings
+
+    return make
+
+
+@pytest.fixture
+def run_job(ray_cluster: str) -> Callable[..., Any]:
+    from jobs.client import run
+
+    def start(settings: dict[str, Any], **options: Any) -> Any:
+        return run(settings, **{"engine_factory": CHEAP} | options)
+
+    return start
+
+
+@pytest.fixture
+def rows_of() -> Callable[[Path | str], list[dict[str, Any]]]:
+    """A job's directory -> all committed records, in order."""
+
+    def read(out: Path | str) -> list[dict[str, Any]]:
+        parts = sorted(Path(out, "parts").glob("*.parquet"))
+        return [row for part in parts for row in pq.read_table(part, partitioning=None).to_pylist()]
+
+    return read
+
+
+class Controller:
+    """A run in a process of its own, which may be killed with everything that it started."""
+
+    def __init__(self, settings: dict[str, Any], *, address: str | None, before: str = "", **options: Any) -> None:
+        lines = [
+            "import os, signal, sys",
+            "from jobs.client import JobInterrupted, run",
+            before,
+            "try:",
+            f"    run({settings!r}, engine_factory={CHEAP!r}, **{options!r})",
+            "except JobInterrupted:",
+            "    sys.exit(130)",
+        ]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ENGINES)])}
+        environment.pop("RAY_ADDRESS", None)
+        if address is not None:
+            environment |= {"RAY_ADDRESS": address, "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "\n".join(lines)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def kill_tree(self) -> None:
+        import psutil
+
+        try:
+            tree = [psutil.Process(self.process.pid)]
+            tree += tree[0].children(recursive=True)
+        except psutil.NoSuchProcess:
+            tree = []
+        for process in tree:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self.process.communicate()
+
+    def end(self, timeout_s: float = 60.0) -> tuple[int, str, str]:
+        """Exit status, stdout and stderr."""
+        try:
+            out, err = self.process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill_tree()
+            raise
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def controller() -> Iterator[Callable[..., Controller]]:
+    """`controller(settings, address=None)`: the job in a process of its own; no address: with a Ray of its own."""
+    begun: list[Controller] = []
+
+    def begin(settings: dict[str, Any], **options: Any) -> Controller:
+        begun.append(Controller(settings, **options))
+        return begun[-1]
+
+    yield begin
+    for one in begun:
+        if one.process.poll() is None:
+            one.kill_tree()

@@ -1,0 +1,106 @@
+"""`gristmill plan` counts what the job would count, says what it does not know, and leaves the disk as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.cli import execute
+from jobs.plan import common_prefix, make_plan
+from jobs.specfile import parse_spec
+from pipeline.tokenizer import load_tokenizer
+
+TEXTS = ["A tuple is immutable.", "The with statement closes a file.", "", "Await suspends a coroutine."]
+
+
+@pytest.fixture
+def settings(tiny_model: Callable[..., Path], tmp_path: Path) -> dict[str, Any]:
+    pq.write_table(pa.table({"body": TEXTS}), tmp_path / "corpus.parquet")
+    return {
+        "name": "small",
+        "model": str(tiny_model("mixtral")),
+        "input": {"path": str(tmp_path / "corpus.parquet")},
+        "prompt": {"column": "body", "chat": False},
+        "generate": {"max_new_tokens": 3, "n": 2},
+        "embed": {"template": "passage {{ body }}"},
+        "output": {"path": str(tmp_path / "out")},
+    }
+
+
+def test_tokens_are_those_that_the_job_will_read_and_embed(settings: dict[str, Any]) -> None:
+    plan = make_plan(parse_spec(settings))
+    tokenizer = load_tokenizer(Path(settings["model"]))
+    read = [len(tokenizer.encode(text)) for text in TEXTS if text]
+    embedded = [len(tokenizer.encode(f"passage {text}")) for text in TEXTS]
+    assert plan.tokens.prompt == pytest.approx(sum(read) / len(read))
+    assert plan.tokens.passage == pytest.approx(sum(embedded) / len(embedded))
+    assert plan.tokens.errors == {"empty_prompt": 1}
+    assert plan.max_new_tokens == 6
+
+
+def test_a_system_prompt_is_counted_once(settings: dict[str, Any]) -> None:
+    settings["prompt"]["system"] = (
+        "You answer in few words and never in more than one sentence, whatever is asked. " * 3
+    )
+    plan = make_plan(parse_spec(settings))
+    assert 16 <= plan.tokens.shared < plan.tokens.prompt
+
+
+def test_weights_are_those_of_the_checkpoint(settings: dict[str, Any]) -> None:
+    from safetensors import safe_open
+
+    with safe_open(Path(settings["model"]) / "model.safetensors", "np") as file:
+        matrices = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    total = sum(shape[0] * shape[1] for shape in matrices if len(shape) == 2)
+    total += sum(shape[0] * shape[1] * shape[2] for shape in matrices if len(shape) == 3)
+    assert make_plan(parse_spec(settings)).shard.cost.weights == total
+
+
+def test_a_token_meets_the_experts_it_chooses_and_no_other(settings: dict[str, Any]) -> None:
+    cost = make_plan(parse_spec(settings)).shard.cost
+    expert = 3 * 60 * 72
+    everything_but_embeddings = cost.weights - 2 * cost.output_weights
+    assert everything_but_embeddings - cost.weights_a_token == 4 * (5 - 2) * expert
+
+
+def test_planning_changes_nothing_on_the_disk(
+    settings: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import yaml
+
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert execute(["plan", str(tmp_path / "job.yaml")]) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    words = capfd.readouterr().out
+    for said in ("4 rows in 1 file", "1 empty_prompt", "which is new", "GFLOP/s", "KV cache"):
+        assert said in words
+
+
+def test_no_time_is_made_up_for_another_machine(settings: dict[str, Any]) -> None:
+    plan = make_plan(parse_spec(settings | {"cluster": {"address": "10.0.0.1:6379"}}))
+    assert plan.seconds is None
+    assert "not estimated" in plan.describe()
+
+
+def test_a_request_that_running_would_refuse_is_refused(
+    settings: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import yaml
+
+    settings["prompt"] = {"template": "{{ boddy }}"}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
+    assert execute(["plan", str(tmp_path / "job.yaml")]) == 2
+    assert "did you mean 'body'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sequences", "length"), [([], 0), ([[1, 2]], 0), ([[1, 2], [1, 2]], 2), ([[1, 2, 3], [1, 9]], 1), ([[], [1]], 0)]
+)
+def test_a_common_prefix_ends_where_any_sequence_differs(sequences: list[list[int]], length: int) -> None:
+    assert common_prefix(sequences) == length
