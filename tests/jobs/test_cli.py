@@ -141,8 +141,9 @@ def a_job_file() -> str:
         (UserError("input: no such column"), 2, "no such column"),
         (JobError("no space left"), 1, "no space left"),
         (KeyboardInterrupt(), 130, "gristmill run job.yaml --limit 3"),
+        (SystemExit(15), 130, "gristmill run job.yaml --limit 3"),
     ],
-    ids=["wrong request", "failed job", "interrupted"],
+    ids=["wrong request", "failed job", "interrupted", "SIGTERM while Ray starts"],
 )
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_run_that_does_not_finish_says_why_in_one_line(
