@@ -42,6 +42,7 @@ class StepBatch:
     sequences: list[Sequence]  # [S]
     draws: list[Sequence] = field(default_factory=list)
     draw_rows: list[int] = field(default_factory=list)
+    pooled_rows: list[int] = field(default_factory=list)  # of S: embeddings, which take all of their hidden states
     num_prefill_tokens: int = 0  # of T: prompt tokens, and generated ones computed again
     num_found_tokens: int = 0  # positions that admitted sequences found by their prefix
     num_preempted: int = 0
@@ -210,8 +211,8 @@ class Scheduler:
             sequence = self._oldest_waiting()
             if sequence is None:
                 return
-            # Blocks left free for those that run, so that a newcomer isn't thrown out again a few steps later.
-            reserve = len(self._running)
+            # A block left free for each that then runs, so that a newcomer isn't thrown out again a few steps later.
+            reserve = len(self._running) + 1 if self._running else 0
             copies = self.tables.fork(sequence, reserve)
             if copies is None and not self.tables.admit(sequence, reserve):
                 return
@@ -258,8 +259,10 @@ class Scheduler:
             self.tables.publish(sequence, start, end)
         decodes = done and end > sequence.num_prompt
         batch.num_prefill_tokens += count - 1 if decodes else count
-        if done and isinstance(sequence.request, GenerateRequest):
-            row = len(batch.sequences) - 1
+        row = len(batch.sequences) - 1
+        if isinstance(sequence.request, EmbedRequest):
+            batch.pooled_rows.append(row)
+        elif done:
             batch.draws.append(sequence)
             batch.draw_rows.append(row)
             if sequence.siblings_to_come:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -26,12 +28,13 @@ class Vectors:
     def take(self, hidden: torch.Tensor, batch: StepBatch) -> list[tuple[Sequence, Vector | RowError]]:
         """Add the step's hidden states [T, C] -> the embedding sequences that are done, each set to its end."""
         done: list[tuple[Sequence, Vector | RowError]] = []
-        begin = 0
-        for sequence, start, count in zip(batch.sequences, batch.starts, batch.counts, strict=True):
-            begin += count
-            if not isinstance(sequence.request, EmbedRequest):
-                continue
-            states = hidden[begin - count : begin].float()  # [count, C]
+        if not batch.pooled_rows:
+            return done
+        ends = list(accumulate(batch.counts))
+        for row in batch.pooled_rows:
+            sequence, start, count = batch.sequences[row], batch.starts[row], batch.counts[row]
+            assert isinstance(sequence.request, EmbedRequest)
+            states = hidden[ends[row] - count : ends[row]].float()  # [count, C]
             pooling = sequence.request.pooling
             if pooling == "last":
                 total = states[-1]
