@@ -48,7 +48,7 @@ class _Bounded(NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
-        if isinstance(node.arg, nodes.Slice):
+        if isinstance(node.arg, nodes.Slice) and not isinstance(node.node, nodes.Literal):
             node.node = _call("looked", [node.node], node.lineno)
         return node
 

@@ -9,6 +9,7 @@ import io
 import json
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,21 @@ def test_reading_can_stop_early_and_go_on_elsewhere(path: Path) -> None:
         assert sum(rows.batch.num_rows for rows in source.read(split, names)) == 50
     rest = [row for rows in halfway for row in rows.batch.to_pylist()]
     assert rest == expected(path)[100 - len(rest) : 100]
+
+
+def test_several_threads_may_read_from_one_source(path: Path) -> None:
+    source = Source.open(str(path))
+    names = source.schema.names
+    splits = source.splits(20)
+
+    def read(mine: list[Split]) -> dict[int, list[Any]]:
+        return {s.index: [row for rows in source.read(s, names) for row in rows.batch.to_pylist()] for s in mine}
+
+    with ThreadPoolExecutor(3) as threads:
+        found = {
+            index: rows for part in threads.map(read, [splits[i::3] for i in range(3)]) for index, rows in part.items()
+        }
+    assert [row for index in sorted(found) for row in found[index]] == expected(path)
 
 
 def test_automatic_splits_depend_on_the_number_of_rows_alone() -> None:
