@@ -32,7 +32,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-ACTIVATIONS = frozenset(_ACTIVATIONS)
 
 
 def _packs(dtype: torch.dtype, device: torch.device) -> bool:
