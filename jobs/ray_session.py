@@ -15,6 +15,7 @@ import workers
 from pipeline.errors import JobError, UserError
 
 OBJECT_STORE_BYTES = 128 << 20  # only reports and orders travel through it
+UNNEEDED_STARTS = ("start_api_server", "start_monitor", "start_log_monitor")
 NUM_STARTS = 2  # Ray gives a node 30 seconds to come up, which a machine at its limit does not always manage
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def _start(num_cpus: int) -> None:
     }
     for attempt in range(NUM_STARTS):
         try:
-            with _environment(settings):
+            with _environment(settings), _few_processes():
                 ray.init(
                     address="local",
                     num_cpus=num_cpus,
@@ -84,6 +85,28 @@ def _start(num_cpus: int) -> None:
             if attempt + 1 == NUM_STARTS:
                 raise JobError(f"starting Ray failed: {_one_line(error)}") from error
             log.warning("Ray did not start, which is tried again: %s", _one_line(error))
+
+
+@contextmanager
+def _few_processes() -> Iterator[None]:
+    """Within, `ray.init` starts a node without what only a cluster of many users needs.
+
+    The API server (which runs without the dashboard too), the autoscaler's monitor and the forwarding of logs take as
+    long to start as all else together. Ray has no setting for it; where its Node is another class, all are started.
+    """
+    from ray._private.node import Node
+
+    def start_nothing(node: Node, **_: Any) -> None:
+        return
+
+    before = {name: vars(Node)[name] for name in UNNEEDED_STARTS if name in vars(Node)}
+    for name in before:
+        setattr(Node, name, start_nothing)
+    try:
+        yield
+    finally:
+        for name, start in before.items():
+            setattr(Node, name, start)
 
 
 def _one_line(error: Exception) -> str:

@@ -170,8 +170,7 @@ class JobState:
             split is None
             or self.phase not in ("running", "draining")
             or split.status not in ("waiting", "leased")
-            or result.revision != split.revision + 1
-            or result.start != split.settled
+            or result.revision != split.revision + 1  # which says where it starts, too
             or not split.settled < result.stop <= split.target
         ):
             return [Discard(result)]

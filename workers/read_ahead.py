@@ -34,7 +34,6 @@ class ReadAhead:
         self._dropped: set[tuple[int, int]] = set()
         self._ready: deque[TokenizedRows] = deque()
         self._ready_rows = self._ready_tokens = 0
-        self._reading: Assignment | None = None
         self._closed = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
@@ -60,12 +59,6 @@ class ReadAhead:
     def num_unread(self) -> int:
         """Assignments that nothing was read of yet."""
         return len(self._assignments)
-
-    @property
-    def is_empty(self) -> bool:
-        """Nothing is ready, being read or waiting to be."""
-        with self._changed:
-            return not self._ready and not self._assignments and self._reading is None
 
     def take(self, timeout_s: float = 0.0) -> TokenizedRows | None:
         """The next rows, or None if there are none within the time. Raises what reading raised."""
@@ -102,13 +95,8 @@ class ReadAhead:
 
     def _next_assignment(self) -> Assignment | None:
         with self._changed:
-            self._reading = None
-            self._changed.notify_all()
             self._changed.wait_for(lambda: self._assignments or self._closed)
-            if self._closed:
-                return None
-            self._reading = self._assignments.popleft()
-            return self._reading
+            return None if self._closed else self._assignments.popleft()
 
     def _offer(self, rows: TokenizedRows) -> bool:
         """Waits for room. False if nothing more of this assignment is wanted."""

@@ -215,16 +215,18 @@ class RowRunner:
         prompts: Sequence[Tokens | None] = rows.prompts or [None] * len(rows.rows)
         passages: Sequence[Tokens | None] = rows.passages or [None] * len(rows.rows)
         for row, prompt, passage in zip(rows.rows, prompts, passages, strict=True):
-            if prompt.__class__ is RowError or passage.__class__ is RowError:
-                self._fail(work, row, prompt if isinstance(prompt, RowError) else passage)  # type: ignore[arg-type]
-                continue
-            try:
-                if prompt is not None:
-                    self._generate(work, row, prompt)  # type: ignore[arg-type]
-                if passage is not None:
-                    self._embed(work, row, Kind.PROMPT_VECTOR, 0, passage)  # type: ignore[arg-type]
-            except Exception as error:
-                self._fail_unexpectedly(work, row, error)
+            if isinstance(prompt, RowError):
+                self._fail(work, row, prompt)
+            elif isinstance(passage, RowError):
+                self._fail(work, row, passage)
+            else:
+                try:
+                    if prompt is not None:
+                        self._generate(work, row, prompt)
+                    if passage is not None:
+                        self._embed(work, row, Kind.PROMPT_VECTOR, 0, passage)
+                except Exception as error:
+                    self._fail_unexpectedly(work, row, error)
 
     def _generate(self, work: Work, row: int, tokens: list[int]) -> None:
         assert self._sampling is not None

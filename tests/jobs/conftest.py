@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -33,6 +34,9 @@ def ray_cluster() -> Iterator[str]:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ENGINES), *([before] if before else [])])
     try:
         with ray_session(None, num_cpus=4):
+            started = [" ".join(child.cmdline()) for child in psutil.Process().children()]
+            assert any("raylet" in command for command in started)
+            assert not any(name in command for command in started for name in ("dashboard.py", "monitor.py"))
             assert signal.getsignal(signal.SIGTERM) is on_sigterm, "it is still the caller's"
             yield ray.get_runtime_context().gcs_address
     finally:
@@ -128,8 +132,6 @@ class Controller:
         )
 
     def kill_tree(self) -> None:
-        import psutil
-
         try:
             tree = [psutil.Process(self.process.pid)]
             tree += tree[0].children(recursive=True)

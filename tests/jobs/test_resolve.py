@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -163,6 +164,56 @@ def test_a_moved_input_is_the_same_job(job, tmp_path):
     with open_store(parse_spec(settings | {"input": {"path": str(moved / "rows.parquet")}})) as store:
         assert len(store.job.splits) == 1
         assert store.job.source.files[0].path == str(moved / "rows.parquet")
+
+
+def plan(settings) -> None:
+    with open_store(parse_spec(settings)):
+        pass
+
+
+def test_a_changed_input_is_refused_by_name(job):
+    plan(job(TEXTS))
+    settings = job([*TEXTS[:-1], "another"])
+    with pytest.raises(JobError, match=r"rows\.parquet has changed since the job was planned"):
+        plan(settings)
+
+
+def test_an_input_that_has_grown_is_refused_by_name(job, tmp_path):
+    settings = job(TEXTS)
+    settings["input"] = {"path": str(tmp_path / "*.parquet")}
+    plan(settings)
+    (tmp_path / "more.parquet").write_bytes((tmp_path / "rows.parquet").read_bytes())
+    with pytest.raises(JobError, match=r"more\.parquet has been added since the job was planned"):
+        plan(settings)
+
+
+def test_changed_weights_are_refused_by_name(job):
+    settings = job(TEXTS)
+    plan(settings)
+    (Path(settings["model"]) / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(JobError, match=r"the model has changed since .*: model\.safetensors; put the old one back"):
+        plan(settings)
+
+
+def test_the_directory_of_another_job_is_refused_with_what_differs(job):
+    settings = job(TEXTS)
+    plan(settings)
+    with pytest.raises(UserError, match=r"holds another job: generate\.max_new_tokens differs"):
+        plan(settings | {"generate": {"max_new_tokens": 5}})
+    with pytest.raises(UserError, match=r"holds this job with output\.columns \[body\]"):
+        plan(settings | {"output": settings["output"] | {"columns": ["title"]}})
+    plan(settings | {"name": "renamed", "engine": {"max_sequences": 4}, "limits": {"max_error_rate": 0.1}})
+
+
+def test_a_second_run_is_refused_while_the_first_lives(job):
+    settings = job(TEXTS)
+    with (
+        open_store(parse_spec(settings)),
+        pytest.raises(JobError, match=f"is in use by process {os.getpid()}"),
+        open_store(parse_spec(settings)),
+    ):
+        pytest.fail("two hold the directory")
+    plan(settings)
 
 
 def test_differences_are_named_by_their_dotted_keys():

@@ -7,12 +7,9 @@ import os
 import signal
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from jobs.client import JobInterrupted
-from jobs.specfile import parse_spec
-from jobs.store import open_store
 from pipeline.audit import audit
 from pipeline.errors import JobError, UserError
 
@@ -60,6 +57,9 @@ def test_a_job_that_is_done_is_left_alone(job, run_job, monkeypatch):
     monkeypatch.setattr("jobs.fleet.Fleet.start", lambda *_: pytest.fail("workers are started"))
     assert run_job(settings).report == first.report
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+    (first.out / "index" / "rows.parquet").unlink()
+    run_job(settings)
+    assert audit(first.out).ok, "an index that is missing is made again, and needs no workers"
 
 
 def test_the_number_of_replicas_does_not_change_a_row(job, run_job, tmp_path, rows_of):
@@ -177,40 +177,6 @@ def test_a_job_gives_what_the_engine_gives_by_itself(tiny_model, job, run_job, r
     assert hits.hits[0].row == 7
 
 
-def test_a_changed_input_is_refused_by_name(job, run_job):
-    settings = job(TEXTS)
-    run_job(settings, limit=8)
-    job([*TEXTS[:-1], "another"])
-    with pytest.raises(JobError, match=r"rows\.parquet has changed since the job was planned"):
-        run_job(settings)
-
-
-def test_changed_weights_are_refused_by_name(job, run_job):
-    settings = job(TEXTS)
-    run_job(settings, limit=8)
-    (Path(settings["model"]) / "model.safetensors").write_bytes(b"others")
-    with pytest.raises(JobError, match=r"the model has changed since .* model\.safetensors"):
-        run_job(settings)
-
-
-def test_the_directory_of_another_job_is_refused_with_what_differs(job, run_job):
-    settings = job(TEXTS)
-    run_job(settings, limit=8)
-    with pytest.raises(UserError, match=r"holds another job: generate\.max_new_tokens differs"):
-        run_job(settings | {"generate": {"max_new_tokens": 5}})
-    with pytest.raises(UserError, match=r"with output\.columns \[body\]"):
-        run_job(settings | {"output": settings["output"] | {"columns": ["title"]}})
-    engine = {"max_sequences": 4}
-    run_job(settings | {"name": "renamed", "engine": engine, "limits": {"max_error_rate": 0.1}}, limit=9)
-
-
-def test_a_second_run_is_refused_while_the_first_lives(job, run_job):
-    settings = job(TEXTS)
-    with open_store(parse_spec(settings)), pytest.raises(JobError, match=f"is in use by process {os.getpid()}"):
-        run_job(settings)
-    assert run_job(settings).report["rows"]["done"] == 40
-
-
 def test_a_signal_stops_the_job_and_running_it_again_goes_on(job, run_job, cheap_model, rows_of):
     cheap_model(step_s=0.05, rows_a_step=2)
     settings = job(TEXTS, embed=None)
@@ -225,15 +191,6 @@ def test_a_signal_stops_the_job_and_running_it_again_goes_on(job, run_job, cheap
     cheap_model()
     result = run_job(settings)
     assert [row["row"] for row in rows_of(result.out)] == list(range(40))
-
-
-def test_an_index_is_built_again_when_it_is_missing_or_old(job, run_job):
-    settings = job(TEXTS)
-    first = run_job(settings)
-    (first.out / "index" / "rows.parquet").unlink()
-    run_job(settings)
-    assert audit(first.out).problems == ()
-    assert pq.read_table(first.out / "index" / "rows.parquet").num_rows == 80
 
 
 def test_what_no_worker_can_load_is_the_users_error_in_one_line(job, run_job):

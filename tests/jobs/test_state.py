@@ -360,6 +360,31 @@ def test_suspects_run_alone_after_all_others():
     assert (half.split, half.alone, half.start, half.stop) == (0, True, 0, 4)
 
 
+def test_a_replica_that_runs_a_suspect_gets_nothing_else_until_it_is_done():
+    state = JobState([8] * 6, {}, num_replicas=2, max_error_rate=0.5)
+    begin(state)
+    for generation in range(2):
+        assert leases(state.handle(ShardHungry(ShardId(0, generation, 0), 0, 1)))[0].split == 0
+        state.handle(ReplicaDied(0, generation, "SIGKILL"))
+    other, shard = ShardId(1, 0, 0), ShardId(0, 2, 0)
+    assert [lease.split for lease in leases(state.handle(ShardHungry(other, 0, 3)))] == [1, 2, 3]
+    fourth, fifth = leases(state.handle(ShardHungry(shard, 0, 9)))
+    serve(state, fourth, shard=shard)
+    (suspect,) = leases(serve(state, fifth, shard=shard))
+    assert (suspect.split, suspect.alone) == (0, True)
+    assert state.handle(ReplicaDied(1, 0, "SIGKILL")) == [StartReplica(1, 1)], "three splits wait, and a hungry shard"
+    assert leases(state.handle(ShardHungry(shard, 3, 9))) == []
+    returned = leases(serve(state, suspect, shard=shard))
+    assert [(lease.split, lease.alone) for lease in returned] == [(1, False), (2, False)]
+
+
+def test_rows_that_all_kill_end_the_job_though_each_is_found():
+    world = World([64], random.Random(1), killers=frozenset((0, offset) for offset in range(64)))
+    state = world.state()
+    assert world.run(state) == "failed"
+    assert 0 < len(world.condemned) < 5
+
+
 def test_workers_that_die_before_any_work_end_the_job_with_the_reason():
     state = JobState([4], {}, num_replicas=1, max_error_rate=0.5)
     begin(state)
