@@ -129,6 +129,7 @@ class Engine:
         max_context: int | Auto = "auto",
         step_tokens: int | Auto = "auto",
         max_sequences: int | Auto = "auto",
+        block_tokens: int = BLOCK_TOKENS,
         reuse_prefixes: bool = True,
     ) -> Engine:
         """Load decoder and tokenizer from what `model:` may be in a job. A checkpoint without a tokenizer is fine."""
@@ -143,6 +144,7 @@ class Engine:
             max_context=max_context,
             step_tokens=step_tokens,
             max_sequences=max_sequences,
+            block_tokens=block_tokens,
             reuse_prefixes=reuse_prefixes,
         )
 

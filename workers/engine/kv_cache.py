@@ -1,10 +1,10 @@
 """How much memory the cache of keys and values gets, how it is split among the layer groups, and the pools themselves.
 
 The budget is kept: pools are made once, never grown, and together never exceed it. `auto` is what max_sequences
-sequences that fill their context could use at most, but no more than a quarter of the main memory that is available when
-the engine is made (weights are loaded by then), or 85% of what a GPU has free. On CPU the operating system provides
-pages as they are first written, so a short job never touches most of it. Engines that share a machine should be given
-budgets.
+sequences that fill their context could use at most, but no more than a quarter of the main memory that is available
+when the engine is made (weights are loaded by then), or 85% of what a GPU has free. On CPU the operating system
+provides pages as they are first written, so a short job never touches most of it. Engines that share a machine should
+be given budgets.
 
 Groups share the budget so that sequences of TYPICAL_TOKENS fill all of them at the same time.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,16 @@ MakeEngine = Callable[..., Engine]
 Prompts = list[list[int]]
 
 
-def reference(path: Path, prompt: list[int], max_new_tokens: int) -> list[int]:
-    """transformers' greedy continuation, without the token that ended it."""
+@cache
+def transformers_model(path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def reference(path: Path, prompt: list[int], max_new_tokens: int) -> list[int]:
+    """transformers' greedy continuation, without the token that ended it."""
+    model = transformers_model(path)
     ids = torch.tensor([prompt])
     with torch.inference_mode():
         out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens)[
@@ -54,11 +60,11 @@ def test_greedy_tokens_are_transformers_own(
 
 
 VARIED = [
-    SamplingParams(max_new_tokens=20),
-    SamplingParams(max_new_tokens=20, temperature=0.8, seed=3),
-    SamplingParams(max_new_tokens=30, temperature=1.2, top_p=0.9, n=3, seed=1),
+    SamplingParams(max_new_tokens=12),
+    SamplingParams(max_new_tokens=14, temperature=0.8, seed=3),
+    SamplingParams(max_new_tokens=22, temperature=1.2, top_p=0.9, n=3, seed=1),
     SamplingParams(max_new_tokens=8, temperature=1.0, top_k=20, repetition_penalty=1.2, n=2),
-    SamplingParams(max_new_tokens=25, repetition_penalty=1.3, ignore_eos=True, logprobs=True),
+    SamplingParams(max_new_tokens=18, repetition_penalty=1.3, ignore_eos=True, logprobs=True),
 ]
 
 
@@ -75,14 +81,14 @@ def alone(tiny_engine: MakeEngine, prompts: Prompts) -> list[list[Any]]:
 
 
 @pytest.mark.parametrize(
-    ("options", "expects"),
+    ("options", "expects"),  # "num_blocks": of 16 tokens
     [
         ({}, "a whole batch"),
         ({"reuse_prefixes": False}, "no found tokens"),
-        ({"num_blocks": 12}, "preemptions"),
-        ({"num_blocks": 12, "reuse_prefixes": False}, "preemptions"),
+        ({"num_blocks": 7, "block_tokens": 8}, "preemptions"),
+        ({"num_blocks": 8, "block_tokens": 8, "reuse_prefixes": False}, "preemptions"),
         ({"step_tokens": 7}, "chunks"),
-        ({"step_tokens": 33, "num_blocks": 9, "max_sequences": 6}, "preemptions"),
+        ({"step_tokens": 33, "num_blocks": 9, "block_tokens": 8, "max_sequences": 6}, "preemptions"),
         ({"max_sequences": 3}, "a batch of 3"),
     ],
     ids=str,
@@ -153,15 +159,14 @@ def test_samples_differ_and_compute_their_prompt_once(tiny_engine: MakeEngine) -
 
 
 def test_logprobs_are_those_of_the_model(tiny_engine: MakeEngine, tiny_model: Callable[..., Path]) -> None:
-    from transformers import AutoModelForCausalLM
-
     prompt = [5, 77, 301, 12]
     [output] = tiny_engine().generate(
         [prompt], SamplingParams(max_new_tokens=10, temperature=0.7, top_k=5, logprobs=True, ignore_eos=True)
     )
-    model = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32).eval()
     with torch.inference_mode():
-        logits = model(torch.tensor([prompt + output.token_ids])).logits[0, len(prompt) - 1 : -1]
+        logits = transformers_model(tiny_model())(torch.tensor([prompt + output.token_ids])).logits[
+            0, len(prompt) - 1 : -1
+        ]
     expected = torch.log_softmax(logits.double(), -1)[torch.arange(10), output.token_ids]
     assert output.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
 
@@ -205,13 +210,16 @@ def test_an_end_of_text_token_ends_it_unless_ignored(tiny_engine: MakeEngine, pr
 def test_a_stop_string_is_left_out_wherever_token_borders_fall(tiny_engine: MakeEngine) -> None:
     engine = tiny_engine()
     params = {"max_new_tokens": 40, "temperature": 1.0, "ignore_eos": True}
-    [free] = engine.generate(["def f(x):"], SamplingParams(**params))
+    key = 12
+    [free] = engine.generate(["def f(x):"], SamplingParams(**params), keys=[key])
     assert free.text is not None
-    for begin in range(0, len(free.text) - 4, 3):
-        stop = free.text[begin : begin + 4]
-        if "\ufffd" in stop:
-            continue
-        [output] = engine.generate(["def f(x):"], SamplingParams(stop=stop, **params))
+    stops = [free.text[begin : begin + 4] for begin in range(len(free.text) - 4)]
+    stops = [stop for stop in stops if "\ufffd" not in stop]
+    assert len(stops) > 10
+    each = [SamplingParams(stop=stop, **params) for stop in stops]
+    for stop, output in zip(
+        stops, engine.generate(["def f(x):"] * len(stops), each, keys=[key] * len(stops)), strict=True
+    ):
         assert output.text == free.text[: free.text.index(stop)]
         assert output.finish_reason == "stop"
         assert output.token_ids == free.token_ids[: len(output.token_ids)]
@@ -411,9 +419,7 @@ def test_logits_that_are_not_finite_fail_their_row_only(
 def test_embeddings_are_unit_vectors_of_the_pooled_hidden_states(
     tiny_engine: MakeEngine, tiny_model: Callable[..., Path], prompts: Prompts, pooling: str
 ) -> None:
-    from transformers import AutoModel
-
-    model = AutoModel.from_pretrained(tiny_model(), dtype=torch.float32).eval()
+    model = transformers_model(tiny_model()).model
     expected = []
     for prompt in prompts[:20]:
         with torch.inference_mode():

@@ -198,18 +198,22 @@ def test_later_samples_of_a_request_go_before_later_requests() -> None:
     assert [s.order for s in run.step().sequences] == [(0, 0), (0, 1), (1, 0), (2, 0)]
 
 
-def test_a_prompt_is_not_copied_from_a_first_sample_that_is_itself_being_computed_again() -> None:
-    run = SimulatedRun(one_group(100), max_sequences=2)
-    run.add(0, [1, 2, 3, 4, 5, 6], n=2)
-    run.step()
-    first = run.scheduler._running[0]
-    run.scheduler._preempt(run.scheduler._running.pop())
-    batch = run.step()  # both start in this step: the first sample's blocks hold nothing yet
-    assert batch.sequences[0] is first
-    assert [s.sample for s in batch.sequences] == [0, 1]
+def test_a_prompt_is_not_copied_from_blocks_that_are_being_filled_in_the_same_step() -> None:
+    letters = range(1, 7)
+    prompts = [[a, b, c] * 2 for a in letters for b in letters for c in letters]
+    prompt = next(p for p in prompts if min(len(alone(p, 0, 15)), len(alone(p, 1, 12))) > 5)
+    run = SimulatedRun(one_group(100), step_tokens=40, max_context=15)
+    run.add(0, [*prompt, *alone(prompt, 0, 9)])  # holds, as its prompt, what the next row will have generated
+    run.add(1, prompt, n=2)
+    for _ in range(3):
+        run.step()
+    run.scheduler.roll_back(run.scheduler.schedule())
+    run.cells[0].clear()
+    batch = run.step()  # row 1's first sample finds its whole prompt in blocks that row 0 fills now
+    assert [s.order for s in batch.sequences] == [(0, 0), (1, 0), (1, 1)]
     assert batch.copies == [[]]
     run.run()
-    assert run.finished == {(0, sample): alone([1, 2, 3, 4, 5, 6], sample, 14) for sample in range(2)}
+    assert run.finished[1, 1] == alone(prompt, 1, 14)
 
 
 def test_a_newcomer_leaves_room_for_those_that_run() -> None:
@@ -220,6 +224,20 @@ def test_a_newcomer_leaves_room_for_those_that_run() -> None:
     assert run.scheduler.num_running == 1
     run.run()
     assert run.preempted == 0
+
+
+def test_found_blocks_that_nobody_held_are_no_longer_free_for_the_rest() -> None:
+    run = SimulatedRun(one_group(10), step_tokens=64)
+    long = next([a, b] for a in range(1, 7) for b in range(1, 7) if len(alone([a, b], 0, 20)) > 10)
+    prompt = list(range(10, 34))  # 6 blocks
+    run.add(0, prompt, max_new_tokens=1)
+    run.run()
+    run.add(1, long, max_new_tokens=18)
+    run.step()
+    run.add(2, [*prompt, *range(40, 49)], max_new_tokens=1)  # 9 blocks: 6 of the 9 that are free, and 3 more
+    assert [s.order[0] for s in run.step().sequences] == [1]
+    run.run()
+    assert run.found_tokens == 24
 
 
 def test_a_later_sample_finds_the_prompt_again_after_the_first_one_ended() -> None:
