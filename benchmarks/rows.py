@@ -1,7 +1,8 @@
 """Rows a second and resident memory of a whole generate-only job whose decoder costs nothing.
 
-Two jobs over Parquet, of 20 thousand and 2 million rows of 4 to 12 words: reading, prompts, tokenization, parts,
-commits and audit are all real. Memory must not grow with the dataset, and Ray Data's read, identity, write is the pace to keep.
+Two jobs over Parquet, of 20 thousand and of 2 million rows of 4 to 12 words: reading, prompts, tokenization, parts,
+commits and audit are all real. Memory must not grow with the dataset; Ray Data's read, identity, write is the pace to
+keep.
 
     python -m benchmarks.rows
     python -m benchmarks.rows --rows 20000 200000

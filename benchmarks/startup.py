@@ -1,6 +1,6 @@
 """Seconds from the start of `gristmill run` to the first token, Ray's start and the model's loading included.
 
-    python -m benchmarks.startup
+python -m benchmarks.startup
 """
 
 from __future__ import annotations

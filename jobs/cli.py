@@ -149,9 +149,8 @@ def upcycle(
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Experts a token.")] = 2,
 ) -> None:
     """Turn a dense checkpoint into a Mixtral-format Mixture-of-Experts that computes the same."""
-    from workers.decoder.upcycle import upcycle as write_upcycled
-
     from pipeline.model_path import resolve_model
+    from workers.decoder.upcycle import upcycle as write_upcycled
 
     if top_k > experts:
         raise UserError(f"--top-k {top_k}: there are only {experts} experts")
@@ -169,9 +168,12 @@ def train(
     vocab_size: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens in all.", show_default=False)],
 ) -> None:
     """Train a SentencePiece vocabulary."""
-    from jobs.vocabulary import train_vocabulary
+    from pipeline.tokenizers.corpus import corpus_texts
+    from pipeline.tokenizers.training import train_tokenizer
 
-    say(train_vocabulary(corpus, out, kind, vocab_size))
+    done = train_tokenizer(corpus_texts(corpus), out, kind, vocab_size)
+    skipped = f"; {done.num_skipped:,} rows were no text" if done.num_skipped else ""
+    say(f"wrote {out}: {done.vocab_size:,} tokens, learnt from {done.num_texts:,} texts{skipped}")
 
 
 class Answers:

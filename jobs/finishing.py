@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.audit import audit
-
 from jobs.report import write_report
 from jobs.spec import JsonObject
 from jobs.store import JobStore
 from jobs.tally import Tally
+from pipeline.audit import audit
 from pipeline.index.build import build_index, index_is_current
 from pipeline.index.manifest import Provenance
 from pipeline.tokenizer import load_tokenizer

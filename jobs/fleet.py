@@ -107,7 +107,7 @@ class Fleet:
             replica.stop()
         heard: list[Heard] = []
         deadline = time.monotonic() + STOPPING_S
-        while time.monotonic() < deadline and any(not replica.has_stopped for _, replica in self._replicas.values()):
+        while time.monotonic() < deadline and any(replica.is_busy for _, replica in self._replicas.values()):
             try:
                 heard += [event for event in self.listen(0.1) if isinstance(event, Heard)]
             except JobError:

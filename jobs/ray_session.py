@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,7 @@ def ray_session(address: str | None, *, num_cpus: int) -> Iterator[None]:
         return
     address = address or os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray").setLevel(logging.ERROR)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -36,6 +39,7 @@ def ray_session(address: str | None, *, num_cpus: int) -> Iterator[None]:
                 PYTHONPATH=_tree_first(os.environ.get("PYTHONPATH")),
                 RAY_USAGE_STATS_ENABLED="0",
                 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+                RAY_worker_niceness="0",  # Ray's 15 lets whatever else the machine does starve the decoder
             ):
                 ray.init(
                     address="local",
@@ -51,6 +55,8 @@ def ray_session(address: str | None, *, num_cpus: int) -> Iterator[None]:
     except Exception as error:
         where = f"joining Ray at {address}" if address else "starting Ray"
         raise JobError(f"{where} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init took it
     try:
         yield
     finally:

@@ -161,7 +161,9 @@ def write_report(
 def describe_report(report: dict[str, Any], out: Path) -> str:
     """What a person is told at the end of a run."""
     rows, tokens, runs = report["rows"], report["tokens"], report["runs"]
-    lines = [f"{report['name']}: {rows['done']:,} of {rows['total']:,} rows done ({report['state']})"]
+    lines = [f"{report['name']}: {rows['done']:,} of {rows['total']:,} rows done"]
+    if rows["done"] < rows["total"]:
+        lines[0] += "; without --limit the next run goes on"
     lines += [
         f"  {found['count']:,} rows failed with {code}, the first of them row {found['examples'][0]['row']:,}: "
         + " ".join(found["examples"][0]["message"].split())

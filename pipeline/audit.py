@@ -102,7 +102,16 @@ class _Auditor:
             indexed_vectors=indexed_vectors,
         )
 
+    def _not_begun(self, path: Path) -> bool:
+        """Whether `path`, which every job has, is missing because a run ended before it was written."""
+        if path.exists() or _listed(self._folder.commits) or _listed(self._folder.parts):
+            return False
+        self._pending.append(f"{path} is not there yet")
+        return True
+
     def _job(self) -> dict[str, Any] | None:
+        if self._not_begun(self._folder.job_file):
+            return None
         try:
             return read_job(self._folder)
         except JobError as error:
@@ -111,8 +120,7 @@ class _Auditor:
 
     def _plan(self, job: Mapping[str, Any] | None) -> list[PlannedSplit] | None:
         path = self._folder.plan_file
-        if not path.exists() and not _listed(self._folder.commits):
-            self._pending.append("the job is not planned yet")
+        if self._not_begun(path):
             return None
         try:
             plan = read_plan(self._folder)
@@ -166,6 +174,8 @@ class _Auditor:
             try:
                 yield read_commit(self._folder, name)
             except JobError as error:
+                if not (self._folder.commits / name).exists():
+                    continue  # a run that is going on has replaced it since the folder was listed
                 self._problems.append(str(error))
                 self._unreadable.add(parsed[0])
 
@@ -186,7 +196,7 @@ class _Auditor:
     def _parts(self, latest: Mapping[int, Commit], older: Mapping[int, list[Commit]]) -> None:
         committed = {part_name(split) for split in {*latest, *self._unreadable}}
         for name in _listed(self._folder.parts):
-            if name not in committed:
+            if name not in committed and name not in map(part_name, self._revisions_now()):
                 self._problems.append(f"{self._folder.parts / name} has no commit: it is no part of this job")
         for split, commit in sorted(latest.items()):
             path = self._folder.part(split)
@@ -197,10 +207,17 @@ class _Auditor:
                 found is None or found in {before.sha256 for before in older.get(split, ())}
             ):
                 self._pending.append(f"split {split} is committed and its part not yet published")
+            elif self._revisions_now().get(split) != commit.revision:
+                self._pending.append(f"split {split} was committed again while it was looked at")
             elif found is None:
                 self._problems.append(f"{path} is missing, and its commit says that it was written")
             else:
                 self._problems.append(f"{path} is damaged: its sha256 is not the one in its commit")
+
+    def _revisions_now(self) -> dict[int, int]:
+        """Split -> its latest commit's revision. A run that is going on may have committed since the audit began."""
+        parsed = (parse_commit_name(name) for name in _listed(self._folder.commits))
+        return dict(sorted(found for found in parsed if found is not None))
 
     def _is_unpublished(self, commit: Commit) -> bool:
         path = self._folder.root / commit.path

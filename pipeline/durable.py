@@ -45,10 +45,13 @@ def storage_errors(doing: str, path: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes names created, renamed or removed in `folder` last through a power cut."""
+    """Makes names created, renamed or removed in `folder` last through a power cut, where the filesystem can."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network filesystems flush no folders
+            raise
     finally:
         os.close(handle)
 

@@ -144,7 +144,7 @@ class _Header:
             layout = f"<{count}{_SCALARS[item]}"
             start = self._advance(struct.calcsize(layout))
             return list(struct.unpack_from(layout, self._data, start))
-        return [self._string() for _ in range(count)]
+        return self._strings(count)
 
     def _skip(self, kind: int, key: str) -> None:
         if kind in _SCALARS:
@@ -157,6 +157,22 @@ class _Header:
                 self._advance(count * struct.calcsize(_SCALARS[item]))
             else:
                 self._skip_strings(count)
+
+    def _strings(self, count: int) -> list[str]:
+        """Read `count` strings. A vocabulary has hundreds of thousands, so this does not call `_string`."""
+        data, at, size = self._data, self._at, len(self._data)
+        texts = []
+        for _ in range(count):
+            start = at + 8
+            at = start + int.from_bytes(data[at:start], "little")
+            if at > size:
+                raise self._truncated()
+            try:
+                texts.append(data[start:at].decode("utf-8"))
+            except UnicodeDecodeError:
+                raise self._not_text(start) from None
+        self._at = at
+        return texts
 
     def _skip_strings(self, count: int) -> None:
         data, at, size = self._data, self._at, len(self._data)
@@ -188,7 +204,7 @@ class _Header:
         try:
             return self._data[start : self._at].decode("utf-8")
         except UnicodeDecodeError:
-            raise UserError(f"{self._path}: corrupt GGUF header: text at byte {start} is not UTF-8") from None
+            raise self._not_text(start) from None
 
     def _advance(self, num_bytes: int) -> int:
         """Move past `num_bytes` and return where they begin."""
@@ -197,6 +213,9 @@ class _Header:
             raise self._truncated()
         self._at = start + num_bytes
         return start
+
+    def _not_text(self, start: int) -> UserError:
+        return UserError(f"{self._path}: corrupt GGUF header: text at byte {start} is not UTF-8")
 
     def _truncated(self) -> UserError:
         return UserError(f"{self._path}: truncated GGUF file: its header goes on past the end; fetch it again")

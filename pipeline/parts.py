@@ -7,7 +7,7 @@ written. Values travel in columns: carried columns are the read batches' own buf
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.attempt import Attempt, write_part
+from pipeline.carried import CarriedColumns
 from pipeline.errors import RowError
 from pipeline.job_folder import JobFolder, attempt_name
 from pipeline.records import EmbedField, RecordLayout
@@ -25,7 +26,6 @@ Column: TypeAlias = "pa.Array[Any] | pa.ChunkedArray[Any]"
 _Result = tuple[str | None, str | None, int | None, int | None, Sequence[float] | None]
 
 _NOTHING: Final[_Result] = (None, None, None, None, None)
-_TAKE_BYTES: Final = 256 << 20
 
 
 class PartBuilder:
@@ -58,8 +58,7 @@ class PartBuilder:
         self._results = [_NOTHING] * (num_rows * self._each)
         self._matrices: dict[EmbedField, npt.NDArray[np.float32]] = {}  # [rows * vectors a row, d]
         self._failed: dict[int, RowError] = {}  # offset -> why
-        self._batches: list[pa.RecordBatch] = []  # the input columns of the part's rows
-        self._num_carried = 0
+        self._carried = CarriedColumns(layout, first_row=first_row, num_rows=num_rows)
         pieces = layout.samples + sum(self._vectors_a_row(field) for field in layout.vectors)
         self._missing = [pieces] * num_rows  # pieces that each row still waits for
         self._kept = None if kept is None else kept.select(layout.schema.names)
@@ -89,14 +88,7 @@ class PartBuilder:
 
         Batches come in the order of rows and cover the part's; what lies outside of the part is cut off.
         """
-        if not self._layout.input_columns:
-            return
-        start = max(self._first_row + self._num_carried - first_row, 0)
-        stop = min(self._first_row + self._num_rows - first_row, batch.num_rows)
-        if stop > start:
-            assert first_row + start == self._first_row + self._num_carried, "a batch is missing"
-            self._batches.append(batch.select(list(self._layout.input_columns)).slice(start, stop - start))
-            self._num_carried += stop - start
+        self._carried.add(first_row, batch)
 
     def add(
         self,
@@ -273,7 +265,7 @@ class PartBuilder:
         arrays |= {
             column: self._vector_column(field, offsets, samples) for field, column in self._layout.vectors.items()
         }
-        arrays |= self._carried_columns(offsets)
+        arrays |= self._carried.columns(offsets)
         if self._layout.id_column is None:
             arrays["id"] = pc.cast(rows, pa.string())
         if not self._layout.vectors:
@@ -300,38 +292,6 @@ class PartBuilder:
         vectors = pa.FixedSizeListArray.from_arrays(values, type=kind, mask=pa.array(failed[offsets]))
         return cast("pa.Array[Any]", vectors)
 
-    def _carried_columns(self, offsets: Integers) -> dict[str, pa.ChunkedArray[Any]]:
-        """The carried columns and the id at `offsets` [records]; the read batches as they are, where possible."""
-        if not self._layout.input_columns:
-            return {}
-        assert self._num_carried == self._num_rows, "batches are missing"
-        batches = self._batches
-        if not np.array_equal(offsets, np.arange(self._num_rows)):
-            batches = list(_take(self._batches, offsets))
-        targets = list(self._layout.carried.items())
-        if self._layout.id_column is not None:
-            targets.append((self._layout.id_column, "id"))
-        schema = self._layout.schema
-        return {
-            target: pa.chunked_array(
-                [_cast(batch.column(name), schema.field(target).type) for batch in batches], schema.field(target).type
-            )
-            for name, target in targets
-        }
-
-
-def _take(batches: Sequence[pa.RecordBatch], offsets: Integers) -> Iterator[pa.RecordBatch]:
-    """The rows at ascending `offsets` into the batches laid end to end, in pieces small enough for 32-bit offsets."""
-    start = 0
-    for batch in batches:
-        step = max(batch.num_rows * _TAKE_BYTES // max(batch.nbytes, 1), 1)
-        for first in range(0, batch.num_rows, step):
-            bounds = (start + first, start + min(first + step, batch.num_rows))
-            low, high = np.searchsorted(offsets, bounds)
-            if high > low:
-                yield batch.take(pa.array(offsets[low:high] - start, pa.int64()))
-        start += batch.num_rows
-
 
 def _interleave(fresh: pa.Table, kept: pa.Table) -> pa.Table:
     """Both tables' records in the order of rows, none copied. A row's records all stand in one of the two, in order."""
@@ -340,18 +300,6 @@ def _interleave(fresh: pa.Table, kept: pa.Table) -> pa.Table:
     runs = np.split(order, np.flatnonzero(np.diff(order) != 1) + 1) if len(order) else []
     both = pa.concat_tables([fresh, kept.cast(fresh.schema)])
     return pa.concat_tables([both.slice(run[0], len(run)) for run in runs]) if runs else both
-
-
-def _cast(array: pa.Array[Any], kind: pa.DataType) -> pa.Array[Any]:
-    if array.type == kind:
-        return array
-    try:
-        return array.cast(kind)
-    except pa.ArrowInvalid:
-        if not (pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type)):
-            raise
-        decoded = [None if value is None else value.decode("utf-8", "replace") for value in array.to_pylist()]
-        return pa.array(decoded, kind)
 
 
 def _encodable(text: str) -> str:

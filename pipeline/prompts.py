@@ -184,7 +184,7 @@ class PromptBuilder:
         return self._of_values(values)
 
     def _of_values(self, values: Mapping[str, Any]) -> Prompt | RowError:
-        hidden: Mapping[str, str] = {}
+        hidden: Mapping[str, str] | None = None
         if self._author_controls:
             values, hidden = self._control.hide(values, self._beside)
         text = self._row_text.text(values)
@@ -196,7 +196,7 @@ class PromptBuilder:
         None means that nothing in it was written by the prompt's author.
         """
         plain = self._chat is None
-        if self._frame is None:
+        if self._frame is None or (self._frame.questions and not self._frame.fits(text)):
             assert self._chat is not None
             if hidden is None:
                 values, hidden = self._control.hide({"text": text}, self._beside)

@@ -153,10 +153,12 @@ def _id_name(field: pa.Field[Any]) -> str:
 
 
 def _written_type(field: pa.Field[Any]) -> pa.DataType:
-    """Encodings of a value (dictionary, run-end) are undone: Parquet has its own."""
+    """Encodings of a value (dictionary, run-end, views) are undone: Parquet has its own."""
     kind: pa.DataType = field.type
     if isinstance(kind, pa.DictionaryType | pa.RunEndEncodedType):
         kind = kind.value_type
+    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
+        kind = pa.large_string() if pa.types.is_string_view(kind) else pa.large_binary()
     try:
         pq.write_table(pa.schema([pa.field(field.name, kind)]).empty_table(), pa.BufferOutputStream())
     except (pa.ArrowException, NotImplementedError) as error:

@@ -38,7 +38,8 @@ class RowText:
         limits: TemplateLimits | None = None,
     ) -> None:
         self.template: Template | None = None
-        self._through_row: frozenset[str] = frozenset()  # columns that the template names as row["..."]
+        self._direct: frozenset[str] = frozenset()  # columns that the template names itself
+        self._through_row: frozenset[str] = frozenset()  # columns that it names as row["..."]
         if template is not None:
             environment = BoundedEnvironment(
                 limits or TemplateLimits(), refuse_null=True, undefined=jinja2.StrictUndefined
@@ -94,7 +95,7 @@ class RowText:
         if self.template is None:
             value = values[self.columns[0]]
             return _null(self.columns) if value is None else _checked(value)
-        visible = {name: value for name, value in values.items() if name not in self._through_row}
+        visible = {name: values[name] for name in self._direct}
         if self._through_row:
             visible["row"] = {name: values[name] for name in self._through_row}
         text = self.template.render(visible)
@@ -109,10 +110,11 @@ class RowText:
             subscripts = template.subscripts_of("row")
             if subscripts is None:
                 raise UserError(f'{section}.template: `row` is for naming a column, as in {{{{ row["Review Text"] }}}}')
-            self._through_row = subscripts - names
-            names = (names - {"row"}) | subscripts
-        own = {name for name in template.functions if name not in schema.fields.names}  # `range` and the like
-        columns = tuple(sorted(names - own))
+            self._through_row = subscripts
+            names.remove("row")
+        functions = {name for name in template.functions if name not in schema.fields.names}  # `range` and the like
+        self._direct = frozenset(names - functions)
+        columns = tuple(sorted(self._direct | self._through_row))
         try:
             schema.select(columns)
         except UserError as error:

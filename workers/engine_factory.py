@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.errors import UserError
 from pipeline.tokenizer import Tokenizer
 from workers.settings import EngineSettings
 
@@ -38,7 +39,8 @@ def load_engine(settings: EngineSettings) -> LoadedEngine:
         step_tokens=settings.step_tokens or "auto",
         max_sequences=settings.max_sequences or "auto",
     )
-    assert engine.tokenizer is not None
+    if engine.tokenizer is None:
+        raise UserError(f"model: {settings.model_path} has no tokenizer, and a job's rows are text")
     return LoadedEngine(
         engine=engine,
         tokenizer=engine.tokenizer,

@@ -11,6 +11,7 @@ import torch
 
 from workers.decoder.checkpoint import load_checkpoint
 from workers.decoder.config import DecoderConfig, ExpertsConfig, FeedForwardConfig, LayerConfig
+from workers.decoder.kernels import build
 from workers.decoder.model import layer_groups
 from workers.decoder.precision import resolve_precision
 from workers.engine.engine import BLOCK_TOKENS, MAX_SEQUENCES, STEP_TOKENS
@@ -87,6 +88,7 @@ class Forecast:
     weight_bytes: int
     kv_cache_bytes: int  # the budget; pages are only used as they are written
     flops_per_s: float | None  # of a large float32 matrix product, just now
+    arithmetic: str  # what does it, for people
 
 
 def forecast(settings: EngineSettings) -> Forecast:
@@ -109,6 +111,7 @@ def forecast(settings: EngineSettings) -> Forecast:
         weight_bytes=cost.weights * precision.weights.itemsize,
         kv_cache_bytes=settings.kv_cache_bytes or _auto_cache_bytes(settings, config, precision.cache.itemsize, device),
         flops_per_s=_measured_flops_per_s(settings.threads) if device == "cpu" else None,
+        arithmetic=_arithmetic(device),
     )
 
 
@@ -133,6 +136,13 @@ def _auto_cache_bytes(settings: EngineSettings, config: DecoderConfig, value_byt
         for group in layer_groups(config)
     ]
     return auto_budget_bytes(needs, shape, torch.device(device))
+
+
+def _arithmetic(device: str) -> str:
+    if device == "cuda":
+        return "torch's CUDA operators"
+    reason = build.load().reason
+    return "kernels in C" if reason is None else f"torch's operations ({reason})"
 
 
 def _measured_flops_per_s(threads: int) -> float:

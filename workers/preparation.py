@@ -81,9 +81,9 @@ class Preparation:
         end = assignment.first_row + assignment.num_rows
         for rows in self._source.read(Split.from_json(assignment.split), self._columns):
             for start in range(0, rows.batch.num_rows, MAX_CHUNK_ROWS):
+                if rows.first_row + start >= end:
+                    return
                 yield self._tokenized(work, rows, start, min(MAX_CHUNK_ROWS, rows.batch.num_rows - start))
-            if rows.first_row + rows.batch.num_rows >= end:
-                return
 
     def _tokenized(self, work: Work, rows: Rows, start: int, length: int) -> TokenizedRows:
         first_row = rows.first_row + start

@@ -112,8 +112,9 @@ class Replica:
             shard.stop.options(concurrency_group="orders").remote()
 
     @property
-    def has_stopped(self) -> bool:
-        return not self._asked
+    def is_busy(self) -> bool:
+        """Whether a shard may still have something to hand over; one that is being loaded has not."""
+        return "running" in self._phases
 
     def release(self) -> None:
         """End what is left of the gang and give its resources back."""

@@ -83,7 +83,7 @@ def _content_problems(folder: JobFolder, manifest: IndexManifest, commits: Mappi
             yield f"{folder.index}: vector {wrong_vector} is not the embedding in {folder.parts}"
             return
         number += len(batch.rows)
-    yield from shards.number_problems()
+    yield from shards.numbering_problems()
 
 
 class _Records:
@@ -131,18 +131,23 @@ class _Records:
 
 
 class _Shards:
-    """Loads the shards one after the other, alongside the parts."""
+    """Loads the shards one after the other, alongside the parts; each once, and never two at a time."""
 
     def __init__(self, folder: JobFolder, manifest: IndexManifest) -> None:
         self._folder = folder
         self._manifest = manifest
         self._flat = manifest.kind == faiss_files.FLAT
+        self._waiting = iter(manifest.shards)
         self._loaded: tuple[Contents, Any] | None = None
+        self._problems: list[str] = []
 
     def differing(self, matrix: npt.NDArray[np.float32], number: int) -> int | None:
         """The first of the vectors from `number` on that a Flat shard has otherwise than `matrix` [n, d]."""
         while self._flat and len(matrix):
-            shard, index = self._shard_of(number)
+            if self._loaded is None or number == self._loaded[0].first_vector + self._loaded[0].num_vectors:
+                self._load_next()
+                continue
+            shard, index = self._loaded
             held = flat_matrix(index)[number - shard.first_vector :][: len(matrix)]
             unequal = (held.view(np.uint32) != np.ascontiguousarray(matrix[: len(held)]).view(np.uint32)).any(axis=1)
             if unequal.any():
@@ -150,22 +155,24 @@ class _Shards:
             matrix, number = matrix[len(held) :], number + len(held)
         return None
 
-    def number_problems(self) -> Iterator[str]:
-        """Whether every shard gives its vectors the numbers that index.json says."""
-        for shard in self._manifest.shards:
-            index = faiss_files.read_shard(self._folder.index, shard, dimension=self._manifest.dimension)
-            numbers = _numbers_of(index)
-            expected = np.arange(shard.first_vector, shard.first_vector + shard.num_vectors)
-            if numbers is not None and not np.array_equal(np.sort(numbers), expected):
-                yield f"{self._folder.index / shard.file}: its vectors are not numbered as index.json says"
+    def numbering_problems(self) -> list[str]:
+        """Shards that don't give their vectors the numbers that index.json says. Loads those not loaded yet."""
+        while self._load_next():
+            pass
+        return self._problems
 
-    def _shard_of(self, number: int) -> tuple[Contents, Any]:
-        if self._loaded is None or number >= self._loaded[0].first_vector + self._loaded[0].num_vectors:
-            self._loaded = None  # the memory of one shard is given back before that of the next is taken
-            shard = next(s for s in self._manifest.shards if s.first_vector <= number < s.first_vector + s.num_vectors)
-            index = faiss_files.read_shard(self._folder.index, shard, dimension=self._manifest.dimension)
-            self._loaded = shard, index
-        return self._loaded
+    def _load_next(self) -> bool:
+        self._loaded = None  # gives the memory of one shard back before that of the next is taken
+        shard = next(self._waiting, None)
+        if shard is None:
+            return False
+        index = faiss_files.read_shard(self._folder.index, shard, dimension=self._manifest.dimension)
+        numbers = _numbers_of(index)
+        expected = np.arange(shard.first_vector, shard.first_vector + shard.num_vectors)
+        if numbers is not None and not np.array_equal(np.sort(numbers), expected):
+            self._problems.append(f"{self._folder.index / shard.file}: its vectors are not numbered as index.json says")
+        self._loaded = shard, index
+        return True
 
 
 def _numbers_of(index: Any) -> npt.NDArray[np.int64] | None:

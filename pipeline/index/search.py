@@ -30,7 +30,7 @@ Numbers = npt.NDArray[np.int64]
 
 _EXTRA_CANDIDATES: Final = 32
 _VECTORS_AT_ONCE: Final = 1 << 14
-_QUERIES_AT_ONCE: Final = 256
+_QUERIES_AT_ONCE: Final = 1 << 14  # FAISS goes over all vectors once for many queries, so many are asked together
 
 
 @dataclass(frozen=True, slots=True)

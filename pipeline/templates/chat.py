@@ -16,7 +16,7 @@ from jinja2.parser import Parser
 
 from pipeline.errors import RowError, UserError
 from pipeline.templates.environment import BoundedEnvironment, chat_globals
-from pipeline.templates.limits import TemplateLimits
+from pipeline.templates.limits import Question, TemplateLimits
 from pipeline.templates.template import Template
 
 # A text that no template will have in it. Some have a `trim` at either end of it, which must leave it whole.
@@ -30,11 +30,21 @@ _PROBES = (
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What stands around the row's text in every prompt. `trimmed`: the template trims the text itself."""
+    """What stands around the row's text. `trimmed`: the template trims the text itself.
+
+    It holds for texts that answer `questions` like this; the template asks them, and does something else otherwise.
+    """
 
     before: str
     after: str
-    trimmed: bool
+    trimmed: bool = False
+    questions: tuple[Question, ...] = ()
+
+    def fits(self, text: str) -> bool:
+        return all(getattr(text, method)(*arguments) == answer for method, arguments, answer in self.questions)
+
+    def around(self, text: str) -> str:
+        return self.before + (text.strip() if self.trimmed else text) + self.after
 
 
 class ChatTemplate:
@@ -84,15 +94,15 @@ class ChatTemplate:
         out the same either way.
         """
         meter = self._meter
-        meter.watched, meter.was_used, meter.was_trimmed = _WATCHED, False, False
+        meter.watched, meter.was_used, meter.was_trimmed, meter.questions = _WATCHED, False, False, []
         rendered = self.render(_WATCHED)
-        used, trimmed, meter.watched = meter.was_used, meter.was_trimmed, None
-        if isinstance(rendered, RowError) or used or rendered.count(_WATCHED) != 1:
+        used, trimmed, questions = meter.was_used, meter.was_trimmed, tuple(dict.fromkeys(meter.questions))
+        meter.watched = None
+        if isinstance(rendered, RowError) or used or rendered.count(_WATCHED) != 1 or (trimmed and questions):
             return None
         before, after = rendered.split(_WATCHED)
-        frame = Frame(before, after, trimmed)
-        holds = all(self.render(text) == before + (text.strip() if trimmed else text) + after for text in _PROBES)
-        return frame if holds else None
+        frame = Frame(before, after, trimmed, questions)
+        return frame if all(self.render(text) == frame.around(text) for text in _PROBES if frame.fits(text)) else None
 
 
 class _GenerationBlocks(Extension):

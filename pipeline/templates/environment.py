@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from types import GeneratorType
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
+from jinja2.filters import make_attrgetter
 from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -20,7 +21,9 @@ from jinja2.visitor import NodeTransformer
 from pipeline.templates.guards import COMPARING_TESTS, FILTER_GUARDS, LIST_FILTERS, METHOD_GUARDS, Guard
 from pipeline.templates.limits import Meter, OverLimit, TemplateLimits
 
+_QUESTIONS = {"startswith", "endswith"}
 _KEEPERS = (dict, Namespace)  # called with values, they only keep them
+_FOR_NULLS = {"d", "default", "tojson"}  # the filters that have something to say about a null
 _LISTING_FILTERS = {"join", "list", "sum"}  # that go through a generator to its end
 _JINJAS_OWN_ARGUMENTS = {"_loop_vars", "_block_vars", "caller"}
 
@@ -43,12 +46,17 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.concat_bounded: Callable[..., str] = self._concat
         self.comparable: Callable[[Any], Any] = self._comparable
         self.looked: Callable[[Any], Any] = self._looked
+        self.contains: Callable[[Any, Any], bool] = self._contains
+        self.tested: Callable[[Any], Any] = self._tested
+        self._own = (self.concat_bounded, self.comparable, self.looked, self.contains, self.tested)
         self.finalize = self._null_refusing if refuse_null else self._counted
         self._refuse_null = refuse_null
         self.filters["sum"] = self._sum
         self.filters["tojson"] = tojson
         for name, function in list(self.filters.items()):
             self.filters[name] = _guarded_filter(name, function, self.meter, FILTER_GUARDS.get(name))
+            if refuse_null and name not in _FOR_NULLS:
+                self.filters[name] = _null_refusing_filter(name, self.filters[name])
         self.filters["random"] = _not_random
         for name in COMPARING_TESTS:
             self.tests[name] = _guarded_test(self.tests[name], self.meter)
@@ -59,7 +67,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if __obj is __self.turn:
             __obj(*args)
             return ""
-        if __obj is __self.concat_bounded or __obj is __self.comparable or __obj is __self.looked:
+        if any(__obj is own for own in __self._own):
             return __obj(*args)
         __self.meter.step()
         own = {name: value for name, value in kwargs.items() if name not in _JINJAS_OWN_ARGUMENTS}
@@ -74,12 +82,16 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         elif isinstance(owner, str | bytes | int):
             if method.__name__ == "strip" and not args and owner == __self.meter.watched:
                 __self.meter.was_trimmed = True
-            else:
+            elif method.__name__ not in _QUESTIONS:
                 __self.meter.look(owner)
+            if __self._refuse_null and method.__name__ == "format" and _holds_null((*args, *own.values())):
+                raise NullPrinted
             if (guard := METHOD_GUARDS.get(method.__name__)) is not None:
                 guard(__self.meter, owner, *args, **own)
         result = super().call(__context, __obj, *args, **kwargs)
         __self.meter.made(result)
+        if isinstance(owner, str) and method.__name__ in _QUESTIONS:
+            __self.meter.ask(owner, method.__name__, args, result)
         return result
 
     def getitem(self, obj: Any, argument: Any) -> Any:
@@ -87,6 +99,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         self.meter.allow_operator(operator, left, right)
+        formats = operator == "%" and isinstance(left, str)
+        if self._refuse_null and formats and _holds_null(right if isinstance(right, tuple) else (right,)):
+            raise NullPrinted
         if operator != "+":
             self.meter.look(left, right)
         result = super().call_binop(context, operator, left, right)
@@ -99,7 +114,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def _concat(self, *values: Any) -> str:
         """`a ~ b`, which Jinja's sandbox does not intercept."""
-        if self._refuse_null and any(value is None for value in values):
+        if self._refuse_null and _holds_null(values):
             raise NullPrinted
         self.meter.allow_text(*values)
         result = "".join(map(str, values))
@@ -111,6 +126,22 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(value, list | tuple | dict):
             self.meter.allow_text(value)
         self.meter.look(value)
+        return value
+
+    def _contains(self, container: Any, value: Any) -> bool:
+        """`value in container`."""
+        self.meter.step()
+        self.meter.allow_text(value, list(container) if isinstance(container, dict) else container)
+        found: bool = value in container
+        if isinstance(container, str):
+            self.meter.ask(container, "__contains__", (value,), found)
+        else:
+            self.meter.look(value, list(container) if isinstance(container, dict) else container)
+        return found
+
+    def _tested(self, value: Any) -> Any:
+        """Whether a loop with a condition takes its next item."""
+        self.meter.step()
         return value
 
     def _looked(self, value: Any) -> Any:
@@ -136,7 +167,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Jinja's filter with bounded additions."""
         items = self.meter.listed(iterable)
         if attribute is not None:
-            items = list(self.call_filter("map", items, kwargs={"attribute": attribute}, context=None))
+            items = list(map(make_attrgetter(self, attribute), items))
         for item in items:
             start = self.call_binop(None, "+", start, item)
         return start
@@ -167,7 +198,7 @@ def _not_random(*_: Any) -> Any:
 
 def _guarded_filter(name: str, function: Any, meter: Meter, guard: Guard | None) -> Any:
     """The filter, counted and, where it can make something large, asked for its size first."""
-    num_passed = 1 if hasattr(function, "jinja_pass_arg") else 0  # a context or an environment comes first
+    num_passed = _num_passed(function)
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -185,6 +216,29 @@ def _guarded_filter(name: str, function: Any, meter: Meter, guard: Guard | None)
         return result
 
     return guarded
+
+
+def _null_refusing_filter(name: str, function: Any) -> Any:
+    """The filter, which does not make the text `None` of a null."""
+    num_passed = _num_passed(function)
+
+    @functools.wraps(function)
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        value = args[num_passed]
+        if value is None or (name == "join" and isinstance(value, list | tuple) and _holds_null(value)):
+            raise NullPrinted
+        return function(*args, **kwargs)
+
+    return refusing
+
+
+def _holds_null(values: Iterable[Any]) -> bool:
+    return any(value is None for value in values)
+
+
+def _num_passed(function: Any) -> int:
+    """How many arguments, a context or an environment, come before the value."""
+    return 1 if hasattr(function, "jinja_pass_arg") else 0
 
 
 def _watch_filter(name: str, meter: Meter, value: Any, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -214,6 +268,8 @@ def _instrument(template: nodes.Template) -> None:
     """Make every loop turn and macro call count, with the literal text it may print, and `~` bounded."""
     for loop in template.find_all(nodes.For):
         loop.iter = _call("looked", [loop.iter], loop.lineno)
+        if loop.test is not None:
+            loop.test = _call("tested", [loop.test], loop.lineno)
     bodies: list[Any] = list(template.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock)))
     for node in bodies:
         literal = sum(len(data.data) for statement in node.body for data in statement.find_all(nodes.TemplateData))
@@ -233,6 +289,9 @@ class _Bounded(NodeTransformer):
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
+        if len(node.ops) == 1 and node.ops[0].op in ("in", "notin"):
+            found = _call("contains", [node.ops[0].expr, node.expr], node.lineno)
+            return found if node.ops[0].op == "in" else nodes.Not(found).set_lineno(node.lineno)
         node.expr = _compared(node.expr)
         for operand in node.ops:
             operand.expr = _compared(operand.expr)

@@ -21,6 +21,9 @@ _MAX_FORMAT_WIDTH = 10_000
 _NUMBERS = re.compile(r"[0-9]+")
 
 
+Question = tuple[str, tuple[object, ...], bool]  # a method of str, its arguments, what it answers
+
+
 class OverLimit(Exception):
     """The template does more than it may; the message is the end of a sentence about it."""
 
@@ -49,6 +52,7 @@ class Meter(threading.local):
         self.watched: str | None = None  # text whose uses are to be noticed; see pipeline.templates.chat_frame
         self.was_used = False  # something may have depended on what the watched text is
         self.was_trimmed = False
+        self.questions: list[Question] = []
 
     def begin(self) -> None:
         self._steps = 0
@@ -143,6 +147,14 @@ class Meter(threading.local):
         elif operator == "%" and isinstance(left, str | bytes):
             self.allow_format(left)
             self.allow_text(left, right, times=left.count("%") if isinstance(left, str) else left.count(b"%"))
+
+    def ask(self, text: object, method: str, arguments: tuple[object, ...], answer: object) -> None:
+        """Notice a question to a text that is answered with yes or no."""
+        if self.watched is not None:
+            if text == self.watched and isinstance(answer, bool) and all(isinstance(each, str) for each in arguments):
+                self.questions.append((method, arguments, answer))
+            else:
+                self.look(text, arguments)
 
     def look(self, *values: object) -> None:
         """Notice a use of these values that may depend on the watched text."""

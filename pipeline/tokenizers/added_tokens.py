@@ -27,11 +27,12 @@ class AddedToken:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """Text from `start` to `end` stands for the token `token_id`."""
+    """Text from `start` to `end` stands for the token `token_id`, a control token if `special`."""
 
     start: int
     end: int
     token_id: int
+    special: bool
 
 
 class AddedTokens:
@@ -41,7 +42,7 @@ class AddedTokens:
         self._by_text = {token.text: token for token in tokens if token.text}
         self._all = _pattern(self._by_text)
         self._special = _pattern(text for text, token in self._by_text.items() if token.special)
-        self._ordinary = _pattern(text for text, token in self._by_text.items() if not token.special)
+        self._has_ordinary = any(not token.special for token in self._by_text.values())
         self._longest = max(map(len, self._by_text), default=0)
 
     @property
@@ -51,20 +52,26 @@ class AddedTokens:
     def find(self, text: str, *, parse_special: bool, literal: Sequence[Span] = ()) -> list[Match]:
         """Return the added tokens in `text`, in order. Control tokens only if `parse_special` and outside `literal`.
 
-        White space that belongs to a token is part of its match, even where it lies in a literal span.
+        White space that belongs to a token is part of its match, even where it lies in a literal span. An ordinary
+        token is not found where a control token's string overlaps it, parsed or not, as in the `tokenizers` library.
         """
-        if not parse_special:
-            return self._matches(self._ordinary, text, [(0, len(text))]) if self._ordinary is not None else []
-        if self._all is None:
+        if self._all is None or not (parse_special or self._has_ordinary):
             return []
+        everywhere = [(0, len(text))]
+        if not parse_special:
+            return [match for match in self._matches(text, everywhere) if not match.special]
         if not literal:
-            return self._matches(self._all, text, [(0, len(text))])
-        free = outside(literal, len(text))
-        matches = self._matches(self._all, text, free)
-        if self._ordinary is not None:
-            matches += self._matches(self._ordinary, text, outside(free, len(text)))
-            matches.sort(key=lambda match: match.start)
-        return matches
+            return self._matches(text, everywhere)
+        control = [match for match in self._matches(text, outside(literal, len(text))) if match.special]
+        if not self._has_ordinary:
+            return control
+        plain = outside([(match.start, match.end) for match in control], len(text))
+        ordinary = [match for match in self._matches(text, plain) if not match.special]
+        return sorted([*control, *ordinary], key=lambda match: match.start)
+
+    def occur_in(self, text: str) -> bool:
+        """Whether the string of any added token lies in `text`."""
+        return self._all is not None and self._all.search(text) is not None
 
     def control_touches(self, text: str, literal: Sequence[Span]) -> bool:
         """Whether the string of some control token lies in `text` so that it touches a literal span."""
@@ -81,12 +88,13 @@ class AddedTokens:
                 at = found.start() + 1
         return False
 
-    def _matches(self, pattern: re.Pattern[str], text: str, spans: Sequence[Span]) -> list[Match]:
-        """Return the matches of `pattern` that lie wholly in one of `spans`."""
+    def _matches(self, text: str, spans: Sequence[Span]) -> list[Match]:
+        """Return the tokens whose strings lie wholly in one of `spans`, in order."""
+        assert self._all is not None
         matches: list[Match] = []
         taken = 0
         for start, end in spans:
-            for found in pattern.finditer(text, start, end):
+            for found in self._all.finditer(text, start, end):
                 token = self._by_text[found.group()]
                 left, right = found.span()
                 if token.single_word and _inside_word(text, left, right):
@@ -95,7 +103,7 @@ class AddedTokens:
                     left = len(text[:left].rstrip())
                 if token.strips_right:
                     right = len(text) - len(text[right:].lstrip())
-                matches.append(Match(max(left, taken), right, token.token_id))
+                matches.append(Match(max(left, taken), right, token.token_id, token.special))
                 taken = right
         return matches
 
@@ -104,6 +112,8 @@ def outside(spans: Sequence[Span], length: int) -> list[Span]:
     """Return the ranges of a text of `length` that no span covers."""
     gaps, at = [], 0
     for start, end in spans:
+        if start >= end:
+            continue
         if start > at:
             gaps.append((at, start))
         at = max(at, end)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pyarrow as pa
 
 from pipeline.errors import RowError, UserError
+from pipeline.formats.registry import format_of
+from pipeline.locations import is_uri
 from pipeline.python_values import values_of
 from pipeline.source import Source
 
@@ -14,10 +17,12 @@ from pipeline.source import Source
 def corpus_texts(path: str) -> Iterator[str | RowError]:
     """Yield the text of every row of `path` (a file, folder, glob or URI), or why a row has none.
 
-    Of several text columns the one called `text` is read, or else all of them. Memory is a batch of rows. UserError and
-    JobError come with the first text: nothing is opened before.
+    A file whose ending no format has (`notes.md`, `*.py`) is read as plain text. Of several text columns the one called
+    `text` is read, or else all of them. Memory is a batch of rows. UserError and JobError come with the first text:
+    nothing is opened before.
     """
-    source = Source.open(path)
+    is_plain = not is_uri(path) and not Path(path).is_dir() and format_of(path) is None
+    source = Source.open(path, format="lines" if is_plain else "auto")
     try:
         columns = _text_columns(source, path)
         for split in source.splits():

@@ -29,13 +29,16 @@ def byte_level_backend(vocabulary: Vocabulary) -> LibraryBackend:
     backend = LibraryBackend(model)
     backend.pre_tokenizer = pre_tokenizer.build()
     backend.decoder = decoders.ByteLevel()
-    special_tokens = vocabulary.facts().special_tokens
+    special_tokens = vocabulary.special_tokens()
     named = {special_tokens.get(role) for role in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
-        if kind in (TokenType.CONTROL, TokenType.UNKNOWN) or text in named:
-            backend.add_special_tokens([AddedToken(text, normalized=False, special=True)])
-        elif kind == TokenType.USER_DEFINED:
-            backend.add_tokens([AddedToken(text, normalized=False)])
+    special_types = (TokenType.CONTROL, TokenType.UNKNOWN)
+    backend.add_tokens(
+        [
+            AddedToken(text, normalized=False, special=kind in special_types or text in named)
+            for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+            if kind in special_types or kind == TokenType.USER_DEFINED or text in named
+        ]
+    )
     backend.post_processor = _frame(vocabulary, *vocabulary.ends_added(adds_bos=pre_tokenizer.adds_bos))
     return backend
 

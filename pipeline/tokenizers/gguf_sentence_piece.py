@@ -44,9 +44,8 @@ def sentence_piece_model(vocabulary: Vocabulary) -> ModelProto:
             text = text if spelled in vocabulary.id_of else spelled
         kind = kind if kind in _KNOWN_TYPES else TokenType.NORMAL
         model.pieces.add(piece=text, score=score, type=TokenType.UNUSED if kind == TokenType.UNKNOWN else kind)
-    unknown = vocabulary.token_id("unknown")
-    if unknown is None:
-        unknown = next((at for at, kind in enumerate(vocabulary.types) if kind == TokenType.UNKNOWN), 0)
+    named = vocabulary.token_id("unknown") or 0
+    unknown = next((at for at, kind in enumerate(vocabulary.types) if kind == TokenType.UNKNOWN), named)
     model.pieces[unknown].type = TokenType.UNKNOWN  # SentencePiece wants exactly one
     num_bytes = sum(kind == TokenType.BYTE for kind in vocabulary.types)
     if num_bytes not in (0, 256):

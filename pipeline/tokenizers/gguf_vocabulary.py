@@ -20,6 +20,10 @@ Value = TypeVar("Value")
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<EOT>", "<|eom_id|>")
 
 
+_LLAMA_IDS = {"unknown": 0, "bos": 1, "eos": 2}
+_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
+
+
 class TokenType(enum.IntEnum):
     """`tokenizer.ggml.token_type`: what a token is for."""
 
@@ -64,20 +68,25 @@ class Vocabulary:
     def array(self, key: str, kind: type[Value]) -> list[Value]:
         """Return the array `tokenizer.ggml.KEY`, empty where the file does not have it."""
         values = self.value(key, list, [])
+        if kind is float:  # some converters write whole scores as integers
+            values = [float(value) if isinstance(value, int) else value for value in values]
         if values and not isinstance(values[0], kind):
             raise UserError(f"{self.path}: tokenizer.ggml.{key} holds {type(values[0]).__name__}, not {kind.__name__}")
         return cast(list[Value], values)
 
     def token_id(self, role: str) -> int | None:
-        """Return the id that `tokenizer.ggml.ROLE_token_id` names."""
-        token_id = self.value(f"{role}_token_id", int, -1)
+        """Return the id that `tokenizer.ggml.ROLE_token_id` names; a SentencePiece vocabulary has three by default."""
+        token_id = self.value(f"{role}_token_id", int, _LLAMA_IDS.get(role, -1) if self.kind == "llama" else -1)
         if token_id >= len(self.tokens):
             raise UserError(f"{self.path}: {role}_token_id is {token_id}, past the {len(self.tokens)} tokens it has")
         return token_id if token_id >= 0 else None
 
+    def special_tokens(self) -> dict[str, str]:
+        """Return role -> string: `{"bos_token": "<s>", ...}`. The file format itself misspells `seperator`."""
+        ids = {f"{role}_token": self.token_id(key) for role, key in _ROLES.items()}
+        return {role: self.tokens[token_id] for role, token_id in ids.items() if token_id is not None}
+
     def facts(self) -> CheckpointFacts:
-        roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
-        ids = {f"{role}_token": self.token_id(key) for role, key in roles.items()}
         eos_ids = {self.token_id(role) for role in ("eos", "eot", "eom")}
         if self.token_id("eot") is None:
             eos_ids |= {
@@ -91,12 +100,16 @@ class Vocabulary:
             bos_id=self.token_id("bos"),
             eos_ids=frozenset(token_id for token_id in eos_ids if token_id is not None),
             chat_template=template if isinstance(template, str) else None,
-            special_tokens={role: self.tokens[token_id] for role, token_id in ids.items() if token_id is not None},
+            special_tokens=self.special_tokens(),
             digest=digest_of(kept),
         )
 
     def ends_added(self, *, adds_bos: bool) -> tuple[int | None, int | None]:
         """Return the tokens put before and after a text by default; `adds_bos` where the file does not say."""
-        before = self.token_id("bos") if self.value("add_bos_token", bool, adds_bos) else None
-        after = self.token_id("eos") if self.value("add_eos_token", bool, False) else None
-        return before, after
+        ends = []
+        for role, default in (("bos", adds_bos), ("eos", False)):
+            adds = self.value(f"add_{role}_token", bool, default)
+            if adds and self.token_id(role) is None:
+                raise UserError(f"{self.path}: adds a {role} token to every text, but has no {role}_token_id")
+            ends.append(self.token_id(role) if adds else None)
+        return ends[0], ends[1]

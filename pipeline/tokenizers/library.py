@@ -53,6 +53,7 @@ class LibraryTokenizer:
         self._decoder: Settings | None = json.loads(decoder.__getstate__()) if decoder is not None else None
         check_decoder(self._decoder)
         self._words = ascii_words(backend)
+        self._plainly_matched = _are_plainly_matched(list(added.values()))
         self._ends = _ends(backend)
         self.vocab_size: int = max([backend.get_vocab_size(), *(token_id + 1 for token_id in added)])
 
@@ -142,18 +143,34 @@ class LibraryTokenizer:
         texts = [prompts[index].text for index in indices]
         try:
             encodings = backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
-        except (TypeError, UnicodeEncodeError):  # one item that is no text fails the whole call
-            indices = [index for index in indices if is_text(prompts[index].text)]
-            texts = [prompts[index].text for index in indices]
-            encodings = backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
-        for index, encoding in zip(indices, encodings, strict=True):
-            results[index] = encoding.ids
+        except BaseException as error:  # one bad item fails the whole call
+            if not isinstance(error, TypeError) and not _is_panic(error):
+                raise
+            for index in indices:
+                results[index] = self._encode_row(prompts[index])
+        else:
+            for index, encoding in zip(indices, encodings, strict=True):
+                results[index] = encoding.ids
+
+    def _encode_row(self, prompt: PromptText) -> list[int] | RowError:
+        if not is_text(prompt.text):
+            return NOT_TEXT
+        backend = self._parsing if prompt.parse_special else self._plain
+        try:
+            ids: list[int] = backend.encode(prompt.text, add_special_tokens=prompt.add_special_tokens).ids
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            return RowError("internal", f"the tokenizer failed on the prompt: {error}")
+        return ids
 
     def _encode_ascii(
         self, text: str, add_special_tokens: bool, parse_special: bool, literal: Sequence[Span]
     ) -> list[int] | None:
         """Return the ids of ASCII text by looking words up, None where this vocabulary has no such short cut."""
         if self._words is None or (add_special_tokens and self._ends is None):
+            return None
+        if not self._plainly_matched and self._added.occur_in(text):
             return None
         matches = self._added.find(text, parse_special=parse_special, literal=literal)
         if not matches:
@@ -171,19 +188,16 @@ class LibraryTokenizer:
 
     def _encode_partly(self, text: str, literal: Sequence[Span], add_special_tokens: bool) -> list[int]:
         """Encode `text`, parsing the control tokens outside `literal` alone."""
-        matches = [
-            match
-            for match in self._added.find(text, parse_special=True, literal=literal)
-            if match.token_id in self._special_ids
-        ]
+        found = self._added.find(text, parse_special=True, literal=literal)
+        matches = [match for match in found if match.special]
         pieces, at = [], 0
         for match in matches:
             pieces += [text[at : match.start], self._break]
             at = match.end
         joined = "".join([*pieces, text[at:]])
-        found = iter(matches)
+        control_ids = iter([match.token_id for match in matches])
         ids: list[int] = self._plain.encode(joined, add_special_tokens=add_special_tokens).ids
-        return [next(found).token_id if token_id == self._break_id else token_id for token_id in ids]
+        return [next(control_ids) if token_id == self._break_id else token_id for token_id in ids]
 
 
 def _plain_sibling(backend: LibraryBackend) -> LibraryBackend:
@@ -196,8 +210,7 @@ def _plain_sibling(backend: LibraryBackend) -> LibraryBackend:
     if backend.post_processor is not None:
         sibling.post_processor = backend.post_processor
     added = backend.get_added_tokens_decoder()
-    for token_id in sorted(added):
-        (sibling.add_special_tokens if added[token_id].special else sibling.add_tokens)([added[token_id]])
+    sibling.add_tokens([added[token_id] for token_id in sorted(added)])  # at once: each call rebuilds its automaton
     if set(sibling.get_added_tokens_decoder()) != set(added):  # ids with gaps can't be given anew one by one
         sibling = LibraryBackend.from_str(backend.to_str())
     sibling.encode_special_tokens = True
@@ -212,3 +225,19 @@ def _ends(backend: LibraryBackend) -> tuple[list[int], list[int]] | None:
     if not bare or len(starts) != 1:
         return None
     return framed[: starts[0]], framed[starts[0] + len(bare) :]
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether the library's native code failed an assertion of its own. The exception's class can't be imported."""
+    return type(error).__name__ == "PanicException"
+
+
+def _are_plainly_matched(tokens: Sequence[tokenizers.AddedToken]) -> bool:
+    """Whether the library matches these tokens in one pass over the text, leftmost and longest first, and no more.
+
+    It matches the ones that are not normalized first. With the others it can only disagree about shared characters.
+    """
+    if any(token.lstrip or token.rstrip or token.single_word for token in tokens):
+        return False
+    first = {character for token in tokens if not token.normalized for character in token.content}
+    return not any(token.normalized and first.intersection(token.content) for token in tokens)

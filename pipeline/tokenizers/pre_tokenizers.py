@@ -105,7 +105,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
                 r"[\r\n]",
                 rf"\s?[{_DEEPSEEK_LETTERS}]+",
                 r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
-                r"\s+$",
+                r"(?<!\s)\s+$",  # published as \s+$, which takes time in the square of a run of spaces
                 _CJK,
                 r"\p{N}+",
             )

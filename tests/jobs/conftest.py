@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -27,10 +28,12 @@ def ray_cluster() -> Iterator[str]:
 
     from jobs.ray_session import ray_session
 
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ENGINES), *([before] if before else [])])
     try:
         with ray_session(None, num_cpus=4):
+            assert signal.getsignal(signal.SIGTERM) is on_sigterm, "it is still the caller's"
             yield ray.get_runtime_context().gcs_address
     finally:
         os.environ.pop("PYTHONPATH")

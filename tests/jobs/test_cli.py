@@ -59,6 +59,11 @@ def test_importing_the_command_loads_neither_torch_nor_ray() -> None:
     assert heavy.isdisjoint(loaded)
 
 
+def test_python_s_interface_is_loaded_when_it_is_asked_for() -> None:
+    code = "import sys, jobs; before = 'jobs.client' in sys.modules; print(before, callable(jobs.run))"
+    assert fresh(code).stdout.split() == ["False", "True"]
+
+
 def test_help_answers_well_under_a_second() -> None:
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "jobs", "--help"], capture_output=True, text=True, check=True)

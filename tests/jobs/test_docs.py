@@ -70,3 +70,13 @@ def test_every_command_is_in_the_readme() -> None:
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
         assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("package", ["pipeline", "workers", "jobs"])
+def test_the_tree_in_the_readme_names_every_module_and_folder_of_a_package(package: str) -> None:
+    tree = (ROOT / "README.md").read_text().split("## Where things are")[1].split("## ")[0]
+    there = {
+        path.name for path in (ROOT / package).iterdir() if path.suffix == ".py" and not path.name.startswith("__")
+    }
+    there |= {f"{path.name}/" for path in (ROOT / package).iterdir() if (path / "__init__.py").exists()}
+    assert there - set(tree.split()) == set()

@@ -221,3 +221,16 @@ def test_another_job_in_the_same_directory_is_refused(answer: Callable[..., tupl
     status, document = answer("run", "job.yaml", "--set", "generate.max_new_tokens=5")
     assert status == 2
     assert "generate.max_new_tokens" in document["error"]
+
+
+def test_python_gives_the_same_rows_and_hits(job: FinishedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    import jobs
+
+    monkeypatch.chdir(job.folder)
+    result = jobs.run("job.yaml")
+    assert result.report["rows"]["done"] == 6
+    rows = result.dataset().to_table(columns=["row", "error_code"]).to_pydict()
+    assert rows["row"] == list(range(6))
+    assert rows["error_code"] == [None, None, "not_text", None, None, None]
+    (found,) = result.search([str(BODIES[5])], k=1)
+    assert found.hits[0].row == 5

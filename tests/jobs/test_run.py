@@ -142,13 +142,39 @@ def test_a_row_that_kills_its_worker_is_found_and_the_job_goes_on(job, run_job, 
     assert all("died" in death["reason"] and death["recovered_after_s"] > 0 for death in deaths)
 
 
-def test_a_stopped_worker_is_noticed_by_its_silence(job, run_job, cheap_model, monkeypatch, tmp_path, rows_of):
-    monkeypatch.setattr("workers.replica.SILENCE_S", 1.0)
-    cheap_model(hang_once=str(tmp_path / "hung"))
-    result = run_job(job(["HANG", *TEXTS[:7]]))
+def test_workers_that_break_or_fall_silent_are_replaced(job, run_job, cheap_model, monkeypatch, tmp_path, rows_of):
+    monkeypatch.setattr("workers.replica.SILENCE_S", 2.0)
+    cheap_model(once=str(tmp_path / "once"), rows_a_step=1)
+    result = run_job(job(["BREAK", "HANG", *TEXTS[:6]]))
     assert [row["error_code"] for row in rows_of(result.out)] == [None] * 8
-    (death,) = result.report["runs"][-1]["deaths"]
-    assert "has said nothing for" in death["reason"]
+    broken, silent = result.report["runs"][-1]["deaths"]
+    assert broken["reason"] == "RuntimeError: this step breaks"
+    assert "has said nothing for" in silent["reason"]
+
+
+def test_a_job_gives_what_the_engine_gives_by_itself(tiny_model, job, run_job, rows_of):
+    from workers.engine import Engine, SamplingParams
+
+    model = tiny_model("mixtral")
+    generate = {"max_new_tokens": 6, "temperature": 0.8, "top_k": 50, "seed": 3, "n": 2}
+    settings = job(TEXTS[:20], model=str(model), generate=generate, embed={"pooling": "last"})
+    prompt = {"template": "About {{ body }}:", "chat": False}
+    result = run_job(
+        settings | {"prompt": prompt, "engine": {"kv_cache_bytes": "64MiB"}},
+        engine_factory="workers.engine_factory:load_engine",
+    )
+    rows = rows_of(result.out)
+    engine = Engine.from_checkpoint(model, dtype="float32", kv_cache_bytes=1 << 26)
+    prompts = [f"About {text}:" for text in TEXTS[:20]]
+    outputs = engine.generate(prompts, SamplingParams(**generate), keys=range(20))
+    assert [(row["row"], row["sample"], row["text"], row["finish_reason"]) for row in rows] == [
+        (output.prompt_index, output.sample, output.text, output.finish_reason) for output in outputs
+    ]
+    vectors = engine.embed(prompts, pooling="last")
+    stored = [row["embedding"] for row in rows if row["sample"] == 0]
+    assert abs(vectors - stored).max() < 1e-5
+    (hits,) = result.search([prompts[7]], k=3)
+    assert hits.hits[0].row == 7
 
 
 def test_a_changed_input_is_refused_by_name(job, run_job):

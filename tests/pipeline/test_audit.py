@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import audit as audit_module
 from pipeline.attempt import records_to_keep
 from pipeline.audit import Audit, audit
 from pipeline.commits import CommitLog
@@ -348,6 +350,54 @@ def test_a_job_under_way_is_not_damaged(tmp_path: Path) -> None:
     assert audit(folder.root).ok
     with lock(folder):
         assert "is running this job just now" in pending()
+
+
+def test_nothing_that_a_kill_leaves_is_called_damage(tmp_path: Path, filesystem: Any) -> None:
+    for step in itertools.count(0, 2):
+        folder = JobFolder(tmp_path / str(step))
+        with filesystem.dies_at(step):
+            finish(folder, planned(folder))
+        finished = not filesystem.died
+        if folder.commits.exists():
+            found = audit(folder.root)
+            assert found.problems == ()
+            assert found.ok or not finished
+        finish(folder, planned(folder))
+        assert audit(folder.root).ok
+        if finished:
+            break
+    assert step > 60
+
+
+def test_a_run_that_goes_on_meanwhile_is_not_called_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the audit looks at split 0 the controller commits it anew, and another split for the first time."""
+    folder = JobFolder(tmp_path / "out")
+    log = planned(folder)
+    log.publish(log.commit(part_of(folder, 0, rows=2)))
+    look = audit_module.file_sha256
+
+    def look_late(path: Path) -> str:
+        if log.commits[0].revision == 0:
+            kept = records_to_keep(folder.part(0), log.commits[0].sha256, retry_errors=False)
+            log.publish(log.commit(part_of(folder, 0, revision=1, kept=kept)))
+            log.publish(log.commit(part_of(folder, 1)))
+        return look(path)
+
+    monkeypatch.setattr(audit_module, "file_sha256", look_late)
+    found = audit(folder.root)
+    assert found.problems == ()
+    assert "split 0 was committed again while it was looked at" in found.pending
+
+    listed = os.listdir
+
+    def list_early(path: Any) -> list[str]:
+        names = listed(path)
+        if path == folder.commits and 2 not in log.commits:
+            log.publish(log.commit(part_of(folder, 2)))
+        return names
+
+    monkeypatch.setattr(os, "listdir", list_early)
+    assert audit(folder.root).problems == ()
 
 
 def test_a_job_that_embeds_nothing_or_wants_no_index_needs_none(tmp_path: Path) -> None:

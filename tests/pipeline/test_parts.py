@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -207,6 +208,8 @@ def test_carried_columns_keep_their_types_and_values(folder: JobFolder) -> None:
         "words": pa.array([["a"], None], pa.list_(pa.string())),
         "nested": pa.array([{"k": 1}, None], pa.struct([("k", pa.int32())])),
         "kind": pa.array(["x", "y"]).dictionary_encode(),
+        "runs": pc.run_end_encode(pa.array(["x", "x"])),
+        "view": pa.array(["x", None], pa.string_view()),
         "long": pa.array(["x", "y"], pa.large_string()),
         "text": pa.array(["input", "texts"]),
     }

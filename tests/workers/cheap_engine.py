@@ -3,7 +3,7 @@
 Words in a prompt make it misbehave: DIE (the process is killed), BREAK (a step raises), REFUSE (adding raises), NAN and
 ZERO (such a vector), SILENT (an empty generation), FAIL (an error row), and HANG (a step that never ends).
 `cheap.json` in the model's folder: {"step_s": seconds a step takes, "rows_a_step": how many end in it, "refuses":
-false to take what says REFUSE, "hang_once": a file, made by the one process that hangs}.
+false to take what says REFUSE, "once": a file, made by the one process that is broken by BREAK or HANG}.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class CheapEngine:
         self.rows_a_step = options.get("rows_a_step", 256)
         self.stats = EngineStats()
         self.refuses = options.get("refuses", True)
-        self.hang_once = options.get("hang_once")
+        self.once = options.get("once")
         self.most_waiting = 0
         self._waiting: deque[GenerateRequest | EmbedRequest] = deque()
 
@@ -67,6 +67,14 @@ class CheapEngine:
         self.stats.steps += 1
         return finished
 
+    def _first_time(self, what: str) -> bool:
+        if self.once is None:
+            return True
+        mark = Path(f"{self.once}.{what}")
+        is_first = not mark.exists()
+        mark.touch()
+        return is_first
+
     def _text(self, request: GenerateRequest | EmbedRequest) -> str:
         return self.tokenizer.decode(request.token_ids)
 
@@ -74,10 +82,9 @@ class CheapEngine:
         text, num_tokens = self._text(request), len(request.token_ids)
         if "DIE" in text:
             os.kill(os.getpid(), signal.SIGKILL)
-        if "BREAK" in text:
+        if "BREAK" in text and self._first_time("BREAK"):
             raise RuntimeError("this step breaks")
-        if "HANG" in text and not (self.hang_once and os.path.exists(self.hang_once)):
-            Path(self.hang_once or os.devnull).touch()
+        if "HANG" in text and self._first_time("HANG"):
             os.kill(os.getpid(), signal.SIGSTOP)
         if isinstance(request, EmbedRequest):
             return [

@@ -6,6 +6,7 @@ Directories in Hugging Face layout with safetensors, and GGUF files. Nothing is 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -30,21 +31,32 @@ class Checkpoint:
 
     def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Our tensor `name`, in memory of its own. UserError where it is missing or has another shape."""
+        self.check(name, shape)
+        source = self.sources[name]
+        tensor = self.storage.read(source, dtype)
+        if tensor.shape != shape:
+            raise self._misshapen(source, shape)
+        return tensor
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """UserError where `name` is missing or can't have `shape`, found without reading it."""
         source = self.sources[name]
         if source.name not in self.storage.names:
             raise UserError(
                 f"{self.path}: tensor {source.name} is missing, which this {self.config.architecture} of "
                 f"{len(self.config.layers)} layers needs; fetch the checkpoint again, or mend its configuration"
             )
-        published = self.storage.shape(source.name)
-        if source.at is not None and not (len(published) == len(shape) + 1 and source.at < published[0]):
+        piece = self.storage.shape(source.name)
+        if source.at is not None:
+            if not piece or source.at >= piece[0]:
+                raise self._misshapen(source, shape)
+            piece = piece[1:]
+        if source.rows is not None:
+            if not piece or source.rows[1] > piece[0]:
+                raise self._misshapen(source, shape)
+            piece = (source.rows[1] - source.rows[0], *piece[1:])
+        if math.prod(piece) != math.prod(shape) or (source.arrange is None and piece != shape):
             raise self._misshapen(source, shape)
-        if source.rows is not None and source.rows[1] > published[0 if source.at is None else 1]:
-            raise self._misshapen(source, shape)
-        tensor = self.storage.read(source, dtype)
-        if tensor.shape != shape:
-            raise self._misshapen(source, shape)
-        return tensor
 
     def _misshapen(self, source: Source, wanted: tuple[int, ...]) -> UserError:
         piece = "" if source.at is None and source.rows is None else "a piece of "

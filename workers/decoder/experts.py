@@ -40,6 +40,8 @@ class Experts:
         router, width = config.router, config.expert.width
         experts = range(router.num_experts) if held is None else held
         dtype, device = tensors.dtype, tensors.device
+        for expert in experts:
+            tensors.check(f"experts.{expert}.gate.weight", width, hidden_width)
         gate_up = ops.new_bank(experts, 2 * width, hidden_width, dtype=dtype, device=device)
         down = ops.new_bank(experts, hidden_width, width, dtype=dtype, device=device)
         for slot, expert in enumerate(experts):

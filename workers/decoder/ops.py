@@ -19,8 +19,8 @@ from workers.decoder.attention import (
     AttentionSpec,
     KVPool,
     PlainPool,
-    reference_paged_attention,
 )
+from workers.decoder.batched_attention import batched_paged_attention
 from workers.decoder.kernels import native
 from workers.decoder.kernels.packed import DTYPES, PackedBank, PackedPool, PackedWeight
 from workers.decoder.precision import multiplies_bfloat16
@@ -32,7 +32,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-ACTIVATIONS = frozenset(_ACTIVATIONS)
 
 
 def _packs(dtype: torch.dtype, device: torch.device) -> bool:
@@ -147,4 +146,4 @@ def paged_attention(query: Tensor, pool: KVPool, metadata: AttentionMetadata, si
     if isinstance(pool, PackedPool):
         return pool.attend(query, metadata, sinks)
     assert isinstance(pool, PlainPool), type(pool)
-    return reference_paged_attention(query, pool, metadata, sinks)
+    return batched_paged_attention(query, pool, metadata, sinks)

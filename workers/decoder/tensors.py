@@ -27,6 +27,10 @@ class Tensors:
     def under(self, name: str) -> Tensors:
         return Tensors(self.checkpoint, f"{self.prefix}{name}.", self.dtype, self.device)
 
+    def check(self, name: str, *shape: int) -> None:
+        """Complain of a tensor that isn't as the configuration says before room is made for it."""
+        self.checkpoint.check(self.prefix + name, shape)
+
     def vector(self, name: str, width: int) -> Tensor:
         """[width] float32: norms and biases, which are small and sensitive."""
         return self.checkpoint.read(self.prefix + name, (width,), torch.float32).to(self.device)
@@ -37,6 +41,8 @@ class Tensors:
 
     def weight(self, in_features: int, *parts: tuple[str, int]) -> Weight:
         """One weight out of parts of (name, out), one below the other. Never more than one part in memory twice."""
+        for name, out_features in parts:
+            self.check(name, out_features, in_features)
         # The weight comes first, so that the parts' memory is free again behind it and not in holes between weights.
         weight = ops.new_weight(sum(out for _, out in parts), in_features, dtype=self.dtype, device=self.device)
         begin = 0

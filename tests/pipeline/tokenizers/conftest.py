@@ -128,7 +128,7 @@ def vocabulary_file(tmp_path: Path) -> Callable[..., Path]:
             if isinstance(value, bool):
                 writer.add_bool(full, value)
             elif isinstance(value, int):
-                writer.add_uint32(full, value)
+                writer.add_int32(full, value)
             elif isinstance(value, str):
                 writer.add_string(full, value)
             else:

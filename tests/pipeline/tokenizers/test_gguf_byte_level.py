@@ -146,6 +146,7 @@ def test_a_user_defined_token_is_matched_whole_and_is_no_control_token(byte_leve
         ({"pre": "gpt-2", "token_type": [1, 1]}, "603 tokens but 2 token types|600 tokens but 2 token types"),
         ({"pre": "gpt-2", "bos_token_id": 9999}, "bos_token_id is 9999, past the"),
         ({"pre": "gpt-2", "bos_token_id": "one"}, "bos_token_id is a str, not a int"),
+        ({"pre": "gpt-2", "bos_token_id": -1, "add_bos_token": True}, "adds a bos token to every text, but has no bos"),
         ({"pre": "gpt-2", "tokens": []}, "its vocabulary is empty"),
     ],
 )

@@ -190,6 +190,31 @@ def test_text_after_a_control_token_in_a_gguf_vocabulary_begins_as_any_text_does
     assert tokenizer.encode("</s>the end", parse_special=True) == [1, 2, *begun]
 
 
+def test_a_gguf_vocabulary_that_names_no_special_tokens_has_llamas(
+    piece_model: Callable[..., bytes], vocabulary_file: Callable[..., Path]
+) -> None:
+    model = SentencePieceProcessor.from_proto(piece_model("bpe", **GGUF_SETTINGS))
+    pieces = range(model.get_piece_size())
+    path = vocabulary_file(
+        model="llama",
+        tokens=[model.id_to_piece(at) for at in pieces],
+        scores=[model.get_score(at) for at in pieces],
+        token_type=[2, 3, 3, *[6] * 256, *[1] * (len(pieces) - 259)],
+    )
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, {2})
+    assert tokenizer.encode("the") == [1, *model.encode("the")]
+
+
+def test_scores_may_be_whole_numbers(
+    piece_model: Callable[..., bytes], piece_vocabulary_file: Callable[..., Path]
+) -> None:
+    model = piece_model("bpe", **GGUF_SETTINGS)  # whose scores are 0, -1, -2, ...
+    scores = [round(SentencePieceProcessor.from_proto(model).get_score(at)) for at in range(700)]
+    tokenizer = load_tokenizer(piece_vocabulary_file(model, scores=scores))
+    assert tokenizer.encode("the parameter") == load_tokenizer(piece_vocabulary_file(model)).encode("the parameter")
+
+
 def test_phi3_control_tokens_take_the_white_space_after_them(
     piece_model: Callable[..., bytes], piece_vocabulary_file: Callable[..., Path]
 ) -> None:

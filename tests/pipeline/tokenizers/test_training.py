@@ -126,6 +126,13 @@ def test_a_corpus_is_any_input_that_a_job_can_read(tmp_path: Path) -> None:
     assert (report.num_texts, report.num_skipped) == (4, 2)
 
 
+def test_a_file_of_no_known_format_is_plain_text(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1\ny = 2\n")
+    (tmp_path / "b.py").write_text("z = 3\n")
+    assert list(corpus_texts(str(tmp_path / "a.py"))) == ["x = 1", "y = 2"]
+    assert list(corpus_texts(str(tmp_path / "*.py"))) == ["x = 1", "y = 2", "z = 3"]
+
+
 def test_of_several_text_columns_text_is_read_or_else_all_are(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", "b"], "title": ["x", "y"]}), tmp_path / "titled.parquet")
     pq.write_table(pa.table({"body": ["a", "b"], "title": ["x", "y"]}), tmp_path / "both.parquet")

@@ -175,6 +175,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"model.norm.weight has the shape \[61\]",
     ),
     "another vocabulary": (lambda f: rewrite_config(f, vocab_size=604), r"embed_tokens.weight has the shape"),
+    "a vocabulary past all memory": (lambda f: rewrite_config(f, vocab_size=10**15), "embed_tokens.weight has the"),
     "more layers": (lambda f: rewrite_config(f, num_hidden_layers=5), "layers.4.input_layernorm.weight is missing"),
     "a truncated file": (lambda f: os.truncate(f / WEIGHTS, 50_000), "truncated: it holds 50000 bytes"),
     "a truncated header": (lambda f: os.truncate(f / WEIGHTS, 100), "truncated"),

@@ -1,8 +1,9 @@
-"""Reference attention over pages against attention written out a query at a time in float64."""
+"""Attention over pages, the reference and the batched variant, against a query at a time in float64."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from workers.decoder import ops
-from workers.decoder.attention import AttentionMetadata, AttentionSpec
+from workers.decoder.attention import AttentionMetadata, AttentionSpec, PlainPool, reference_paged_attention
+from workers.decoder.batched_attention import batched_paged_attention
 
 BLOCK_TOKENS = 4
-SEQUENCES = ((1, 1), (1, 13), (9, 9), (3, 11), (0, 5), (6, 30))  # queries in this step, keys in all
+SEQUENCES = ((1, 1), (1, 13), (9, 9), (3, 11), (1, 26), (0, 5), (6, 30))  # queries in this step, keys in all
 
 GROUPED = AttentionSpec(num_heads=6, num_kv_heads=3, head_width=10, value_width=10, scale=0.3)
 CASES = {
@@ -52,13 +54,16 @@ def one_query_at_a_time(
     return torch.stack(out)
 
 
+@pytest.mark.parametrize("attend", [reference_paged_attention, batched_paged_attention])
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_prefill_and_decode_in_one_step_see_exactly_their_own_keys(case: str, with_sinks: bool) -> None:
+def test_prefill_and_decode_in_one_step_see_exactly_their_own_keys(
+    case: str, with_sinks: bool, attend: Callable[..., Tensor]
+) -> None:
     spec = CASES[case]
     torch.manual_seed(0)
-    num_blocks = 24
-    pool = ops.new_pool(spec, num_blocks, BLOCK_TOKENS, dtype=torch.float32, device=torch.device("cpu"))
+    num_blocks = 32
+    pool = PlainPool(spec, num_blocks, BLOCK_TOKENS, dtype=torch.float32)
     free = torch.randperm(num_blocks).tolist()
     sinks = torch.randn(spec.num_heads) if with_sinks else None
     keys = [torch.randn(length, spec.num_kv_heads, spec.head_width) for _, length in SEQUENCES]
@@ -85,7 +90,7 @@ def test_prefill_and_decode_in_one_step_see_exactly_their_own_keys(case: str, wi
         slots=torch.cat(new_slots),
     )
     pool.write(torch.cat(new_keys), torch.cat(new_values), metadata.slots)
-    got = ops.paged_attention(torch.cat(queries), pool, metadata, sinks)
+    got = attend(torch.cat(queries), pool, metadata, sinks)
     wanted = [
         one_query_at_a_time(queries[s][i], keys[s], values[s], spec, length - num_queries + i, sinks)
         for s, (num_queries, length) in enumerate(SEQUENCES)

@@ -1,0 +1,129 @@
+"""Jobs whose processes die at any moment: running them again gives what an undisturbed one gives."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.audit import audit
+
+pytestmark = pytest.mark.ray
+
+TEXTS = [f"text number {row}" for row in range(64)]
+
+
+@pytest.fixture
+def undisturbed(job, run_job, rows_of, tmp_path):
+    """What the job gives when nothing happens to it."""
+    return rows_of(run_job(job(TEXTS, output={"path": str(tmp_path / "undisturbed"), "rows_per_split": 8})).out)
+
+
+def wait_for_commits(out: Path, num_commits: int, process, timeout_s: float = 90.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while len(list(out.glob("commits/*.json"))) < num_commits:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no commits"
+        time.sleep(0.02)
+
+
+def test_a_job_with_a_ray_of_its_own_survives_interrupts_and_kills(
+    undisturbed, job, run_job, rows_of, controller, cheap_model
+):
+    """Ctrl-C at a terminal reaches every process of the group; a kill leaves none of them any time."""
+    cheap_model(step_s=0.3, rows_a_step=4)
+    settings = job(TEXTS)
+    out = Path(settings["output"]["path"])
+
+    first = controller(settings, address=None)
+    wait_for_commits(out, 2, first.process)
+    tree = psutil.Process(first.process.pid).children(recursive=True)
+    os.killpg(first.process.pid, signal.SIGINT)
+    status, stdout, stderr = first.end()
+    assert (status, stdout) == (130, ""), stderr
+    assert "Traceback" not in stderr
+    psutil.wait_procs(tree, timeout=10)
+    assert [process for process in tree if process.is_running() and process.status() != "zombie"] == []
+    num_commits = len(list(out.glob("commits/*.json")))
+    assert num_commits < 8
+
+    second = controller(settings, address=None)
+    wait_for_commits(out, num_commits + 2, second.process)
+    second.kill_tree()
+    assert len(rows_of(out)) < 64
+
+    cheap_model()
+    result = run_job(settings)
+    assert rows_of(out) == undisturbed
+    assert audit(out).ok
+    assert result.report["rows"] == {"total": 64, "done": 64, "ok": 64, "errors": 0}
+
+
+def test_a_controller_killed_again_and_again_loses_and_repeats_nothing(
+    undisturbed, job, run_job, rows_of, controller, cheap_model, ray_cluster
+):
+    cheap_model(step_s=0.05, rows_a_step=4)
+    settings = job(TEXTS)
+    out = Path(settings["output"]["path"])
+    chance = random.Random(7)
+    for _ in range(3):
+        killed = controller(settings, address=ray_cluster)
+        wait_for_commits(out, len(list(out.glob("commits/*.json"))) + 1, killed.process)
+        time.sleep(chance.random() * 0.3)
+        killed.kill_tree()
+        rows = rows_of(out)
+        assert len({(row["row"], row["sample"]) for row in rows}) == len(rows), "nothing is there twice"
+    cheap_model()
+    run_job(settings)
+    assert rows_of(out) == undisturbed
+    assert audit(out).ok
+
+
+AT_PUBLICATION = """
+from pipeline.commits import CommitLog
+publish = CommitLog.publish
+def dies(self, commit):
+    if commit.split == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    publish(self, commit)
+CommitLog.publish = dies
+"""
+
+IN_THE_INDEX = """
+import pipeline.index.build
+from pipeline.index.flat_file import FlatFile
+add = FlatFile.add
+def dies(self, matrix):
+    add(self, matrix)
+    os.kill(os.getpid(), signal.SIGKILL)
+FlatFile.add = dies
+"""
+
+BEFORE_THE_REPORT = """
+import jobs.finishing
+jobs.finishing.write_report = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("before", [AT_PUBLICATION, IN_THE_INDEX, BEFORE_THE_REPORT])
+def test_a_job_killed_at_its_most_delicate_steps_is_finished_by_the_next_run(
+    undisturbed, job, run_job, rows_of, controller, ray_cluster, before
+):
+    settings = job(TEXTS)
+    out = Path(settings["output"]["path"])
+    status, _, stderr = controller(settings, address=ray_cluster, before=before).end()
+    assert status == -signal.SIGKILL, stderr
+    if before is AT_PUBLICATION:
+        assert (out / "commits" / "000003.json").exists()
+        assert not (out / "parts" / "part-000003.parquet").exists()
+    assert not (out / "report.json").exists()
+    result = run_job(settings)
+    assert rows_of(out) == undisturbed
+    assert audit(out).ok
+    assert result.report["index"]["vectors"] == 128
+    assert list((out / "_attempts").iterdir()) == []

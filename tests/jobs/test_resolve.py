@@ -1,0 +1,192 @@
+"""What a job speaks of: settled where it exists, refused in one line where it does not, with nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.fleet import shard_resources
+from jobs.output_path import refuse_output_in_input
+from jobs.resolve import resolve
+from jobs.spec import ClusterSpec
+from jobs.specfile import parse_spec
+from jobs.store import differences, open_store
+from pipeline.errors import JobError, UserError
+from workers.replica import Resources
+
+TEXTS = ["one", "two", "three"]
+
+
+def test_what_is_left_open_is_settled_by_model_and_input(job):
+    settings = job(TEXTS, prompt={"template": "{{ title }}: {{ body }}"}, embed={"template": "{{ body }}"})
+    settings["output"].pop("rows_per_split")
+    resolved = resolve(parse_spec(settings))
+    assert resolved.spec.output.columns == ("body", "title")
+    assert resolved.spec.output.rows_per_split == 64
+    assert resolved.spec.embed.pooling == "mean"
+    assert [split.num_rows for split in resolved.splits] == [3]
+
+
+def test_the_only_text_column_is_the_prompt(job, tmp_path):
+    settings = job(TEXTS, prompt={})
+    with pytest.raises(UserError, match=r"2 text columns \(body, title\): say prompt\.column"):
+        resolve(parse_spec(settings))
+    pq.write_table(pa.table({"n": [1, 2], "question": TEXTS[:2]}), tmp_path / "rows.parquet")
+    resolved = resolve(parse_spec(settings))
+    assert resolved.spec.prompt.column == "question"
+    assert resolved.spec.output.columns == ("question",)
+
+
+def test_a_settled_job_is_the_same_job_as_one_that_says_it_all(job):
+    open_spec = parse_spec(job(TEXTS))
+    settled = resolve(open_spec)
+    assert resolve(settled.spec).fingerprint == settled.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"prompt": {"column": "bdy"}}, "no column 'bdy'; did you mean 'body'"),
+        ({"prompt": {"template": "{{ bdy }}"}}, "prompt.template: input has no column 'bdy'"),
+        ({"embed": {"template": "{{ bdy }}"}}, "embed.template: input has no column 'bdy'"),
+        ({"prompt": {"template": "{{ body"}}, "prompt.template, line 1"),
+        ({"output": {"path": "out", "columns": ["titel"]}}, "no column 'titel'; did you mean 'title'"),
+        ({"input": {"path": "nowhere/*.parquet"}}, "nowhere/*.parquet: no file matches"),
+        ({"model": "nowhere"}, "model: nowhere: no such file or folder"),
+        ({"cluster": {"expert_parallel": 2}}, "cluster.expert_parallel: 2 is not supported yet"),
+    ],
+)
+def test_what_does_not_exist_is_refused_in_one_line_and_nothing_is_written(job, changes, expected, tmp_path):
+    settings = job(TEXTS)
+    spec = parse_spec(settings | changes)
+    with pytest.raises(UserError) as caught, open_store(spec):
+        pytest.fail("the job is taken")
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not Path(settings["output"]["path"]).exists()
+
+
+def test_an_id_column_that_does_not_exist_is_refused(job):
+    settings = job(TEXTS)
+    settings["input"]["id"] = "doc"
+    with pytest.raises(UserError, match="no column 'doc'"):
+        resolve(parse_spec(settings))
+
+
+@pytest.mark.parametrize(
+    ("read", "output", "refused"),
+    [
+        ("corpus", "corpus/out", True),
+        ("corpus", "corpus", True),
+        ("corpus", "corpus-out", False),
+        ("corpus/*.parquet", "corpus/out", False),
+        ("corpus/*", "corpus/out", True),
+        ("corpus/*/*/*.parquet", "corpus/out", True),
+        ("corpus/**/*.parquet", "corpus/deep/out", True),
+        ("corpus/a.parquet", "corpus", False),
+        (["other/a.parquet", "corpus"], "corpus/out", True),
+        ("s3://bucket/corpus", "corpus/out", False),
+        ("corpus", "s3://bucket/out", True),
+    ],
+)
+def test_an_output_that_the_next_run_would_read_is_refused(read, output, refused):
+    spec = parse_spec({"model": "m", "input": {"path": read}, "generate": {}, "output": {"path": output}})
+    if refused:
+        with pytest.raises(UserError, match=r"output\.path"):
+            refuse_output_in_input(spec)
+    else:
+        refuse_output_in_input(spec)
+
+
+def test_an_output_inside_the_job_that_is_read_is_refused():
+    spec = parse_spec({"model": "m", "input": {"job": "out/a"}, "generate": {}, "output": {"path": "out/a/b"}})
+    with pytest.raises(UserError, match="inside the job that is read"):
+        refuse_output_in_input(spec)
+
+
+def test_a_folder_that_holds_other_peoples_parts_is_refused(job):
+    settings = job(TEXTS)
+    parts = Path(settings["output"]["path"]) / "parts"
+    parts.mkdir(parents=True)
+    (parts / "theirs.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"has a folder parts/ but no job\.json"), open_store(parse_spec(settings)):
+        pytest.fail("the folder is taken")
+
+
+def test_an_output_that_is_a_file_is_refused(job):
+    settings = job(TEXTS)
+    Path(settings["output"]["path"]).write_text("")
+    with pytest.raises(UserError, match="is a file; name a folder"), open_store(parse_spec(settings)):
+        pytest.fail("the file is taken")
+
+
+def test_an_output_that_cannot_be_written_fails_in_one_line(job, monkeypatch):
+    settings = job(TEXTS)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(JobError, match="permission denied; choose another"), open_store(parse_spec(settings)):
+        pytest.fail("the folder is taken")
+
+
+def test_a_job_is_planned_once(job):
+    spec = parse_spec(job(TEXTS))
+    with open_store(spec) as store:
+        planned = store.folder.plan_file.read_bytes()
+    with open_store(spec) as store:
+        assert store.folder.plan_file.read_bytes() == planned
+        assert [split.first_row for split in store.job.splits] == [0]
+
+
+def test_auto_stays_what_it_was_when_the_job_was_planned(job, monkeypatch):
+    settings = job(TEXTS)
+    settings["output"].pop("rows_per_split")
+    with open_store(parse_spec(settings)) as store:
+        first = store.job.fingerprint
+    monkeypatch.setattr("jobs.resolve.auto_rows_per_split", lambda num_rows: 7)
+    with open_store(parse_spec(settings)) as store:
+        assert store.job.fingerprint == first
+
+
+def test_a_moved_input_is_the_same_job(job, tmp_path):
+    settings = job(TEXTS)
+    with open_store(parse_spec(settings)):
+        pass
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (tmp_path / "rows.parquet").rename(moved / "rows.parquet")
+    with open_store(parse_spec(settings | {"input": {"path": str(moved / "rows.parquet")}})) as store:
+        assert len(store.job.splits) == 1
+        assert store.job.source.files[0].path == str(moved / "rows.parquet")
+
+
+def test_differences_are_named_by_their_dotted_keys():
+    before = {"generate": {"n": 1, "seed": 0}, "embed": None, "rows_per_split": 8}
+    now = {"generate": {"n": 2, "seed": 0}, "embed": {"of": "both"}, "rows_per_split": 8}
+    assert differences(before, now) == ["generate.n", "embed"]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "totals", "expected"),
+    [
+        ({}, {"CPU": 8.0}, Resources(num_cpus=8)),
+        ({"replicas": 3}, {"CPU": 8.0}, Resources(num_cpus=2)),
+        ({"replicas": 3, "threads": 5}, {"CPU": 8.0}, Resources(num_cpus=5)),
+        ({"replicas": 16}, {"CPU": 8.0}, Resources(num_cpus=1)),
+        ({"replicas": 2}, {"CPU": 8.0, "GPU": 2.0}, Resources(num_cpus=4, num_gpus=1)),
+        ({"replicas": 3}, {"CPU": 9.0, "GPU": 2.0}, Resources(num_cpus=3)),
+        ({"device": "cpu"}, {"CPU": 8.0, "GPU": 2.0}, Resources(num_cpus=8)),
+    ],
+)
+def test_shards_share_out_what_the_cluster_has(cluster, totals, expected):
+    assert shard_resources(ClusterSpec(**cluster), totals) == expected
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match="Ray sees 0"):
+        shard_resources(ClusterSpec(device="cuda"), {"CPU": 8.0})
