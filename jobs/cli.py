@@ -204,7 +204,9 @@ def _run(spec: Any, answers: Answers, *, limit: int | None = None, retry_errors:
     try:
         with ProgressDisplay() as display:
             result = run_job(spec, limit=limit, retry_errors=retry_errors, on_progress=display)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != signal.SIGTERM:  # as Ray answers SIGTERM while it starts
+            raise
         return answers.refuse(f"stopped; what is done is kept. To go on: {answers.command_line}", INTERRUPTED)
     answers.answer(result.report, describe_report(result.report, Path(spec.output.path)))
     return 0

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,9 @@ import workers
 from pipeline.errors import JobError, UserError
 
 OBJECT_STORE_BYTES = 128 << 20  # only reports and orders travel through it
+NUM_STARTS = 2  # Ray gives a node 30 seconds to come up, which a machine at its limit does not always manage
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -28,19 +31,45 @@ def ray_session(address: str | None, *, num_cpus: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = address or os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray").setLevel(logging.ERROR)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        if address := address or os.environ.get("RAY_ADDRESS"):
+            _join(address)
         else:
-            with _environment(
-                PYTHONPATH=_tree_first(os.environ.get("PYTHONPATH")),
-                RAY_USAGE_STATS_ENABLED="0",
-                RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
-                RAY_worker_niceness="0",  # Ray's 15 lets whatever else the machine does starve the decoder
-            ):
+            _start(num_cpus)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # ray.init took it
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError) as error:
+        raise UserError(f"cluster.address {address}: {_one_line(error)}") from error
+    except Exception as error:
+        raise JobError(f"joining Ray at {address} failed: {_one_line(error)}") from error
+
+
+def _start(num_cpus: int) -> None:
+    import ray
+
+    settings = {
+        "PYTHONPATH": _tree_first(os.environ.get("PYTHONPATH")),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_worker_niceness": "0",  # Ray's 15 lets whatever else the machine does starve the decoder
+    }
+    for attempt in range(NUM_STARTS):
+        try:
+            with _environment(settings):
                 ray.init(
                     address="local",
                     num_cpus=num_cpus,
@@ -49,18 +78,16 @@ def ray_session(address: str | None, *, num_cpus: int) -> Iterator[None]:
                     logging_level=logging.ERROR,
                     object_store_memory=OBJECT_STORE_BYTES,
                 )
-    except (ConnectionError, ValueError) as error:
-        where = f"cluster.address {address}" if address else "starting Ray"
-        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
-    except Exception as error:
-        where = f"joining Ray at {address}" if address else "starting Ray"
-        raise JobError(f"{where} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init took it
-    try:
-        yield
-    finally:
-        ray.shutdown()
+            return
+        except Exception as error:
+            ray.shutdown()
+            if attempt + 1 == NUM_STARTS:
+                raise JobError(f"starting Ray failed: {_one_line(error)}") from error
+            log.warning("Ray did not start, which is tried again: %s", _one_line(error))
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def cluster_totals() -> dict[str, float]:
@@ -88,7 +115,7 @@ def _tree_first(path: str | None) -> str:
 
 
 @contextmanager
-def _environment(**settings: str) -> Iterator[None]:
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
     """Variables that the processes which Ray starts inherit; a person's own settings win, but for PYTHONPATH."""
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update({name: value for name, value in settings.items() if name == "PYTHONPATH" or before[name] is None})

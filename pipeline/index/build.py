@@ -106,7 +106,12 @@ def build_index(
 def index_is_current(
     folder: JobFolder, commits: Mapping[int, Commit], *, job: str, provenance: Provenance, kind: str, shards: int
 ) -> bool:
-    """Whether `build_index` with these arguments would build what is there. Of the files it looks at the sizes only."""
+    """Whether `build_index` with these arguments would build what is there. Of the files it looks at the sizes only.
+
+    A job without rows has nothing to index: then no index is the current one.
+    """
+    if not commits:
+        return not folder.index.exists()
     try:
         manifest = read_manifest(folder.index)
     except (UserError, JobError):

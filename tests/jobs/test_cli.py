@@ -7,11 +7,11 @@ import fcntl
 import json
 import os
 import pty
+import resource
 import struct
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,9 +65,11 @@ def test_python_s_interface_is_loaded_when_it_is_asked_for() -> None:
 
 
 def test_help_answers_well_under_a_second() -> None:
-    began = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-m", "jobs", "--help"], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - began < 1.0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Processor time, so that a busy machine doesn't count.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
     assert all(name in done.stdout for name in ("run", "query", "verify", "upcycle", "tokenizer"))
 
 
@@ -141,8 +143,9 @@ def a_job_file() -> str:
         (UserError("input: no such column"), 2, "no such column"),
         (JobError("no space left"), 1, "no space left"),
         (KeyboardInterrupt(), 130, "gristmill run job.yaml --limit 3"),
+        (SystemExit(15), 130, "gristmill run job.yaml --limit 3"),
     ],
-    ids=["wrong request", "failed job", "interrupted"],
+    ids=["wrong request", "failed job", "interrupted", "SIGTERM while Ray starts"],
 )
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_run_that_does_not_finish_says_why_in_one_line(

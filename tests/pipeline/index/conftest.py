@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +11,20 @@ import pytest
 
 from pipeline.commits import CommitLog
 from pipeline.errors import RowError
+from pipeline.index.faiss_files import faiss_threads
 from pipeline.index.manifest import Provenance
 from pipeline.job_folder import JobFolder
 from pipeline.parts import PartBuilder
 from pipeline.records import RecordLayout
 
 ROWS_A_SPLIT = 7
+
+
+@pytest.fixture(autouse=True)
+def one_faiss_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine take most of the time of indexes as small as these."""
+    with faiss_threads(1):
+        yield
 
 
 @pytest.fixture

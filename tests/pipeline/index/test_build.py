@@ -184,6 +184,12 @@ def test_an_index_of_no_vectors_can_be_built_and_searched(committed: Committed, 
     assert VectorIndex.open(folder.index).search(np.ones(4), 3) == [[]]
 
 
+def test_a_job_without_rows_needs_no_index(tmp_path: Path, provenance: Provenance) -> None:
+    folder = JobFolder(tmp_path / "out")
+    folder.create()
+    assert index_is_current(folder, {}, job="mine", provenance=provenance, kind="auto", shards=1)
+
+
 def test_a_job_without_embeddings_has_no_index(tmp_path: Path, provenance: Provenance) -> None:
     folder = JobFolder(tmp_path / "out")
     log = CommitLog(folder, fingerprint="f")
