@@ -391,6 +391,26 @@ def test_an_interrupted_call_leaves_the_engine_without_work(
     assert len(engine.generate(prompts[:3], params)) == 3
 
 
+def test_a_step_that_raises_after_its_computing_leaves_the_engine_empty(
+    tiny_engine: MakeEngine, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine()
+    params = SamplingParams(max_new_tokens=5)
+    expected = [output.token_ids for output in engine.generate(prompts[:6], params)]
+    for i, prompt in enumerate(prompts[:6]):
+        engine.add(GenerateRequest(request_id=i, token_ids=prompt, params=params))
+    with monkeypatch.context() as patched:
+
+        def interrupted(*arguments: Any) -> Any:
+            raise KeyboardInterrupt
+
+        patched.setattr(engine.tokenizer, "decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(engine)
+    assert not engine.has_work
+    assert [output.token_ids for output in engine.generate(prompts[:6], params)] == expected
+
+
 def test_logits_that_are_not_finite_fail_their_row_only(
     tiny_engine: MakeEngine, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
