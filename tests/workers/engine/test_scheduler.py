@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pipeline.errors import RowError
-from workers.engine.block_tables import BlockTables, GroupCache
+from workers.engine.block_tables import BlockTables, GroupCache, blocks_needed
+from workers.engine.blocks import ROOT, chain
 from workers.engine.request import EmbedRequest, GenerateRequest, SamplingParams
 from workers.engine.scheduler import Scheduler, StepBatch
 from workers.engine.sequence import Phase, Sequence
@@ -95,6 +96,10 @@ class SimulatedRun:
     def _compute(self, batch: StepBatch) -> None:
         assert len(batch.token_ids) == sum(batch.counts)
         assert len(batch.token_ids) <= self.scheduler.step_tokens
+        assert all(count > 0 for count in batch.counts)
+        for sequence, row in zip(batch.draws, batch.draw_rows, strict=True):
+            assert batch.starts[row] + batch.counts[row] == len(sequence.tokens), "drawn from another position"
+            assert batch.sequences[row].tokens == sequence.tokens
         assert self.scheduler.num_running <= self.scheduler.max_sequences
         self.computed_tokens += len(batch.token_ids)
         self.preempted += batch.num_preempted
@@ -123,6 +128,11 @@ class SimulatedRun:
                     assert cells.get(cell) == key, "a key of another text, or none"
 
     def check_nothing_leaked(self) -> None:
+        for sequence in (*self.scheduler._running, *self.scheduler._resuming):
+            parent, width = ROOT, self.tables.block_tokens
+            for i, digest in enumerate(sequence.digests):
+                parent = chain(parent, sequence.tokens[i * width : (i + 1) * width])
+                assert digest == parent, "a block would be found by another text"
         held: list[list[int]] = [[] for _ in self.tables.groups]
         for sequence in self.scheduler._running:
             for g, table in enumerate(sequence.tables):
@@ -215,6 +225,24 @@ def test_a_prompt_is_not_copied_from_blocks_that_are_being_filled_in_the_same_st
     assert batch.copies == [[]]
     run.run()
     assert run.finished[1, 1] == alone(prompt, 1, 14)
+
+
+@pytest.mark.parametrize("first_step_fails", [False, True])
+def test_a_later_sample_may_start_long_after_the_first(first_step_fails: bool) -> None:
+    letters = range(1, 7)
+    prompts = [[a, b, c] * 2 for a in letters for b in letters for c in letters]
+    first, second = [p for p in prompts if len(alone(p, 0, 20)) > 12][:2]
+    run = SimulatedRun(one_group(100), max_sequences=2)
+    run.add(0, first, max_new_tokens=5)
+    run.add(1, second, max_new_tokens=14, n=2)  # its second sample waits until row 0 ends
+    if first_step_fails:
+        run.scheduler.schedule()
+        run.scheduler.roll_back()
+        run.cells[0].clear()
+    while run.scheduler.has_work:
+        run.step()
+        run.check_nothing_leaked()
+    assert run.finished[1, 1] == alone(second, 1, 20)
 
 
 def test_a_newcomer_leaves_room_for_those_that_run() -> None:
@@ -338,6 +366,38 @@ def test_a_mean_of_a_prompt_is_never_taken_from_a_found_prefix() -> None:
     run.add(1, list(range(1, 13)), embed="mean")
     run.add(2, list(range(1, 13)), embed="last")
     assert run.step().counts == [12, 4]
+
+
+def test_nobody_looks_for_the_blocks_of_a_mean_so_they_are_not_kept() -> None:
+    run = SimulatedRun(one_group(50))
+    run.add(0, list(range(1, 13)), embed="mean")
+    run.run()
+    run.add(1, list(range(1, 13)))
+    run.run()
+    assert run.found_tokens == 0
+
+
+@given(st.integers(1, 60), st.none() | st.integers(1, 20), st.integers(1, 6), st.integers(1, 20))
+def test_blocks_needed_is_what_a_lone_sequence_comes_to_hold(
+    num_tokens: int, window: int | None, block_tokens: int, step_tokens: int
+) -> None:
+    needed = blocks_needed(num_tokens, window=window, block_tokens=block_tokens, step_tokens=step_tokens)
+    most = 0  # over chunks of every size, beginning anywhere
+    for start in range(num_tokens):
+        end = min(start + step_tokens, num_tokens)
+        first = 0 if window is None else max(0, start - window + 1)
+        most = max(most, -(-end // block_tokens) - first // block_tokens)
+    assert most <= needed <= most + 1
+
+    run = SimulatedRun(
+        (GroupCache(num_blocks=needed, window=window),),
+        block_tokens=block_tokens,
+        step_tokens=step_tokens,
+        max_context=100,
+    )
+    run.add(0, [1] * num_tokens, embed="mean")
+    run.run()
+    assert list(run.finished) == [(0, 0)]
 
 
 PROMPTS = st.lists(st.integers(1, 2), max_size=14)  # two letters only, so that prefixes meet
