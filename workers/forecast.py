@@ -18,8 +18,8 @@ from workers.engine.engine import BLOCK_TOKENS, MAX_SEQUENCES, STEP_TOKENS
 from workers.engine.kv_cache import CacheShape, GroupNeed, auto_budget_bytes
 from workers.settings import EngineSettings
 
-# The share of a large float32 matrix product's speed that whole steps reach, prefill and decode in batches of 64 and
-# more: measured with SmolLM2-135M and with its upcycled form on two cores.
+# The share of a large float32 matrix product's speed that whole steps are taken to reach, prefill and decode in batches
+# of 64 and more. An estimate, to be checked against `python -m benchmarks.generation` on the machine that matters.
 EFFICIENCY = 0.6
 
 _MEASURED_S = 0.15
