@@ -457,6 +457,28 @@ def test_embeddings_are_unit_vectors_of_the_pooled_hidden_states(
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
 
 
+@pytest.mark.parametrize(("value", "message"), [(float("nan"), "nan"), (0.0, "0.0")])
+def test_a_vector_without_a_direction_fails_its_row_only(
+    tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, value: float, message: str
+) -> None:
+    engine = tiny_engine()
+    forward = engine.decoder.forward
+
+    def spoilt(*arguments: Any) -> Any:
+        hidden = forward(*arguments)
+        hidden[:2] = value
+        return hidden
+
+    monkeypatch.setattr(engine.decoder, "forward", spoilt)
+    engine.add(EmbedRequest(request_id=0, token_ids=[5, 6]))
+    engine.add(EmbedRequest(request_id=1, token_ids=[7, 8]))
+    first, second = run(engine)
+    assert first.error is not None
+    assert first.error.code == "nonfinite"
+    assert message in first.error.message
+    assert second.vector is not None
+
+
 def test_a_text_without_an_embedding_is_named(tiny_engine: MakeEngine) -> None:
     with pytest.raises(ValueError, match="text 1 has no embedding: empty_prompt"):
         tiny_engine().embed(["one", "", "three"])
