@@ -110,7 +110,7 @@ class BlockTables:
         changed, where there is no such first sample any more or no room; `reserve` as for `admit`.
         """
         elder, end = sequence.elder, sequence.num_prompt
-        if elder is None or not elder.settled or elder.num_computed < end:
+        if elder is None or not elder.settled or elder.num_computed < end or len(sequence.tokens) == end:
             return None
         shared, part = divmod(end, self.block_tokens)
         copies: list[list[tuple[int, int]]] = []

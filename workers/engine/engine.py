@@ -1,7 +1,8 @@
 """Many requests through one decoder: `add` them, `step` until they are finished.
 
 A step is: schedule (pure), run the decoder, choose tokens, see what ended. Between steps everything is consistent, so
-requests may come and go at any time. If a step raises, nothing it computed is kept: all running requests start over.
+requests may come and go at any time. If a step raises while it computes, nothing of it is kept and all running requests
+start over; if it raises after that (an interrupt, say), the engine is left empty.
 
     text or ids -> GenerateRequest -> Scheduler -> StepBatch -> Runner -> hidden [T, C] -> logits [N, V] -> choose
                 -> tokens -> Ending -> Finished
@@ -96,27 +97,24 @@ class Engine:
         tokens = STEP_TOKENS if step_tokens == "auto" else step_tokens
         # More sequences than tokens in a step could only wait in turns, holding their blocks.
         sequences = min(tokens, MAX_SEQUENCES if max_sequences == "auto" else max_sequences)
-        shape = CacheShape(
+        self._shape = shape = CacheShape(
             block_tokens=block_tokens, step_tokens=tokens, max_context=self.max_context, max_sequences=sequences
         )
+        self._reuse_prefixes = reuse_prefixes
         needs = [
             GroupNeed(block_bytes=decoder.block_bytes(g, block_tokens), window=group.spec.window)
             for g, group in enumerate(decoder.groups)
         ]
         budget = auto_budget_bytes(needs, shape, decoder.device) if kv_cache_bytes == "auto" else kv_cache_bytes
         self.cache = KVCache(decoder, split_budget(needs, budget, shape), block_tokens)
-        tables = BlockTables(
-            self.cache.groups, block_tokens=block_tokens, step_tokens=tokens, reuse_prefixes=reuse_prefixes
-        )
-        self._scheduler = Scheduler(tables, step_tokens=tokens, max_sequences=sequences, max_context=self.max_context)
         self._runner = Runner(decoder, self.cache)
-        self._vectors = Vectors()
         if eos_ids is None:
             eos_ids = tokenizer.eos_ids if tokenizer is not None else frozenset()
         self._endings = Endings(tokenizer, eos_ids)
-        self._answers: dict[int, _Answer] = {}
-        self._refused: list[Finished] = []
         self._stats = EngineStats()
+        self._answers: dict[int, _Answer]
+        self._refused: list[Finished]  # not reported yet
+        self._start_empty()
 
     @classmethod
     def from_checkpoint(
@@ -129,6 +127,7 @@ class Engine:
         max_context: int | Auto = "auto",
         step_tokens: int | Auto = "auto",
         max_sequences: int | Auto = "auto",
+        block_tokens: int = BLOCK_TOKENS,
         reuse_prefixes: bool = True,
     ) -> Engine:
         """Load decoder and tokenizer from what `model:` may be in a job. A checkpoint without a tokenizer is fine."""
@@ -143,6 +142,7 @@ class Engine:
             max_context=max_context,
             step_tokens=step_tokens,
             max_sequences=max_sequences,
+            block_tokens=block_tokens,
             reuse_prefixes=reuse_prefixes,
         )
 
@@ -201,26 +201,30 @@ class Engine:
         """Compute one step and return what finished in it. Without work it still joins its gang's exchanges."""
         stats = self._stats
         begin = perf_counter()
-        batch = self._scheduler.schedule()
-        scheduled = perf_counter()
         try:
+            batch = self._scheduler.schedule()
+            scheduled = perf_counter()
             hidden = self._runner.hidden(batch)
             vectors = self._vectors.take(hidden, batch)
             logits, rows = self._runner.logits(hidden, batch)
             computed = perf_counter()
             choices = choose(logits, batch.draws, rows)
         except BaseException:
-            self._scheduler.roll_back(batch)
+            self._scheduler.roll_back()
             raise
-        sampled = perf_counter()
-        over = self._take(batch, choices)
-        self._scheduler.advance(batch)
-        finished, self._refused = self._refused, []
-        for sequence in over:
-            finished += self._end(sequence)
-        for sequence, vector in vectors:
-            finished.append(self._answer_vector(sequence, vector))
-        ended = perf_counter()
+        try:
+            sampled = perf_counter()
+            over = self._take(batch, choices)
+            self._scheduler.advance(batch)
+            finished, self._refused = self._refused, []
+            for sequence in over:
+                finished += self._end(sequence)
+            for sequence, vector in vectors:
+                finished.append(self._answer_vector(sequence, vector))
+            ended = perf_counter()
+        except BaseException:
+            self._start_empty()
+            raise
 
         stats.steps += 1
         stats.requests += len({answer.request_id for answer in finished})
@@ -258,6 +262,25 @@ class Engine:
     def embed(self, texts: Items[str | Items[int]], pooling: str = "mean") -> npt.NDArray[np.float32]:
         """Vectors of unit length, float32 [n, C], of texts (or token ids). ValueError naming a text that has none."""
         return offline.embed(self, texts, pooling)
+
+    def _start_empty(self) -> None:
+        """Hold no request, and nothing in the cache."""
+        shape = self._shape
+        tables = BlockTables(
+            self.cache.groups,
+            block_tokens=shape.block_tokens,
+            step_tokens=shape.step_tokens,
+            reuse_prefixes=self._reuse_prefixes,
+        )
+        self._scheduler = Scheduler(
+            tables,
+            step_tokens=shape.step_tokens,
+            max_sequences=shape.max_sequences,
+            max_context=shape.max_context,
+        )
+        self._vectors = Vectors()
+        self._answers = {}
+        self._refused = []
 
     def _take(self, batch: StepBatch, choices: Choices) -> list[Sequence]:
         """Give each draw its token -> the sequences that are over."""

@@ -26,6 +26,7 @@ from workers.engine.sequence import Sequence
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
+_NUCLEUS_FLOORS = 1e-3, 1e-5  # of the likeliest token's weight
 _LANES = 64  # tokens summed together on the way to a cumulative sum over a whole vocabulary
 
 
@@ -134,24 +135,17 @@ def penalised(scores: Floats, seen: Ids, penalty: float) -> Floats:
 def filtered(scores: Floats, params: SamplingParams) -> tuple[Ids | None, Floats]:
     """The ids that top_k, top_p and min_p keep, ascending (None: all), and their weights, the greatest being 1.
 
-    `scores` [V] are logits after repetition penalty and temperature. Where a filter ranks many tokens, those that it
-    certainly drops are dropped first, without sorting them.
+    `scores` [V] are logits after repetition penalty and temperature.
     """
     ids: Ids | None = None
     if params.top_k and params.top_k < len(scores):
         kth = np.partition(scores, len(scores) - params.top_k)[len(scores) - params.top_k]
         ids = np.flatnonzero(scores >= kth)
         scores = scores[ids]
-    weights = np.exp(scores - scores.max())
+    weights = scores - scores.max()
+    np.exp(weights, out=weights)
     if params.top_p is not None and params.top_p < 1:
-        total = float(weights.sum(dtype=np.float64))
-        # Tokens below this weight together weigh less than (1 - top_p) of all: the least likely ones, all dropped.
-        floor = (1 - params.top_p) * total / len(weights)
-        likely = np.flatnonzero(weights >= floor)
-        ranked = likely[np.argsort(-weights[likely], kind="stable")]  # of equals the lower id first
-        above = np.cumsum(weights[ranked], dtype=np.float64) - weights[ranked]  # what is likelier weighs this much
-        num_kept = max(1, int(np.count_nonzero(above < params.top_p * total)))
-        kept = np.sort(ranked[:num_kept])
+        kept = _nucleus(weights, params.top_p)
         ids = kept if ids is None else ids[kept]
         weights = weights[kept]
     if params.min_p:
@@ -159,6 +153,20 @@ def filtered(scores: Floats, params: SamplingParams) -> tuple[Ids | None, Floats
         ids = kept if ids is None else ids[kept]
         weights = weights[kept]
     return ids, weights
+
+
+def _nucleus(weights: Floats, top_p: float) -> Ids:
+    """The fewest likeliest tokens that together weigh at least `top_p` of all, at least one; ascending."""
+    total = float(weights.sum(dtype=np.float64))
+    # Ranking is what costs. It is enough to rank the tokens above some weight if these already weigh top_p, as they do
+    # with the last floor: what lies below it weighs less than (1 - top_p) of all together.
+    for floor in (*_NUCLEUS_FLOORS, (1 - top_p) * total / len(weights)):
+        likely = np.flatnonzero(weights >= floor)
+        if weights[likely].sum(dtype=np.float64) >= top_p * total:
+            break
+    ranked = likely[np.argsort(-weights[likely], kind="stable")]  # of equals the lower id first
+    above = np.cumsum(weights[ranked], dtype=np.float64) - weights[ranked]  # what is likelier weighs this much
+    return np.sort(ranked[: max(1, int(np.count_nonzero(above < top_p * total)))])
 
 
 def draw(ids: Ids | None, weights: Floats, u: float) -> int:

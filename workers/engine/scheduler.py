@@ -52,7 +52,7 @@ class Scheduler:
     """Holds every sequence from `add` until it ended.
 
     The cycle: `schedule()` a batch; compute it; append each draw's token and set `ended_by` on sequences that are over;
-    `advance(batch)`. If the computing failed, `roll_back(batch)` instead: all start over with an empty cache.
+    `advance(batch)`. If the computing failed, `roll_back()` instead: all start over with an empty cache.
     """
 
     def __init__(self, tables: BlockTables, *, step_tokens: int, max_sequences: int, max_context: int) -> None:
@@ -70,6 +70,7 @@ class Scheduler:
         self._num_waiting = 0  # without those that were aborted while in _waiting
         self._resuming: list[Sequence] = []  # preempted, and later samples; sorted by order, all older than _waiting
         self._running: list[Sequence] = []  # sorted by order
+        self._pending: StepBatch | None = None  # scheduled, not yet advanced
 
     @property
     def num_waiting(self) -> int:
@@ -134,7 +135,7 @@ class Scheduler:
         self._resuming = [s for s in self._resuming if s.phase is not Phase.ENDED]
         if first.phase is Phase.WAITING:  # still in _waiting: it is passed over when its turn comes
             self._num_waiting -= 1
-            first.phase = Phase.ENDED
+            self._end(first)
         first.siblings_to_come = 0
 
     def schedule(self) -> StepBatch:
@@ -148,6 +149,7 @@ class Scheduler:
             copies=[[] for _ in groups],
             sequences=[],
         )
+        self._pending = batch
         self._go_on(batch)
         if not batch.num_preempted:
             self._admit(batch)
@@ -155,6 +157,8 @@ class Scheduler:
 
     def advance(self, batch: StepBatch) -> None:
         """Take note that `batch` was computed, its draws have their tokens, and some of its sequences ended."""
+        assert batch is self._pending
+        self._pending = None
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             sequence.num_computed += count
             sequence.settled = True
@@ -172,11 +176,15 @@ class Scheduler:
                 else:
                     sequence.phase = Phase.ENDED
 
-    def roll_back(self, batch: StepBatch) -> None:
-        """`batch` was not computed and no draw got a token: trust nothing in the cache, compute all sequences again."""
-        for sequence in batch.draws:
-            if sequence.phase is Phase.WAITING and sequence.elder is not None:  # a later sample, not queued yet
-                sequence.elder.siblings_to_come += 1
+    def roll_back(self) -> None:
+        """The batch scheduled last was not computed, and no draw got a token: trust nothing in the cache, start over.
+
+        Later samples that would have drawn from the batch go on by themselves.
+        """
+        for sequence in self._pending.draws if self._pending is not None else ():
+            if sequence.phase is Phase.WAITING and sequence.elder is not None and sequence not in self._resuming:
+                insort(self._resuming, sequence, key=_order)
+        self._pending = None
         while self._running:
             self._preempt(self._running.pop())
         self.tables.forget_all()

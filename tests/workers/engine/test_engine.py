@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,16 @@ MakeEngine = Callable[..., Engine]
 Prompts = list[list[int]]
 
 
-def reference(path: Path, prompt: list[int], max_new_tokens: int) -> list[int]:
-    """transformers' greedy continuation, without the token that ended it."""
+@cache
+def transformers_model(path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def reference(path: Path, prompt: list[int], max_new_tokens: int) -> list[int]:
+    """transformers' greedy continuation, without the token that ended it."""
+    model = transformers_model(path)
     ids = torch.tensor([prompt])
     with torch.inference_mode():
         out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens)[
@@ -54,11 +60,11 @@ def test_greedy_tokens_are_transformers_own(
 
 
 VARIED = [
-    SamplingParams(max_new_tokens=20),
-    SamplingParams(max_new_tokens=20, temperature=0.8, seed=3),
-    SamplingParams(max_new_tokens=30, temperature=1.2, top_p=0.9, n=3, seed=1),
+    SamplingParams(max_new_tokens=12),
+    SamplingParams(max_new_tokens=14, temperature=0.8, seed=3),
+    SamplingParams(max_new_tokens=22, temperature=1.2, top_p=0.9, n=3, seed=1),
     SamplingParams(max_new_tokens=8, temperature=1.0, top_k=20, repetition_penalty=1.2, n=2),
-    SamplingParams(max_new_tokens=25, repetition_penalty=1.3, ignore_eos=True, logprobs=True),
+    SamplingParams(max_new_tokens=18, repetition_penalty=1.3, ignore_eos=True, logprobs=True),
 ]
 
 
@@ -75,14 +81,14 @@ def alone(tiny_engine: MakeEngine, prompts: Prompts) -> list[list[Any]]:
 
 
 @pytest.mark.parametrize(
-    ("options", "expects"),
+    ("options", "expects"),  # "num_blocks": of 16 tokens
     [
         ({}, "a whole batch"),
         ({"reuse_prefixes": False}, "no found tokens"),
-        ({"num_blocks": 12}, "preemptions"),
-        ({"num_blocks": 12, "reuse_prefixes": False}, "preemptions"),
+        ({"num_blocks": 7, "block_tokens": 8}, "preemptions"),
+        ({"num_blocks": 8, "block_tokens": 8, "reuse_prefixes": False}, "preemptions"),
         ({"step_tokens": 7}, "chunks"),
-        ({"step_tokens": 33, "num_blocks": 9, "max_sequences": 6}, "preemptions"),
+        ({"step_tokens": 33, "num_blocks": 9, "block_tokens": 8, "max_sequences": 6}, "preemptions"),
         ({"max_sequences": 3}, "a batch of 3"),
     ],
     ids=str,
@@ -153,15 +159,14 @@ def test_samples_differ_and_compute_their_prompt_once(tiny_engine: MakeEngine) -
 
 
 def test_logprobs_are_those_of_the_model(tiny_engine: MakeEngine, tiny_model: Callable[..., Path]) -> None:
-    from transformers import AutoModelForCausalLM
-
     prompt = [5, 77, 301, 12]
     [output] = tiny_engine().generate(
         [prompt], SamplingParams(max_new_tokens=10, temperature=0.7, top_k=5, logprobs=True, ignore_eos=True)
     )
-    model = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32).eval()
     with torch.inference_mode():
-        logits = model(torch.tensor([prompt + output.token_ids])).logits[0, len(prompt) - 1 : -1]
+        logits = transformers_model(tiny_model())(torch.tensor([prompt + output.token_ids])).logits[
+            0, len(prompt) - 1 : -1
+        ]
     expected = torch.log_softmax(logits.double(), -1)[torch.arange(10), output.token_ids]
     assert output.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
 
@@ -205,13 +210,16 @@ def test_an_end_of_text_token_ends_it_unless_ignored(tiny_engine: MakeEngine, pr
 def test_a_stop_string_is_left_out_wherever_token_borders_fall(tiny_engine: MakeEngine) -> None:
     engine = tiny_engine()
     params = {"max_new_tokens": 40, "temperature": 1.0, "ignore_eos": True}
-    [free] = engine.generate(["def f(x):"], SamplingParams(**params))
+    key = 12
+    [free] = engine.generate(["def f(x):"], SamplingParams(**params), keys=[key])
     assert free.text is not None
-    for begin in range(0, len(free.text) - 4, 3):
-        stop = free.text[begin : begin + 4]
-        if "\ufffd" in stop:
-            continue
-        [output] = engine.generate(["def f(x):"], SamplingParams(stop=stop, **params))
+    stops = [free.text[begin : begin + 4] for begin in range(len(free.text) - 4)]
+    stops = [stop for stop in stops if "\ufffd" not in stop]
+    assert len(stops) > 10
+    each = [SamplingParams(stop=stop, **params) for stop in stops]
+    for stop, output in zip(
+        stops, engine.generate(["def f(x):"] * len(stops), each, keys=[key] * len(stops)), strict=True
+    ):
         assert output.text == free.text[: free.text.index(stop)]
         assert output.finish_reason == "stop"
         assert output.token_ids == free.token_ids[: len(output.token_ids)]
@@ -383,6 +391,26 @@ def test_an_interrupted_call_leaves_the_engine_without_work(
     assert len(engine.generate(prompts[:3], params)) == 3
 
 
+def test_a_step_that_raises_after_its_computing_leaves_the_engine_empty(
+    tiny_engine: MakeEngine, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine()
+    params = SamplingParams(max_new_tokens=5)
+    expected = [output.token_ids for output in engine.generate(prompts[:6], params)]
+    for i, prompt in enumerate(prompts[:6]):
+        engine.add(GenerateRequest(request_id=i, token_ids=prompt, params=params))
+    with monkeypatch.context() as patched:
+
+        def interrupted(*arguments: Any) -> Any:
+            raise KeyboardInterrupt
+
+        patched.setattr(engine.tokenizer, "decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(engine)
+    assert not engine.has_work
+    assert [output.token_ids for output in engine.generate(prompts[:6], params)] == expected
+
+
 def test_logits_that_are_not_finite_fail_their_row_only(
     tiny_engine: MakeEngine, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -411,9 +439,7 @@ def test_logits_that_are_not_finite_fail_their_row_only(
 def test_embeddings_are_unit_vectors_of_the_pooled_hidden_states(
     tiny_engine: MakeEngine, tiny_model: Callable[..., Path], prompts: Prompts, pooling: str
 ) -> None:
-    from transformers import AutoModel
-
-    model = AutoModel.from_pretrained(tiny_model(), dtype=torch.float32).eval()
+    model = transformers_model(tiny_model()).model
     expected = []
     for prompt in prompts[:20]:
         with torch.inference_mode():
@@ -429,6 +455,28 @@ def test_embeddings_are_unit_vectors_of_the_pooled_hidden_states(
         assert vectors.dtype == np.float32
         np.testing.assert_allclose(vectors, np.array(expected), atol=1e-5)
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize(("value", "message"), [(float("nan"), "nan"), (0.0, "0.0")])
+def test_a_vector_without_a_direction_fails_its_row_only(
+    tiny_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, value: float, message: str
+) -> None:
+    engine = tiny_engine()
+    forward = engine.decoder.forward
+
+    def spoilt(*arguments: Any) -> Any:
+        hidden = forward(*arguments)
+        hidden[:2] = value
+        return hidden
+
+    monkeypatch.setattr(engine.decoder, "forward", spoilt)
+    engine.add(EmbedRequest(request_id=0, token_ids=[5, 6]))
+    engine.add(EmbedRequest(request_id=1, token_ids=[7, 8]))
+    first, second = run(engine)
+    assert first.error is not None
+    assert first.error.code == "nonfinite"
+    assert message in first.error.message
+    assert second.vector is not None
 
 
 def test_a_text_without_an_embedding_is_named(tiny_engine: MakeEngine) -> None:

@@ -54,8 +54,8 @@ def test_the_least_budget_that_is_named_is_enough() -> None:
         split_budget(needs, least - 1, SHAPE)
 
 
-def test_auto_leaves_half_of_the_memory_that_is_there() -> None:
+def test_auto_leaves_most_of_the_memory_that_is_there() -> None:
     cpu = torch.device("cpu")
     huge = [GroupNeed(block_bytes=10**9)]
-    assert 0 < auto_budget_bytes(huge, SHAPE, cpu) <= available_bytes(cpu) * 0.6
+    assert 0 < auto_budget_bytes(huge, SHAPE, cpu) <= available_bytes(cpu) * 0.3
     assert auto_budget_bytes([GroupNeed(block_bytes=10)], SHAPE, cpu) == 256 * 256 * 10

@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pipeline.errors import RowError
-from workers.engine.block_tables import BlockTables, GroupCache
+from workers.engine.block_tables import BlockTables, GroupCache, blocks_needed
+from workers.engine.blocks import ROOT, chain
 from workers.engine.request import EmbedRequest, GenerateRequest, SamplingParams
 from workers.engine.scheduler import Scheduler, StepBatch
 from workers.engine.sequence import Phase, Sequence
@@ -95,6 +96,10 @@ class SimulatedRun:
     def _compute(self, batch: StepBatch) -> None:
         assert len(batch.token_ids) == sum(batch.counts)
         assert len(batch.token_ids) <= self.scheduler.step_tokens
+        assert all(count > 0 for count in batch.counts)
+        for sequence, row in zip(batch.draws, batch.draw_rows, strict=True):
+            assert batch.starts[row] + batch.counts[row] == len(sequence.tokens), "drawn from another position"
+            assert batch.sequences[row].tokens == sequence.tokens
         assert self.scheduler.num_running <= self.scheduler.max_sequences
         self.computed_tokens += len(batch.token_ids)
         self.preempted += batch.num_preempted
@@ -123,6 +128,11 @@ class SimulatedRun:
                     assert cells.get(cell) == key, "a key of another text, or none"
 
     def check_nothing_leaked(self) -> None:
+        for sequence in (*self.scheduler._running, *self.scheduler._resuming):
+            parent, width = ROOT, self.tables.block_tokens
+            for i, digest in enumerate(sequence.digests):
+                parent = chain(parent, sequence.tokens[i * width : (i + 1) * width])
+                assert digest == parent, "a block would be found by another text"
         held: list[list[int]] = [[] for _ in self.tables.groups]
         for sequence in self.scheduler._running:
             for g, table in enumerate(sequence.tables):
@@ -198,18 +208,41 @@ def test_later_samples_of_a_request_go_before_later_requests() -> None:
     assert [s.order for s in run.step().sequences] == [(0, 0), (0, 1), (1, 0), (2, 0)]
 
 
-def test_a_prompt_is_not_copied_from_a_first_sample_that_is_itself_being_computed_again() -> None:
-    run = SimulatedRun(one_group(100), max_sequences=2)
-    run.add(0, [1, 2, 3, 4, 5, 6], n=2)
-    run.step()
-    first = run.scheduler._running[0]
-    run.scheduler._preempt(run.scheduler._running.pop())
-    batch = run.step()  # both start in this step: the first sample's blocks hold nothing yet
-    assert batch.sequences[0] is first
-    assert [s.sample for s in batch.sequences] == [0, 1]
+def test_a_prompt_is_not_copied_from_blocks_that_are_being_filled_in_the_same_step() -> None:
+    letters = range(1, 7)
+    prompts = [[a, b, c] * 2 for a in letters for b in letters for c in letters]
+    prompt = next(p for p in prompts if min(len(alone(p, 0, 15)), len(alone(p, 1, 12))) > 5)
+    run = SimulatedRun(one_group(100), step_tokens=40, max_context=15)
+    run.add(0, [*prompt, *alone(prompt, 0, 9)])  # holds, as its prompt, what the next row will have generated
+    run.add(1, prompt, n=2)
+    for _ in range(3):
+        run.step()
+    run.scheduler.schedule()
+    run.scheduler.roll_back()
+    run.cells[0].clear()
+    batch = run.step()  # row 1's first sample finds its whole prompt in blocks that row 0 fills now
+    assert [s.order for s in batch.sequences] == [(0, 0), (1, 0), (1, 1)]
     assert batch.copies == [[]]
     run.run()
-    assert run.finished == {(0, sample): alone([1, 2, 3, 4, 5, 6], sample, 14) for sample in range(2)}
+    assert run.finished[1, 1] == alone(prompt, 1, 14)
+
+
+@pytest.mark.parametrize("first_step_fails", [False, True])
+def test_a_later_sample_may_start_long_after_the_first(first_step_fails: bool) -> None:
+    letters = range(1, 7)
+    prompts = [[a, b, c] * 2 for a in letters for b in letters for c in letters]
+    first, second = [p for p in prompts if len(alone(p, 0, 20)) > 12][:2]
+    run = SimulatedRun(one_group(100), max_sequences=2)
+    run.add(0, first, max_new_tokens=5)
+    run.add(1, second, max_new_tokens=14, n=2)  # its second sample waits until row 0 ends
+    if first_step_fails:
+        run.scheduler.schedule()
+        run.scheduler.roll_back()
+        run.cells[0].clear()
+    while run.scheduler.has_work:
+        run.step()
+        run.check_nothing_leaked()
+    assert run.finished[1, 1] == alone(second, 1, 20)
 
 
 def test_a_newcomer_leaves_room_for_those_that_run() -> None:
@@ -220,6 +253,20 @@ def test_a_newcomer_leaves_room_for_those_that_run() -> None:
     assert run.scheduler.num_running == 1
     run.run()
     assert run.preempted == 0
+
+
+def test_found_blocks_that_nobody_held_are_no_longer_free_for_the_rest() -> None:
+    run = SimulatedRun(one_group(10), step_tokens=64)
+    long = next([a, b] for a in range(1, 7) for b in range(1, 7) if len(alone([a, b], 0, 20)) > 10)
+    prompt = list(range(10, 34))  # 6 blocks
+    run.add(0, prompt, max_new_tokens=1)
+    run.run()
+    run.add(1, long, max_new_tokens=18)
+    run.step()
+    run.add(2, [*prompt, *range(40, 49)], max_new_tokens=1)  # 9 blocks: 6 of the 9 that are free, and 3 more
+    assert [s.order[0] for s in run.step().sequences] == [1]
+    run.run()
+    assert run.found_tokens == 24
 
 
 def test_a_later_sample_finds_the_prompt_again_after_the_first_one_ended() -> None:
@@ -321,6 +368,38 @@ def test_a_mean_of_a_prompt_is_never_taken_from_a_found_prefix() -> None:
     assert run.step().counts == [12, 4]
 
 
+def test_nobody_looks_for_the_blocks_of_a_mean_so_they_are_not_kept() -> None:
+    run = SimulatedRun(one_group(50))
+    run.add(0, list(range(1, 13)), embed="mean")
+    run.run()
+    run.add(1, list(range(1, 13)))
+    run.run()
+    assert run.found_tokens == 0
+
+
+@given(st.integers(1, 60), st.none() | st.integers(1, 20), st.integers(1, 6), st.integers(1, 20))
+def test_blocks_needed_is_what_a_lone_sequence_comes_to_hold(
+    num_tokens: int, window: int | None, block_tokens: int, step_tokens: int
+) -> None:
+    needed = blocks_needed(num_tokens, window=window, block_tokens=block_tokens, step_tokens=step_tokens)
+    most = 0  # over chunks of every size, beginning anywhere
+    for start in range(num_tokens):
+        end = min(start + step_tokens, num_tokens)
+        first = 0 if window is None else max(0, start - window + 1)
+        most = max(most, -(-end // block_tokens) - first // block_tokens)
+    assert most <= needed <= most + 1
+
+    run = SimulatedRun(
+        (GroupCache(num_blocks=needed, window=window),),
+        block_tokens=block_tokens,
+        step_tokens=step_tokens,
+        max_context=100,
+    )
+    run.add(0, [1] * num_tokens, embed="mean")
+    run.run()
+    assert list(run.finished) == [(0, 0)]
+
+
 PROMPTS = st.lists(st.integers(1, 2), max_size=14)  # two letters only, so that prefixes meet
 
 
@@ -386,7 +465,7 @@ class Scheduling(RuleBasedStateMachine):
                 self.started.append(sequence.request.request_id)
         for cells in self.run.cells:
             cells.clear()
-        self.run.scheduler.roll_back(batch)
+        self.run.scheduler.roll_back()
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
