@@ -22,16 +22,20 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the length a model was first trained on.
 
     `linear`: all divided by `factor` (Chen et al. 2023). `llama3`: long wavelengths divided by `factor`, short ones
-    kept, a ramp between. `divisors`: each frequency divided by its own number (how GGUF files say either, and LongRoPE:
-    Ding et al. 2024). Cosine and sine are both multiplied by `attention_factor`.
+    kept, a ramp between. `divisors`: each frequency divided by its own number (how GGUF files say either). `longrope`
+    (Ding et al. 2024): by `divisors`, or by `short_divisors` in a decoder that is loaded for no more than
+    `original_context` positions. transformers chooses by each sequence's length, and computes all keys anew where one
+    grows beyond; keys that stay in a cache can't change, so a decoder keeps to one choice, as vLLM does.
+    Cosine and sine are both multiplied by `attention_factor`.
     """
 
-    kind: Literal["linear", "llama3", "divisors"]
+    kind: Literal["linear", "llama3", "divisors", "longrope"]
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     original_context: int = 0
     divisors: tuple[float, ...] = ()
+    short_divisors: tuple[float, ...] = ()
     attention_factor: float = 1.0
 
 

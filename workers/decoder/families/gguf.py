@@ -39,14 +39,14 @@ class GgufModel:
         where: str,
         metadata: Mapping[str, Any],
         shapes: Mapping[str, tuple[int, ...]],
-        divisors: Callable[[str], tuple[float, ...]],
+        numbers: Callable[[str], tuple[float, ...]],
     ) -> None:
         self.where = where
         self.architecture = str(metadata.get("general.architecture"))
         prefix = f"{self.architecture}."
         self.own = Document(where, {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)})
         self.shapes = shapes
-        self.divisors = divisors  # the numbers of a small tensor, by its name
+        self.numbers = numbers  # of a small tensor, by its name
 
     def __contains__(self, tensor: str) -> bool:
         return tensor in self.shapes
@@ -80,7 +80,7 @@ class GgufModel:
             "rms_norm_eps": own.values.get("attention.layer_norm_rms_epsilon"),
             "layer_norm_eps": own.values.get("attention.layer_norm_epsilon"),
             "rope_theta": own.number("rope.freq_base", 10_000.0),
-            "rope_scaling": self._rope_scaling(),
+            "rope_scaling": self.rope_scaling(),
             # half a column more, so that what is read as int(head width * factor) is this number again
             "partial_rotary_factor": (own.integer("rope.dimension_count", width) + 0.5) / width,
             "sliding_window": own.values.get("attention.sliding_window"),
@@ -88,9 +88,9 @@ class GgufModel:
         }
         return Document(self.where, common | values)
 
-    def _rope_scaling(self) -> dict[str, Any] | None:
+    def rope_scaling(self) -> dict[str, Any] | None:
         if "rope_freqs.weight" in self:
-            return {"rope_type": "divisors", "divisors": self.divisors("rope_freqs.weight")}
+            return {"rope_type": "divisors", "divisors": self.numbers("rope_freqs.weight")}
         kind = self.own.text("rope.scaling.type", "none")
         if kind == "none":
             return None

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from pipeline.errors import UserError
 from workers.decoder.config import DecoderConfig
-from workers.decoder.families import llama, mistral, mixtral
+from workers.decoder.families import gemma, gemma2, gemma3, llama, mistral, mixtral, phi3, qwen2, qwen3
 from workers.decoder.families.document import Document
 from workers.decoder.families.gguf import GgufModel
 from workers.decoder.storage import Source
@@ -37,8 +37,8 @@ class GgufFamily(Protocol):
     def gguf_sources(self, config: DecoderConfig, names: Collection[str]) -> dict[str, Source]: ...
 
 
-_MODULES: tuple[Family, ...] = (llama, mistral, mixtral)
-_GGUF_MODULES: tuple[GgufFamily, ...] = (llama,)
+_MODULES: tuple[Family, ...] = (llama, mistral, mixtral, qwen2, qwen3, gemma, gemma2, gemma3, phi3)
+_GGUF_MODULES: tuple[GgufFamily, ...] = (llama, qwen2, qwen3, gemma, gemma2, gemma3, phi3)
 FAMILIES: dict[str, Family] = {model_type: module for module in _MODULES for model_type in module.MODEL_TYPES}
 GGUF_FAMILIES: dict[str, GgufFamily] = {
     architecture: module for module in _GGUF_MODULES for architecture in module.GGUF_ARCHITECTURES
