@@ -7,7 +7,23 @@ from typing import Protocol
 
 from pipeline.errors import UserError
 from workers.decoder.config import DecoderConfig
-from workers.decoder.families import gemma, gemma2, gemma3, llama, mistral, mixtral, phi3, qwen2, qwen3
+from workers.decoder.families import (
+    bloom,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neo,
+    gpt_neox,
+    llama,
+    mistral,
+    mixtral,
+    mpt,
+    phi3,
+    qwen2,
+    qwen3,
+    xglm,
+)
 from workers.decoder.families.document import Document
 from workers.decoder.families.gguf import GgufModel
 from workers.decoder.storage import Source
@@ -37,8 +53,14 @@ class GgufFamily(Protocol):
     def gguf_sources(self, config: DecoderConfig, names: Collection[str]) -> dict[str, Source]: ...
 
 
-_MODULES: tuple[Family, ...] = (llama, mistral, mixtral, qwen2, qwen3, gemma, gemma2, gemma3, phi3)
-_GGUF_MODULES: tuple[GgufFamily, ...] = (llama, qwen2, qwen3, gemma, gemma2, gemma3, phi3)
+_MODULES: tuple[Family, ...] = (
+    *(llama, mistral, mixtral, qwen2, qwen3, gemma, gemma2, gemma3, phi3),
+    *(gpt2, gpt_neo, gpt_neox, bloom, mpt, xglm),
+)
+_GGUF_MODULES: tuple[GgufFamily, ...] = (
+    *(llama, qwen2, qwen3, gemma, gemma2, gemma3, phi3),
+    *(gpt2, gpt_neox, bloom, mpt),
+)
 FAMILIES: dict[str, Family] = {model_type: module for module in _MODULES for model_type in module.MODEL_TYPES}
 GGUF_FAMILIES: dict[str, GgufFamily] = {
     architecture: module for module in _GGUF_MODULES for architecture in module.GGUF_ARCHITECTURES
