@@ -41,21 +41,14 @@ class Checkpoint:
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """UserError where `name` is missing or can't have `shape`, found without reading it."""
         source = self.sources[name]
-        if source.name not in self.storage.names:
-            raise UserError(
-                f"{self.path}: tensor {source.name} is missing, which this {self.config.architecture} of "
-                f"{len(self.config.layers)} layers needs; fetch the checkpoint again, or mend its configuration"
-            )
-        piece = self.storage.shape(source.name)
-        if source.at is not None:
-            if not piece or source.at >= piece[0]:
-                raise self._misshapen(source, shape)
-            piece = piece[1:]
-        if source.rows is not None:
-            if not piece or source.rows[1] > piece[0]:
-                raise self._misshapen(source, shape)
-            piece = (source.rows[1] - source.rows[0], *piece[1:])
-        if math.prod(piece) != math.prod(shape) or (source.arrange is None and piece != shape):
+        for needed in (source.name, *(() if source.scales is None else (source.scales,))):
+            if needed not in self.storage.names:
+                raise UserError(
+                    f"{self.path}: tensor {needed} is missing, which this {self.config.architecture} of "
+                    f"{len(self.config.layers)} layers needs; fetch the checkpoint again, or mend its configuration"
+                )
+        piece = source.piece(self.storage.shape(source.name))
+        if piece is None or math.prod(piece) != math.prod(shape) or (source.arrange is None and piece != shape):
             raise self._misshapen(source, shape)
 
     def _misshapen(self, source: Source, wanted: tuple[int, ...]) -> UserError:
