@@ -133,6 +133,13 @@ def act_mul(gate_up: Tensor, activation: str = "silu") -> Tensor:
     return _ACTIVATIONS[activation](gate) * up
 
 
+def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+    """gate * sigmoid(alpha * gate) * (up + 1), gate at most `limit`, up within it, for gate_up [T, 2F] -> [T, F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
 def act(x: Tensor, activation: str) -> Tensor:
     """activation(x), elementwise."""
     return _ACTIVATIONS[activation](x)

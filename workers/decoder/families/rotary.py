@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pipeline.errors import UserError
 from workers.decoder.config import RopeScaling, RotaryConfig
 from workers.decoder.families.document import Document
@@ -34,6 +36,32 @@ def _read_scaling(document: Document, written: Document) -> RopeScaling | None:
                 "original_max_position_embeddings", document.integer("max_position_embeddings")
             ),
         )
+    if kind == "yarn":
+        return _read_yarn(document, written)
     if kind == "divisors":  # ours: what GGUF files carry as a tensor
         return RopeScaling(kind="divisors", divisors=tuple(written.values["divisors"]))
-    raise UserError(f"{written.where}: rope_type {kind!r} is not supported (default, linear, llama3 are)")
+    raise UserError(f"{written.where}: rope_type {kind!r} is not supported (default, linear, llama3, yarn are)")
+
+
+def _read_yarn(document: Document, written: Document) -> RopeScaling:
+    factor = written.number("factor")
+    magnitude = yarn_magnitude(factor)
+    if written.number("mscale", 0.0) and written.number("mscale_all_dim", 0.0):
+        magnitude = yarn_magnitude(factor, written.number("mscale"))
+        magnitude /= yarn_magnitude(factor, written.number("mscale_all_dim"))
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_context=written.integer(
+            "original_max_position_embeddings", document.integer("max_position_embeddings")
+        ),
+        beta_fast=written.number("beta_fast", 32.0),
+        beta_slow=written.number("beta_slow", 1.0),
+        truncate=written.flag("truncate", True),
+        attention_factor=written.number("attention_factor", magnitude),
+    )
+
+
+def yarn_magnitude(factor: float, scale: float = 1.0) -> float:
+    """By how much YaRN enlarges queries and keys (Peng et al. 2023, section 3.4); `scale` is DeepSeek's mscale."""
+    return 1.0 if factor <= 1.0 else 0.1 * scale * math.log(factor) + 1.0
