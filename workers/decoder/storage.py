@@ -15,8 +15,9 @@ class Source:
     """Where one tensor of ours is found: a published tensor, or a piece of one.
 
     `at` indexes the first dimension (an expert among stacked ones), `rows` then takes every `step`-th of a run of rows,
-    and `arrange` puts what was read in the order we expect. Only the piece is read from disk. With `scales` the tensor
-    holds blocks of MXFP4 numbers, and `scales` theirs.
+    and `arrange` makes of what was read the tensor that we expect: it may reorder, turn, pick or add. Only the piece is
+    read from disk. `arrange` is asked for the shape beforehand, with a tensor that holds no data, and has to have a
+    hash. With `scales` the tensor holds blocks of MXFP4 numbers, and `scales` theirs.
     """
 
     name: str
