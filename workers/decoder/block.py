@@ -101,9 +101,7 @@ class Block:
         return x + (part if self.config.residual_scale == 1.0 else part * self.config.residual_scale)
 
 
-def _load_attention(
-    config: AttentionConfig | LatentAttentionConfig, hidden_width: int, tensors: Tensors
-) -> Attention:
+def _load_attention(config: AttentionConfig | LatentAttentionConfig, hidden_width: int, tensors: Tensors) -> Attention:
     if isinstance(config, LatentAttentionConfig):
         return LatentAttention.load(config, hidden_width, tensors)
     return SelfAttention.load(config, hidden_width, tensors)

@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from workers.decoder.config import DecoderConfig
 from workers.decoder.families import gguf
 from workers.decoder.families.document import Document
-from workers.decoder.families.registry import GGUF_FAMILIES, Family, family_of, gguf_family_of
+from workers.decoder.families.registry import GGUF_FAMILIES, Family, family_of, gguf_family_of, quantizations_of
 from workers.decoder.gguf_files import GgufFiles
 from workers.decoder.safetensors_files import SafetensorsFiles, has_safetensors
 from workers.decoder.storage import Source, Storage
@@ -84,11 +84,6 @@ def read_document(folder: Path) -> Document:
         raise UserError(f"{file}: can't be read as JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file}: holds no object")
-    if values.get("quantization_config"):
-        method = Document(str(file), values).inner("quantization_config").text("quant_method", "unknown")
-        raise UserError(
-            f"{file}: weights quantized by {method!r} can't be read; use the unquantized checkpoint or a GGUF"
-        )
     return Document(str(file), values)
 
 
@@ -104,6 +99,13 @@ def _read_config(family: Family, document: Document) -> DecoderConfig:
 def _open_folder(folder: Path) -> Checkpoint:
     document = read_document(folder)
     family = family_of(document)
+    if "quantization_config" in document:
+        method = document.inner("quantization_config").text("quant_method", "unknown")
+        if method not in quantizations_of(family):
+            raise UserError(
+                f"{document.where}: weights quantized by {method!r} can't be read; "
+                "use the unquantized checkpoint or a GGUF"
+            )
     config = _read_config(family, document)
     if not has_safetensors(folder):
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))

@@ -75,7 +75,8 @@ class LatentAttentionConfig:
     A token's cache is one latent of `spec.value_width` columns, from which all heads' keys and values come, and one key
     of `rotary.width` columns that they share. So `spec` says attention with 1 key-value head over both together, whose
     values are the latent itself. Each head's query has `plain_width` columns that aren't rotated and its values
-    `head_value_width`. `query_rank`: queries come out of a latent, too, of this width.
+    `head_value_width`. `query_rank`: queries come out of a latent, too, of this width. `interleaved`: the checkpoint
+    has its rotated columns in pairs; they are reordered as they are loaded.
     """
 
     spec: AttentionSpec
@@ -84,6 +85,7 @@ class LatentAttentionConfig:
     head_value_width: int
     query_rank: int | None
     latent_norm: NormConfig
+    interleaved: bool = True
     bias: bool = False
 
     def __post_init__(self) -> None:

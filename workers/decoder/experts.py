@@ -97,7 +97,7 @@ class Experts:
             return routed
         shared = self.shared(x)
         if self.shared_gate is not None:
-            shared = shared * torch.sigmoid(ops.linear(x, self.shared_gate))  # [T, 1]
+            shared = shared * ops.sigmoid(ops.linear(x, self.shared_gate))  # [T, 1]
         return routed + shared
 
     def compute(self, x: Tensor, rows_per_slot: Tensor) -> Tensor:

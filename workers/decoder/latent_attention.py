@@ -97,7 +97,8 @@ class LatentAttention:
 
         if self.query_down is not None and self.query_norm is not None:
             x = self.query_norm(ops.linear(x, self.query_down, self.query_down_bias))
-        query = ops.linear(x, self.query).view(tokens, config.spec.num_heads, -1)  # [T, H, N + P]
+        width = config.plain_width + config.rotary.width
+        query = ops.linear(x, self.query).view(tokens, config.spec.num_heads, width)  # [T, H, N + P]
         plain = _by_head(query[..., : config.plain_width], self.into_latent)  # [T, H, R]
         rotated = ops.rotate(query[..., config.plain_width :], *rotation)  # [T, H, P]
         attended = ops.paged_attention(torch.cat([plain, rotated], dim=-1), pool, metadata)  # [T, H, R]

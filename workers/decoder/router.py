@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workers.decoder import ops
 from workers.decoder.config import RouterConfig
 
 
@@ -18,7 +19,7 @@ def choose_experts(logits: Tensor, config: RouterConfig, correction: Tensor | No
     if config.scores == "sparsemixer":
         return _one_after_the_other(logits, config)
     if config.scores == "sigmoid":
-        scores = logits.sigmoid()
+        scores = ops.sigmoid(logits)
     elif config.scores == "softmax_all":
         scores = logits.softmax(dim=-1)
     else:

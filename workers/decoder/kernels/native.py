@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -142,13 +143,31 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up for gate_up [T, 2F], the gate in the first half -> [T, F]."""
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), elementwise."""
+    x = _plain(x)
+    out = torch.empty_like(x)
+    _library().gristmill_sigmoid(_pointer(x.data_ptr()), _int64(x.numel()), _pointer(out.data_ptr()))
+    return out
+
+
+def swiglu(gate_up: Tensor, *, alpha: float = 1.0, limit: float = math.inf, shift: float = 0.0) -> Tensor:
+    """gate * sigmoid(alpha * gate) * (up + shift), gate at most `limit`, up within it, for gate_up [T, 2F] -> [T, F].
+
+    The gate is in the first half. As it stands: silu(gate) * up.
+    """
     gate_up = _plain(gate_up)
     tokens, width = gate_up.shape
     out = torch.empty(tokens, width // 2)
-    _library().gristmill_silu_mul(
-        _pointer(gate_up.data_ptr()), _int64(tokens), _int64(width // 2), _pointer(out.data_ptr()), _threads()
+    _library().gristmill_swiglu(
+        _pointer(gate_up.data_ptr()),
+        _int64(tokens),
+        _int64(width // 2),
+        _float(alpha),
+        _float(limit),
+        _float(shift),
+        _pointer(out.data_ptr()),
+        _threads(),
     )
     return out
 
