@@ -18,6 +18,7 @@ from workers.decoder.block import Block
 from workers.decoder.checkpoint import Checkpoint, load_checkpoint
 from workers.decoder.config import DecoderConfig
 from workers.decoder.embedding import Embedding
+from workers.decoder.experts import RouterListener
 from workers.decoder.head import Head
 from workers.decoder.memory import freed_at_once
 from workers.decoder.norm import Norm
@@ -144,18 +145,20 @@ class Decoder:
         positions: Tensor,
         metadata: Sequence[AttentionMetadata],
         pools: Sequence[KVPool],
+        *,
+        router_listener: RouterListener | None = None,
     ) -> Tensor:
         """token_ids and positions [T] int64, metadata a group, pools a layer -> hidden [T, C] after the final norm.
 
         Writes the tokens' keys and values to the pools. T may be 0: a rank without work still joins its gang's
-        exchanges.
+        exchanges. `router_listener` is given each MoE layer's index and router logits [T, E], before the choice.
         """
         x = self.embedding(token_ids, positions, self.precision.activations)  # [T, C]
         rotations = {config: rotary(positions) for config, rotary in self._rotaries.items()}
         for i, block in enumerate(self.blocks):
             rotary = self.config.layers[i].attention.rotary
             rotation = None if rotary is None else rotations[rotary]
-            x = block(x, rotation, pools[i], metadata[self._group_of[i]], self.dispatcher)
+            x = block(x, rotation, pools[i], metadata[self._group_of[i]], self.dispatcher, router_listener)
         return self.norm(x)
 
     @torch.inference_mode()

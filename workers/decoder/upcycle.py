@@ -232,6 +232,14 @@ def _config(checkpoint: Checkpoint, experts: int, top_k: int, stored: torch.dtyp
                 "high_freq_factor": rotary.scaling.high_freq_factor,
                 "original_max_position_embeddings": rotary.scaling.original_context,
             }
+        if rotary.scaling.kind == "yarn":
+            rope |= {
+                "attention_factor": rotary.scaling.attention_factor,
+                "beta_fast": rotary.scaling.beta_fast,
+                "beta_slow": rotary.scaling.beta_slow,
+                "truncate": rotary.scaling.truncate,
+                "original_max_position_embeddings": rotary.scaling.original_context,
+            }
     return {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",

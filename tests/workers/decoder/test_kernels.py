@@ -61,7 +61,25 @@ def test_rms_norm(width: int) -> None:
 def test_silu_times_up_also_far_from_zero(width: int) -> None:
     gate_up = torch.randn(9, 2 * width) * torch.tensor([0.1, 1.0, 50.0])[torch.arange(9) % 3][:, None]
     gate, up = gate_up.double().chunk(2, dim=1)
-    close(native.silu_mul(gate_up), torch.nn.functional.silu(gate) * up)
+    close(native.swiglu(gate_up), torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("width", [1, 10, 72])
+def test_a_clamped_swiglu_bounds_gate_and_up(width: int) -> None:
+    gate_up = torch.randn(9, 2 * width) * torch.tensor([0.1, 1.0, 50.0])[torch.arange(9) % 3][:, None]
+    gate, up = gate_up.double().chunk(2, dim=1)
+    gate, up = gate.clamp(max=2.0), up.clamp(-2.0, 2.0)
+    close(native.swiglu(gate_up, alpha=1.7, limit=2.0, shift=1.0), gate * torch.sigmoid(1.7 * gate) * (up + 1))
+    assert native.swiglu(torch.full((1, 2 * width), torch.nan), limit=2.0).isnan().all()
+
+
+def test_sigmoid_has_the_same_bits_wherever_a_number_stands() -> None:
+    x = torch.linspace(-100, 100, 77)
+    got = native.sigmoid(x)
+    close(got, torch.sigmoid(x.double()))
+    assert all(
+        torch.equal(native.sigmoid(x[begin : begin + n]), got[begin : begin + n]) for begin, n in ((0, 5), (3, 30))
+    )
 
 
 @pytest.mark.parametrize("width", [1, 10, 72])

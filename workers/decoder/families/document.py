@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.errors import UserError
+
+Choice = TypeVar("Choice")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,20 @@ class Document:
             return default
         return self.integer(key) if key in self else None
 
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number from 0 on."""
+        value = self._value(key, default)
+        if not _is_count(value):
+            raise self.wrong(key, "a whole number, 0 or above")
+        return int(value)
+
+    def counts(self, key: str) -> tuple[int, ...]:
+        """A list of whole numbers from 0 on, empty where there is none."""
+        value = self._value(key, [])
+        if not isinstance(value, list) or not all(map(_is_count, value)):
+            raise self.wrong(key, "a list of whole numbers, 0 or above")
+        return tuple(value)
+
     def number(self, key: str, default: float | None = None) -> float:
         value = self._value(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -56,7 +72,7 @@ class Document:
             raise self.wrong(key, "a text")
         return value
 
-    def choice(self, key: str, choices: Mapping[str, str], default: str | None = None) -> str:
+    def choice(self, key: str, choices: Mapping[str, Choice], default: str | None = None) -> Choice:
         """What `choices` makes of the text under `key`."""
         value = self.text(key, default)
         if value not in choices:
@@ -95,3 +111,7 @@ class Document:
     def _value(self, key: str, default: Any) -> Any:
         value = self.values.get(key)
         return default if value is None else value
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

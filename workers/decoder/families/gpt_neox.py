@@ -13,6 +13,7 @@ from workers.decoder.families import gguf, llama
 from workers.decoder.families.arrange import OfEachHead
 from workers.decoder.families.document import Document
 from workers.decoder.families.layer_norm import layer_norm_decoder
+from workers.decoder.families.layers import with_attention
 from workers.decoder.families.names import KINDS, named
 from workers.decoder.families.rotary import read_rotary
 from workers.decoder.storage import Source
@@ -34,14 +35,10 @@ def read_config(document: Document) -> DecoderConfig:
     )
     layer = config.layers[0]
     bias = document.flag("attention_bias", True)
-    attention = replace(
-        layer.attention,
-        rotary=read_rotary(document, layer.attention.spec.head_width, part=0.25),
-        qkv_bias=bias,
-        output_bias=bias,
-    )
+    rotary = read_rotary(document, layer.attention.spec.head_width, part=0.25)
+    layer = with_attention(layer, rotary=rotary, qkv_bias=bias, output_bias=bias)
     parallel = document.flag("use_parallel_residual", True)
-    layer = replace(layer, attention=attention, arrangement="parallel" if parallel else "sequential")
+    layer = replace(layer, arrangement="parallel" if parallel else "sequential")
     return replace(config, layers=(layer,) * len(config.layers))
 
 
