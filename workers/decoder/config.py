@@ -24,11 +24,14 @@ class RopeScaling:
     `linear`: all divided by `factor` (Chen et al. 2023). `llama3`: long wavelengths divided by `factor`, short ones
     kept, a ramp between. `yarn` (Peng et al. 2023): those that turn more than `beta_fast` times within
     `original_context` kept, those that turn less than `beta_slow` times divided, a ramp over the columns between, whose
-    ends are whole columns if `truncate`. `divisors`: each frequency divided by its own number (how GGUF files say it,
-    and LongRoPE: Ding et al. 2024). Cosine and sine are both multiplied by `attention_factor`.
+    ends are whole columns if `truncate`. `divisors`: each frequency divided by its own number (how GGUF files say it).
+    `longrope` (Ding et al. 2024): by `divisors`, or by `short_divisors` in a decoder that is loaded for no more than
+    `original_context` positions. transformers chooses by each sequence's length, and computes all keys anew where one
+    grows beyond; keys that stay in a cache can't change, so a decoder keeps to one choice, as vLLM does.
+    Cosine and sine are both multiplied by `attention_factor`.
     """
 
-    kind: Literal["linear", "llama3", "yarn", "divisors"]
+    kind: Literal["linear", "llama3", "yarn", "divisors", "longrope"]
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
@@ -37,6 +40,7 @@ class RopeScaling:
     beta_slow: float = 1.0
     truncate: bool = True
     divisors: tuple[float, ...] = ()
+    short_divisors: tuple[float, ...] = ()
     attention_factor: float = 1.0
 
 

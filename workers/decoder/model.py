@@ -58,6 +58,7 @@ class Decoder:
         precision: Precision,
         device: torch.device,
         dispatcher: Dispatcher,
+        max_context: int | None = None,
     ) -> None:
         self.config = config
         self.groups = layer_groups(config)
@@ -72,7 +73,8 @@ class Decoder:
         self.dispatcher = dispatcher
         self._group_of = {layer: g for g, group in enumerate(self.groups) for layer in group.layers}
         rotaries = (layer.attention.rotary for layer in config.layers)
-        self._rotaries = {rotary: Rotary(rotary, device) for rotary in rotaries if rotary is not None}
+        context = min(max_context or config.max_context, config.max_context)
+        self._rotaries = {rotary: Rotary(rotary, device, context=context) for rotary in rotaries if rotary is not None}
 
     @classmethod
     def load(
@@ -83,11 +85,13 @@ class Decoder:
         dtype: str = "auto",
         experts: Sequence[Sequence[int]] | None = None,
         dispatcher: Dispatcher | None = None,
+        max_context: int | None = None,
     ) -> Decoder:
         """Read a checkpoint's weights: a directory in Hugging Face layout, a .gguf file, or one opened before.
 
         `dtype` is "auto", "float32" or "bfloat16". `experts[layer]` names the expert of each slot that this rank holds
-        (None: all); other experts are not read, and `dispatcher` must know the same placement.
+        (None: all); other experts are not read, and `dispatcher` must know the same placement. `max_context`: positions
+        that sequences will use at most (None: all that the model has), which LongRoPE's frequencies depend on.
         Peak memory: the weights held plus one tensor. UserError when the checkpoint is not whole.
         """
         device = torch.device(device)
@@ -112,6 +116,7 @@ class Decoder:
             precision=precision,
             device=device,
             dispatcher=dispatcher or LocalDispatcher(),
+            max_context=max_context,
         )
 
     def new_pools(self, num_blocks: Sequence[int], block_tokens: int) -> list[KVPool]:

@@ -129,6 +129,8 @@ def act_mul(gate_up: Tensor, activation: str = "silu") -> Tensor:
     """activation(gate) * up for gate_up [T, 2F], the gate in the first half -> [T, F] (Shazeer 2020)."""
     if activation == "silu" and _runs_native(gate_up):
         return native.swiglu(gate_up)
+    if activation in ("gelu", "gelu_tanh") and _runs_native(gate_up):
+        return native.gelu(gate_up, gated=True, exact=activation == "gelu")
     gate, up = gate_up.chunk(2, dim=-1)
     return _ACTIVATIONS[activation](gate) * up
 
@@ -148,7 +150,9 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def act(x: Tensor, activation: str) -> Tensor:
-    """activation(x), elementwise."""
+    """activation(x) for x [T, F]."""
+    if activation in ("gelu", "gelu_tanh") and _runs_native(x):
+        return native.gelu(x, gated=False, exact=activation == "gelu")
     return _ACTIVATIONS[activation](x)
 
 

@@ -15,11 +15,12 @@ from workers.decoder.weight import DenseWeight, Weight
 class Rotary:
     """Turns positions into the angles by which query and key heads are rotated."""
 
-    def __init__(self, config: RotaryConfig, device: torch.device) -> None:
+    def __init__(self, config: RotaryConfig, device: torch.device, *, context: int) -> None:
+        """`context`: positions that are ever asked for."""
         exponents = torch.arange(0, config.width, 2, dtype=torch.float32) / config.width
         frequencies = 1.0 / config.theta**exponents  # [width / 2], radians a position
         if config.scaling is not None:
-            frequencies = _scaled(frequencies, config)
+            frequencies = _scaled(frequencies, config, context)
         self._frequencies = frequencies.to(device)
         self._factor = 1.0 if config.scaling is None else config.scaling.attention_factor
 
@@ -56,13 +57,14 @@ def sinusoids(rows: int, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos(), torch.zeros(rows, width - 2 * half)], dim=1)
 
 
-def _scaled(frequencies: Tensor, config: RotaryConfig) -> Tensor:
+def _scaled(frequencies: Tensor, config: RotaryConfig, context: int) -> Tensor:
     scaling = config.scaling
     assert scaling is not None
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    if scaling.kind == "divisors":
-        return frequencies / torch.tensor(scaling.divisors)
+    if scaling.kind in ("divisors", "longrope"):
+        short = scaling.kind == "longrope" and context <= scaling.original_context
+        return frequencies / torch.tensor(scaling.short_divisors if short else scaling.divisors)
     if scaling.kind == "yarn":
         kept = _kept_by_yarn(config, scaling)
         return kept * frequencies + (1 - kept) * frequencies / scaling.factor

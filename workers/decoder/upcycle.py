@@ -129,6 +129,11 @@ def _check_fits_mixtral(checkpoint: Checkpoint) -> None:
             f"{where}: has its rotary scaling as a tensor, which Mixtral's format can't say; "
             "upcycle the model's Hugging Face directory"
         )
+    if rotary.width != spec.head_width or (rotary.scaling and rotary.scaling.kind not in ("linear", "llama3")):
+        raise UserError(
+            f"{where}: has rotary positions that upcycling can't say in Mixtral's format; "
+            "upcycle a plain Llama or Mistral"
+        )
 
 
 def _sample(checkpoint: Checkpoint, seed: int) -> Tensor:
@@ -163,7 +168,7 @@ def _write_weights(
     del embedding
     rotary = config.layers[0].attention.rotary
     assert rotary is not None
-    rotation = Rotary(rotary, _CPU)(torch.arange(sample.shape[1]).repeat(sample.shape[0]))
+    rotation = Rotary(rotary, _CPU, context=config.max_context)(torch.arange(sample.shape[1]).repeat(sample.shape[0]))
     for i, layer in enumerate(config.layers):
         x, inputs = _layer_on_sample(Block.load(i, config, tensors), x, rotation, sample)
         ours, published = f"layers.{i}", f"model.layers.{i}"

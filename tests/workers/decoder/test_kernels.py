@@ -82,6 +82,18 @@ def test_sigmoid_has_the_same_bits_wherever_a_number_stands() -> None:
     )
 
 
+@pytest.mark.parametrize("width", [1, 10, 72])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_gelu_and_that_an_element_does_not_depend_on_its_neighbours(width: int, exact: bool, gated: bool) -> None:
+    x = torch.randn(9, 2 * width) * torch.tensor([0.1, 1.0, 50.0])[torch.arange(9) % 3][:, None]
+    gate, up = x.double().chunk(2, dim=1) if gated else (x.double(), torch.ones(()).double())
+    got = native.gelu(x, gated=gated, exact=exact)
+    close(got, torch.nn.functional.gelu(gate, approximate="none" if exact else "tanh") * up)
+    for row in range(9):
+        assert torch.equal(native.gelu(x[row : row + 1], gated=gated, exact=exact), got[row : row + 1])
+
+
 def test_rotation_pairs_each_column_with_the_one_half_a_head_away() -> None:
     x, angle = torch.randn(5, 3, 12), torch.randn(5, 4)
     cosine, sine = angle.cos(), angle.sin()

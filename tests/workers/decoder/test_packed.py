@@ -118,6 +118,10 @@ def assert_pools_agree(spec: AttentionSpec, *, with_sinks: bool = False, dtype: 
     [
         lambda: ops.rms_norm(torch.linspace(-3, 3, 70).view(7, 10), torch.linspace(0.5, 1, 10), 1e-5),
         lambda: ops.act_mul(torch.linspace(-30, 30, 84).view(7, 12)),
+        lambda: ops.act_mul(torch.linspace(-30, 30, 84).view(7, 12), "gelu"),
+        lambda: ops.act_mul(torch.linspace(-30, 30, 84).view(7, 12), "gelu_tanh"),
+        lambda: ops.act(torch.linspace(-30, 30, 84).view(7, 12), "gelu"),
+        lambda: ops.act(torch.linspace(-30, 30, 84).view(7, 12), "gelu_tanh"),
         lambda: ops.rotate(torch.linspace(-3, 3, 84).view(7, 2, 6), torch.rand(7, 2).sin(), torch.rand(7, 2)),
     ],
 )

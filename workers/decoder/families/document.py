@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -54,6 +54,12 @@ class Document:
             raise self.wrong(key, "a number")
         return float(value)
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        value = self.values.get(key)
+        if not isinstance(value, Sequence) or not all(isinstance(n, int | float) for n in value):
+            raise self.wrong(key, "a list of numbers")
+        return tuple(float(n) for n in value)
+
     def flag(self, key: str, default: bool | None = None) -> bool:
         value = self._value(key, default)
         if not isinstance(value, bool):
@@ -79,6 +85,23 @@ class Document:
         if not isinstance(value, Mapping):
             raise self.wrong(key, "an object")
         return Document(f"{self.where}: {key}", value)
+
+    def over(self, defaults: Mapping[str, Any]) -> Document:
+        """This document, with an architecture's `defaults` for keys that are not there at all."""
+        return Document(self.where, {**defaults, **self.values})
+
+    def renamed(self, names: Mapping[str, str]) -> Document:
+        """This document, where a key that `names` has goes by its other name: n_head as num_attention_heads."""
+        return Document(self.where, {names.get(key, key): value for key, value in self.values.items()})
+
+    def refuse(self, supported: Mapping[str, Any]) -> None:
+        """UserError where a key is there with another value than the one that is supported. Null is not there."""
+        for key, value in supported.items():
+            if key in self and self.values[key] != value:
+                raise UserError(
+                    f"{self.where}: {key} {self.values[key]!r} is not supported"
+                    + ("" if value is None else f", only {value!r}")
+                )
 
     def wrong(self, key: str, wanted: str) -> UserError:
         if key not in self.values:

@@ -39,14 +39,14 @@ class GgufModel:
         where: str,
         metadata: Mapping[str, Any],
         shapes: Mapping[str, tuple[int, ...]],
-        divisors: Callable[[str], tuple[float, ...]],
+        numbers: Callable[[str], tuple[float, ...]],
     ) -> None:
         self.where = where
         self.architecture = str(metadata.get("general.architecture"))
         prefix = f"{self.architecture}."
         self.own = Document(where, {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)})
         self.shapes = shapes
-        self.divisors = divisors  # the numbers of a small tensor, by its name
+        self.numbers = numbers  # of a small tensor, by its name
 
     def __contains__(self, tensor: str) -> bool:
         return tensor in self.shapes
@@ -90,7 +90,7 @@ class GgufModel:
 
     def rope_scaling(self) -> dict[str, Any] | None:
         if "rope_freqs.weight" in self:
-            return {"rope_type": "divisors", "divisors": self.divisors("rope_freqs.weight")}
+            return {"rope_type": "divisors", "divisors": self.numbers("rope_freqs.weight")}
         kind = self.own.text("rope.scaling.type", "none")
         if kind == "none":
             return None

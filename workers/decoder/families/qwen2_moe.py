@@ -9,7 +9,8 @@ from workers.decoder.config import DecoderConfig, ExpertsConfig, FeedForwardConf
 from workers.decoder.families import gguf, llama
 from workers.decoder.families.document import Document
 from workers.decoder.families.expert_names import LLAMA_NAMES, either_sources
-from workers.decoder.families.layers import each_layer, layer_windows, with_attention
+from workers.decoder.families.layer_types import FULL, SLIDING, read_layer_types, read_windows
+from workers.decoder.families.layers import each_layer
 from workers.decoder.storage import Source
 
 MODEL_TYPES: tuple[str, ...] = ("qwen2_moe",)
@@ -26,17 +27,18 @@ def read_config(document: Document) -> DecoderConfig:
         ),
         shared_gate=True,
     )
-    config = llama.llama_like(document, experts)
-    window, upper = None, 0
-    if document.flag("use_sliding_window", False):
-        window, upper = document.integer("sliding_window", 4096), document.count("max_window_layers", 28)
-    windows = layer_windows(document, len(config.layers), lambda i: i % 2 == 0 and i < upper, window)
     bias = document.flag("qkv_bias", True)
+    return with_dense_layers(document, llama.llama_like(document, experts, windows=_windows(document), qkv_bias=bias))
 
-    def layer(i: int, equal: LayerConfig) -> LayerConfig:
-        return with_attention(with_dense(document, i, equal), qkv_bias=bias, spec={"window": windows[i]})
 
-    return each_layer(config, layer)
+def _windows(document: Document) -> tuple[int | None, ...]:
+    """Each layer's: of every other one below max_window_layers, where use_sliding_window is set."""
+    num_layers = document.integer("num_hidden_layers")
+    if not document.flag("use_sliding_window", False):
+        return (None,) * num_layers
+    upper = document.count("max_window_layers", 28)
+    otherwise = [SLIDING if i % 2 == 0 and i < upper else FULL for i in range(num_layers)]
+    return read_windows(document, read_layer_types(document, otherwise))
 
 
 def read_router(document: Document, *, num_experts: int, top_k: int) -> RouterConfig:
@@ -50,18 +52,16 @@ def read_router(document: Document, *, num_experts: int, top_k: int) -> RouterCo
     )
 
 
-def with_dense(document: Document, i: int, layer: LayerConfig) -> LayerConfig:
-    """`layer`, or the same with a dense feed-forward network where the configuration wants it as layer i."""
-    dense = document.counts("mlp_only_layers")
-    if i not in dense and (i + 1) % document.integer("decoder_sparse_step", 1) == 0:
-        return layer
-    width = document.integer("intermediate_size")
-    return replace(
-        layer,
-        feed_forward=FeedForwardConfig(
-            width=width, activation=document.choice("hidden_act", llama.ACTIVATIONS, "silu")
-        ),
-    )
+def with_dense_layers(document: Document, config: DecoderConfig) -> DecoderConfig:
+    """`config` with a dense feed-forward network in each layer where the configuration wants one."""
+    listed, step = document.counts("mlp_only_layers"), document.integer("decoder_sparse_step", 1)
+
+    def layer(i: int, sparse: LayerConfig) -> LayerConfig:
+        if i not in listed and (i + 1) % step == 0:
+            return sparse
+        return replace(sparse, feed_forward=llama.gated_feed_forward(document))
+
+    return each_layer(config, layer)
 
 
 def sources(config: DecoderConfig, names: Collection[str]) -> dict[str, Source]:

@@ -8,16 +8,28 @@ from typing import Protocol
 from pipeline.errors import UserError
 from workers.decoder.config import DecoderConfig
 from workers.decoder.families import (
+    bloom,
     deepseek,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neo,
+    gpt_neox,
     gpt_oss,
     granitemoe,
     llama,
     mistral,
     mixtral,
+    mpt,
     olmoe,
+    phi3,
     phimoe,
+    qwen2,
     qwen2_moe,
+    qwen3,
     qwen3_moe,
+    xglm,
 )
 from workers.decoder.families.document import Document
 from workers.decoder.families.gguf import GgufModel
@@ -52,18 +64,15 @@ class GgufFamily(Protocol):
 
 
 _MODULES: tuple[Family, ...] = (
-    deepseek,
-    gpt_oss,
-    granitemoe,
-    llama,
-    mistral,
-    mixtral,
-    olmoe,
-    phimoe,
-    qwen2_moe,
-    qwen3_moe,
+    *(llama, mistral, mixtral, qwen2, qwen3, gemma, gemma2, gemma3, phi3),
+    *(gpt2, gpt_neo, gpt_neox, bloom, mpt, xglm),
+    *(olmoe, qwen2_moe, qwen3_moe, deepseek, gpt_oss, granitemoe, phimoe),
 )
-_GGUF_MODULES: tuple[GgufFamily, ...] = (deepseek, gpt_oss, granitemoe, llama, olmoe, phimoe, qwen2_moe, qwen3_moe)
+_GGUF_MODULES: tuple[GgufFamily, ...] = (
+    *(llama, qwen2, qwen3, gemma, gemma2, gemma3, phi3),
+    *(gpt2, gpt_neox, bloom, mpt),
+    *(olmoe, qwen2_moe, qwen3_moe, deepseek, gpt_oss, granitemoe, phimoe),
+)
 FAMILIES: dict[str, Family] = {model_type: module for module in _MODULES for model_type in module.MODEL_TYPES}
 GGUF_FAMILIES: dict[str, GgufFamily] = {
     architecture: module for module in _GGUF_MODULES for architecture in module.GGUF_ARCHITECTURES

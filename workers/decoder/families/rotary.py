@@ -36,11 +36,34 @@ def _read_scaling(document: Document, written: Document) -> RopeScaling | None:
                 "original_max_position_embeddings", document.integer("max_position_embeddings")
             ),
         )
+    if kind == "dynamic":
+        # Frequencies would change with each sequence's length once that goes beyond max_position_embeddings, where no
+        # sequence of ours goes: within it they are as they were.
+        return None
+    if kind in ("longrope", "su"):
+        return _read_longrope(document, written)
     if kind == "yarn":
         return _read_yarn(document, written)
     if kind == "divisors":  # ours: what GGUF files carry as a tensor
         return RopeScaling(kind="divisors", divisors=tuple(written.values["divisors"]))
-    raise UserError(f"{written.where}: rope_type {kind!r} is not supported (default, linear, llama3, yarn are)")
+    raise UserError(
+        f"{written.where}: rope_type {kind!r} is not supported (default, linear, llama3, dynamic, longrope, yarn are)"
+    )
+
+
+def _read_longrope(document: Document, written: Document) -> RopeScaling:
+    context = document.integer("max_position_embeddings")
+    outside = document if "original_max_position_embeddings" in document else written
+    original = outside.integer("original_max_position_embeddings", context)
+    factor = written.number("factor", context / original)
+    usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return RopeScaling(
+        kind="longrope",
+        divisors=written.numbers("long_factor"),
+        short_divisors=written.numbers("short_factor"),
+        original_context=original,
+        attention_factor=written.number("attention_factor", usual),
+    )
 
 
 def _read_yarn(document: Document, written: Document) -> RopeScaling:

@@ -47,6 +47,33 @@ void gristmill_swiglu(const float *gate_up, int64_t T, int64_t F, float alpha, f
   }
 }
 
+/* x / (1 + e^-2u) with u = sqrt(2 / pi) (x + 0.044715 x^3): x / 2 (1 + tanh u) (Hendrycks and Gimpel 2016). */
+INLINE vec gelu_tanh(vec x) {
+  const vec u = x * splat(0.79788456080286536f) * (splat(1.0f) + splat(0.044715f) * x * x);
+  return x / (splat(1.0f) + vexp(splat(-2.0f) * u));
+}
+
+INLINE float gelu_exact(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
+
+/* y [T, F] = gelu(x) for x [T, F], or gelu(gate) * up for x [T, 2F] with the gate in the first half (GeGLU).
+   Row by row, so that an element's bits do not depend on how many rows there are. */
+void gristmill_gelu(const float *x, int64_t T, int64_t F, int64_t gated, int64_t exact, float *y, int64_t threads) {
+  const int64_t whole = exact ? 0 : F / LANES * LANES;
+#pragma omp parallel for schedule(static) num_threads(threads) if (T * F > 16384)
+  for (int64_t t = 0; t < T; t++) {
+    const float *gate = x + t * (gated ? 2 * F : F), *up = gated ? gate + F : 0;
+    float *out = y + t * F;
+    for (int64_t f = 0; f < whole; f += LANES) {
+      const vec g = gelu_tanh(load(gate + f));
+      store(out + f, up ? g * load(up + f) : g);
+    }
+    for (int64_t f = whole; f < F; f++) {
+      const float g = exact ? gelu_exact(gate[f]) : gelu_tanh(splat(gate[f]))[0];
+      out[f] = up ? g * up[f] : g;
+    }
+  }
+}
+
 /* y [T, H, D] = x with the first 2 * half columns of each head rotated by the token's angles cos, sin [T, half]:
    column i pairs with i + half (Su et al. 2021, in the order of GPT-NeoX and Llama). x's tokens are `stride` apart. */
 void gristmill_rotate(const float *x, int64_t stride, const float *cosine, const float *sine, int64_t T, int64_t H,

@@ -172,6 +172,24 @@ def swiglu(gate_up: Tensor, *, alpha: float = 1.0, limit: float = math.inf, shif
     return out
 
 
+def gelu(x: Tensor, *, gated: bool, exact: bool) -> Tensor:
+    """gelu(x) for x [T, F]; gated: gelu(gate) * up for x [T, 2F]. Not exact: by its approximation with tanh."""
+    x = _plain(x)
+    tokens, width = x.shape
+    width = width // 2 if gated else width
+    out = torch.empty(tokens, width)
+    _library().gristmill_gelu(
+        _pointer(x.data_ptr()),
+        _int64(tokens),
+        _int64(width),
+        _int64(gated),
+        _int64(exact),
+        _pointer(out.data_ptr()),
+        _threads(),
+    )
+    return out
+
+
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """x [T, H, D] with column i of each head rotated against column i + half by cosine, sine [T, half]."""
     x = _heads(x)
