@@ -128,7 +128,7 @@ def test_latent_attention_caches_a_latent_and_one_rotated_key_a_token(
     [
         ("olmoe", {"num_experts_per_tok": 6}, "a token can't choose 6 of 5 experts"),
         ("qwen2_moe", {"mlp_only_layers": [-1]}, "mlp_only_layers must be a list of whole numbers"),
-        ("gpt_oss", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types must be a list of 4"),
+        ("gpt_oss", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types must be 4 times"),
         ("gpt_oss", {"quantization_config": {"quant_method": "awq"}}, "weights quantized by 'awq' can't be read"),
         ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "weights quantized by 'fp8' can't be read"),
         ("deepseek_v3", {"scoring_func": "tanh"}, r"scoring_func 'tanh' is not supported \(sigmoid"),

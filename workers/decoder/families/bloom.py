@@ -9,7 +9,8 @@ from workers.decoder.config import DecoderConfig
 from workers.decoder.families import gguf
 from workers.decoder.families.document import Document
 from workers.decoder.families.gpt_neox import fused_by_head
-from workers.decoder.families.layer_norm import alibi_slopes, layer_norm_decoder, with_spec
+from workers.decoder.families.layer_norm import alibi_slopes, layer_norm_decoder
+from workers.decoder.families.layers import with_attention
 from workers.decoder.families.names import named
 from workers.decoder.storage import Source
 
@@ -34,7 +35,8 @@ def read_config(document: Document) -> DecoderConfig:
         eps=document.number("layer_norm_epsilon", 1e-5),
         inner=4 * document.integer("hidden_size"),
     )
-    layer = with_spec(config.layers[0], alibi_slopes=alibi_slopes(config.layers[0].attention.spec.num_heads))
+    slopes = alibi_slopes(config.layers[0].attention.spec.num_heads)
+    layer = with_attention(config.layers[0], spec={"alibi_slopes": slopes})
     return replace(config, layers=(layer,) * len(config.layers), embedding_norm=config.norm)
 
 

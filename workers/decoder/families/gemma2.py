@@ -5,14 +5,13 @@ Gemma Team 2024, arXiv 2408.00118.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
-from workers.decoder.config import DecoderConfig, RotaryConfig
+from workers.decoder.config import DecoderConfig
 from workers.decoder.families import gemma, gguf, llama
 from workers.decoder.families.document import Document
-from workers.decoder.families.layer_types import FULL, SLIDING, read_layer_types, read_windows
-from workers.decoder.families.layers import with_attention
+from workers.decoder.families.layers import each_layer, layer_windows, with_attention
 from workers.decoder.families.names import named
 from workers.decoder.storage import Source
 
@@ -32,40 +31,31 @@ _LAYERS_OF_27B = 46
 
 def read_config(document: Document) -> DecoderConfig:
     document = document.over(DEFAULTS)
-    alternating = [FULL if i % 2 else SLIDING for i in range(document.integer("num_hidden_layers"))]
-    config = sandwiched(document, read_layer_types(document, alternating))
     softcap = _positive(document, "attn_logit_softcapping")
-    layers = tuple(
-        replace(layer, attention=replace(layer.attention, spec=replace(layer.attention.spec, softcap=softcap)))
-        for layer in config.layers
+    return each_layer(
+        sandwiched(document, lambda i: i % 2 == 0), lambda _, layer: with_attention(layer, spec={"softcap": softcap})
     )
-    return replace(config, layers=layers)
 
 
-def sandwiched(
-    document: Document, layer_types: Sequence[str], rotaries: dict[str, RotaryConfig] | None = None
-) -> DecoderConfig:
-    """What Gemma 2 and 3 share. `rotaries` by layer type, where they differ."""
+def sandwiched(document: Document, slides: Callable[[int], bool]) -> DecoderConfig:
+    """What Gemma 2 and 3 share. `slides`: whether layer i has a window where the configuration lists no layers."""
     document.refuse({"use_bidirectional_attention": False})
     feed_forward = replace(
         llama.gated_feed_forward(document),
         activation=document.choice("hidden_activation", llama.ACTIVATIONS, "gelu_pytorch_tanh"),
     )
+    num_layers = document.integer("num_hidden_layers")
     config = llama.llama_like(
         document,
         feed_forward,
-        windows=read_windows(document, layer_types),
+        windows=layer_windows(document, num_layers, slides, document.integer("sliding_window")),
         attention_bias=document.flag("attention_bias", False),
     )
     scale = document.number("query_pre_attn_scalar") ** -0.5
-    layers = []
-    for layer, kind in zip(config.layers, layer_types, strict=True):
-        rotary = layer.attention.rotary if rotaries is None else rotaries[kind]
-        layer = with_attention(layer, spec={"scale": scale}, rotary=rotary)
-        layers.append(replace(layer, arrangement="sandwich"))
     return replace(
-        config,
-        layers=tuple(layers),
+        each_layer(
+            config, lambda _, layer: replace(with_attention(layer, spec={"scale": scale}), arrangement="sandwich")
+        ),
         embedding_scale=config.hidden_width**0.5,
         logit_softcap=_positive(document, "final_logit_softcapping"),
     )

@@ -9,11 +9,10 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-from workers.decoder.config import DecoderConfig
+from workers.decoder.config import DecoderConfig, LayerConfig
 from workers.decoder.families import gemma2, gguf
 from workers.decoder.families.document import Document
-from workers.decoder.families.layer_types import FULL, SLIDING, read_layer_types
-from workers.decoder.families.layers import with_attention
+from workers.decoder.families.layers import each_layer, with_attention
 from workers.decoder.families.rotary import read_rotary
 from workers.decoder.storage import Source
 
@@ -30,6 +29,7 @@ DEFAULTS = {
     "sliding_window": 4096,
     "tie_word_embeddings": True,
 }
+FULL, SLIDING = "full_attention", "sliding_attention"
 _LAYERS_OF_27B = 62
 
 
@@ -39,16 +39,15 @@ def read_config(document: Document) -> DecoderConfig:
         document = Document(text.where, {**text.values, "model_type": "gemma3"})
     document = document.over(DEFAULTS)
     document.refuse({"attn_logit_softcapping": None})
-    pattern = document.integer("sliding_window_pattern", 6)
-    every_sixth = [SLIDING if (i + 1) % pattern else FULL for i in range(document.integer("num_hidden_layers"))]
-    head_width = document.integer("head_dim")
-    rotaries = {
-        FULL: read_rotary(_rope_of(document, FULL, "rope_theta"), head_width, theta=1e6),
-        SLIDING: read_rotary(_rope_of(document, SLIDING, "rope_local_base_freq"), head_width, theta=1e4),
-    }
-    config = gemma2.sandwiched(document, read_layer_types(document, every_sixth), rotaries)
-    layers = tuple(with_attention(layer, query_key_norm=layer.norm) for layer in config.layers)
-    return replace(config, layers=layers)
+    pattern, head_width = document.integer("sliding_window_pattern", 6), document.integer("head_dim")
+    full = read_rotary(_rope_of(document, FULL, "rope_theta"), head_width, theta=1e6)
+    sliding = read_rotary(_rope_of(document, SLIDING, "rope_local_base_freq"), head_width, theta=1e4)
+
+    def own_rotary(_: int, layer: LayerConfig) -> LayerConfig:
+        slides = layer.attention.spec.window is not None
+        return with_attention(layer, rotary=sliding if slides else full, query_key_norm=layer.norm)
+
+    return each_layer(gemma2.sandwiched(document, lambda i: (i + 1) % pattern != 0), own_rotary)
 
 
 def _rope_of(document: Document, kind: str, theta: str) -> Document:

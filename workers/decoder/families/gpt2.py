@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from workers.decoder.config import DecoderConfig, PositionTableConfig
+from workers.decoder.config import DecoderConfig, LayerConfig, PositionTableConfig
 from workers.decoder.families import gguf, llama
 from workers.decoder.families.arrange import Turned
 from workers.decoder.families.document import Document
-from workers.decoder.families.layer_norm import layer_norm_decoder, with_spec
+from workers.decoder.families.layer_norm import layer_norm_decoder
+from workers.decoder.families.layers import each_layer, with_attention
 from workers.decoder.families.names import named
 from workers.decoder.storage import Source
 
@@ -35,12 +36,13 @@ def read_config(document: Document) -> DecoderConfig:
     )
     scaled = document.flag("scale_attn_weights", True)
     by_layer = document.flag("scale_attn_by_inverse_layer_idx", False)
-    layers = []
-    for i, layer in enumerate(config.layers):
+
+    def own_scale(i: int, layer: LayerConfig) -> LayerConfig:
         scale = layer.attention.spec.scale if scaled else 1.0
-        layers.append(with_spec(layer, scale=scale / (i + 1) if by_layer else scale))
+        return with_attention(layer, spec={"scale": scale / (i + 1) if by_layer else scale})
+
     positions = PositionTableConfig(kind="learned", rows=config.max_context)
-    return replace(config, layers=tuple(layers), positions=positions)
+    return replace(each_layer(config, own_scale), positions=positions)
 
 
 def sources(config: DecoderConfig, names: Collection[str]) -> dict[str, Source]:

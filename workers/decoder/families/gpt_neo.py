@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from workers.decoder.config import DecoderConfig, PositionTableConfig
+from workers.decoder.config import DecoderConfig, LayerConfig, PositionTableConfig
 from workers.decoder.families import llama
 from workers.decoder.families.document import Document
-from workers.decoder.families.layer_norm import layer_norm_decoder, with_spec
-from workers.decoder.families.layers import with_attention
+from workers.decoder.families.layer_norm import layer_norm_decoder
+from workers.decoder.families.layers import each_layer, with_attention
 from workers.decoder.families.names import named
 from workers.decoder.storage import Source
 
@@ -26,13 +26,14 @@ def read_config(document: Document) -> DecoderConfig:
         eps=document.number("layer_norm_epsilon", 1e-5),
         inner=document.integer("intermediate_size", 4 * document.integer("hidden_size")),
     )
-    window = document.integer("window_size", 256)
-    layers = []
-    for layer, kind in zip(config.layers, _kinds(document), strict=True):
-        layer = with_spec(layer, scale=1.0, window=window if kind == "local" else None)
-        layers.append(with_attention(layer, qkv_bias=False))
+    window, kinds = document.integer("window_size", 256), _kinds(document)
+
+    def own_window(i: int, layer: LayerConfig) -> LayerConfig:
+        spec = {"scale": 1.0, "window": window if kinds[i] == "local" else None}
+        return with_attention(layer, spec=spec, qkv_bias=False)
+
     positions = PositionTableConfig(kind="learned", rows=config.max_context)
-    return replace(config, layers=tuple(layers), positions=positions)
+    return replace(each_layer(config, own_window), positions=positions)
 
 
 def _kinds(document: Document) -> list[str]:

@@ -36,8 +36,8 @@ def read_config(document: Document) -> DecoderConfig:
     layer = config.layers[0]
     bias = document.flag("attention_bias", True)
     rotary = read_rotary(document, layer.attention.spec.head_width, part=0.25)
-    parallel = document.flag("use_parallel_residual", True)
     layer = with_attention(layer, rotary=rotary, qkv_bias=bias, output_bias=bias)
+    parallel = document.flag("use_parallel_residual", True)
     layer = replace(layer, arrangement="parallel" if parallel else "sequential")
     return replace(config, layers=(layer,) * len(config.layers))
 

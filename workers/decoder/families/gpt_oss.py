@@ -14,8 +14,7 @@ from workers.decoder.config import (
 from workers.decoder.families import gguf, llama
 from workers.decoder.families.arrange import Turned
 from workers.decoder.families.document import Document
-from workers.decoder.families.layer_types import FULL, SLIDING, read_layer_types, read_windows
-from workers.decoder.families.layers import each_layer, with_attention
+from workers.decoder.families.layers import each_layer, layer_windows, with_attention
 from workers.decoder.storage import Source
 
 MODEL_TYPES: tuple[str, ...] = ("gpt_oss",)
@@ -49,12 +48,11 @@ def read_config(document: Document) -> DecoderConfig:
             bias=True,
         ),
     )
-    document = document.over({"sliding_window": 128})
     if "rope_parameters" not in document and "rope_scaling" not in document:
         document = Document(document.where, {**document.values, "rope_scaling": _ROPE})
     bias = document.flag("attention_bias", True)
-    otherwise = [FULL if i % 2 else SLIDING for i in range(document.integer("num_hidden_layers"))]
-    windows = read_windows(document, read_layer_types(document, otherwise))
+    window = document.integer("sliding_window", 128)
+    windows = layer_windows(document, document.integer("num_hidden_layers"), lambda i: i % 2 == 0, window)
     config = llama.llama_like(document, experts, windows=windows, attention_bias=bias, theta=150_000.0, eps=1e-5)
     return each_layer(config, lambda _, layer: with_attention(layer, sinks=True))
 

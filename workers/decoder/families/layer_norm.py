@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from workers.decoder.attention import AttentionSpec
 from workers.decoder.config import (
     AttentionConfig,
@@ -18,7 +16,7 @@ from workers.decoder.families.document import Document
 def layer_norm_decoder(
     document: Document, *, activation: str, eps: float, inner: int, bias: bool = True, tied: bool = True
 ) -> DecoderConfig:
-    """Equal layers, to be changed by the family with `dataclasses.replace`. `bias` of everything, norms included.
+    """Equal layers, to be changed by the family. `bias` of everything, norms included.
 
     Keys are those of most architectures (hidden_size, num_attention_heads ...); `tied` is the architecture's default.
     """
@@ -49,12 +47,6 @@ def layer_norm_decoder(
         norm=norm,
         tied_embeddings=document.flag("tie_word_embeddings", tied),
     )
-
-
-def with_spec(layer: LayerConfig, **changes: object) -> LayerConfig:
-    """`layer` with another attention spec."""
-    spec = replace(layer.attention.spec, **changes)  # type: ignore[arg-type]
-    return replace(layer, attention=replace(layer.attention, spec=spec))
 
 
 def alibi_slopes(num_heads: int, largest: float = 8.0) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from workers.decoder.config import DecoderConfig
 from workers.decoder.families import gguf
 from workers.decoder.families.document import Document
-from workers.decoder.families.layer_norm import alibi_slopes, layer_norm_decoder, with_spec
+from workers.decoder.families.layer_norm import alibi_slopes, layer_norm_decoder
 from workers.decoder.families.layers import with_attention
 from workers.decoder.families.names import named
 from workers.decoder.storage import Source
@@ -38,13 +38,12 @@ def read_config(document: Document) -> DecoderConfig:
         bias=False,
     )
     spec = config.layers[0].attention.spec
-    layer = with_spec(
+    slopes = alibi_slopes(spec.num_heads, attention.number("alibi_bias_max", 8.0))
+    layer = with_attention(
         config.layers[0],
-        alibi_slopes=alibi_slopes(spec.num_heads, attention.number("alibi_bias_max", 8.0)),
-        scale=attention.number("softmax_scale", spec.scale),
+        spec={"alibi_slopes": slopes, "scale": attention.number("softmax_scale", spec.scale)},
+        clip_qkv=attention.number("clip_qkv") if "clip_qkv" in attention else None,
     )
-    clip = attention.number("clip_qkv") if "clip_qkv" in attention else None
-    layer = with_attention(layer, clip_qkv=clip)
     return replace(config, layers=(layer,) * len(config.layers))
 
 

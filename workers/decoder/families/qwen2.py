@@ -5,12 +5,12 @@ Yang et al. 2024, arXiv 2407.10671.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from workers.decoder.config import DecoderConfig
 from workers.decoder.families import gguf, llama
 from workers.decoder.families.document import Document
-from workers.decoder.families.layer_types import FULL, SLIDING, read_layer_types, read_windows
+from workers.decoder.families.layers import layer_windows
 from workers.decoder.storage import Source
 
 MODEL_TYPES: tuple[str, ...] = ("qwen2",)
@@ -25,16 +25,15 @@ def read_config(document: Document) -> DecoderConfig:
     )
 
 
-def upper_windows(document: Document) -> tuple[int | None, ...]:
+def upper_windows(document: Document) -> Sequence[int | None]:
     """Each layer's window: of the layers from max_window_layers on, where use_sliding_window is set."""
     num_layers = document.integer("num_hidden_layers")
     if not document.flag("use_sliding_window", False):
-        return (None,) * num_layers
+        return [None] * num_layers
     below = document.values.get("max_window_layers", 28)
     if not isinstance(below, int):
         raise document.wrong("max_window_layers", "a number of layers")
-    otherwise = [SLIDING if i >= below else FULL for i in range(num_layers)]
-    return read_windows(document, read_layer_types(document, otherwise))
+    return layer_windows(document, num_layers, lambda i: i >= below, document.integer("sliding_window", 4096))
 
 
 def gguf_document(model: gguf.GgufModel) -> Document:

@@ -9,8 +9,7 @@ from workers.decoder.config import DecoderConfig, ExpertsConfig, FeedForwardConf
 from workers.decoder.families import gguf, llama
 from workers.decoder.families.document import Document
 from workers.decoder.families.expert_names import LLAMA_NAMES, either_sources
-from workers.decoder.families.layer_types import FULL, SLIDING, read_layer_types, read_windows
-from workers.decoder.families.layers import each_layer
+from workers.decoder.families.layers import each_layer, layer_windows
 from workers.decoder.storage import Source
 
 MODEL_TYPES: tuple[str, ...] = ("qwen2_moe",)
@@ -27,18 +26,11 @@ def read_config(document: Document) -> DecoderConfig:
         ),
         shared_gate=True,
     )
-    bias = document.flag("qkv_bias", True)
-    return with_dense_layers(document, llama.llama_like(document, experts, windows=_windows(document), qkv_bias=bias))
-
-
-def _windows(document: Document) -> tuple[int | None, ...]:
-    """Each layer's: of every other one below max_window_layers, where use_sliding_window is set."""
-    num_layers = document.integer("num_hidden_layers")
-    if not document.flag("use_sliding_window", False):
-        return (None,) * num_layers
+    window = document.integer("sliding_window", 4096) if document.flag("use_sliding_window", False) else None
     upper = document.count("max_window_layers", 28)
-    otherwise = [SLIDING if i % 2 == 0 and i < upper else FULL for i in range(num_layers)]
-    return read_windows(document, read_layer_types(document, otherwise))
+    windows = layer_windows(document, document.integer("num_hidden_layers"), lambda i: i % 2 == 0 and i < upper, window)
+    bias = document.flag("qkv_bias", True)
+    return with_dense_layers(document, llama.llama_like(document, experts, windows=windows, qkv_bias=bias))
 
 
 def read_router(document: Document, *, num_experts: int, top_k: int) -> RouterConfig:

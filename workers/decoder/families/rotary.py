@@ -40,14 +40,14 @@ def _read_scaling(document: Document, written: Document) -> RopeScaling | None:
         # Frequencies would change with each sequence's length once that goes beyond max_position_embeddings, where no
         # sequence of ours goes: within it they are as they were.
         return None
-    if kind in ("longrope", "su"):
-        return _read_longrope(document, written)
     if kind == "yarn":
         return _read_yarn(document, written)
+    if kind in ("longrope", "su"):
+        return _read_longrope(document, written)
     if kind == "divisors":  # ours: what GGUF files carry as a tensor
         return RopeScaling(kind="divisors", divisors=tuple(written.values["divisors"]))
     raise UserError(
-        f"{written.where}: rope_type {kind!r} is not supported (default, linear, llama3, dynamic, longrope, yarn are)"
+        f"{written.where}: rope_type {kind!r} is not supported (default, linear, llama3, yarn, dynamic, longrope are)"
     )
 
 
@@ -57,6 +57,9 @@ def _read_longrope(document: Document, written: Document) -> RopeScaling:
     original = outside.integer("original_max_position_embeddings", context)
     factor = written.number("factor", context / original)
     usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    if "long_mscale" in written:  # Phi-3.5-MoE
+        usual = written.number("long_mscale")
+        written.refuse({"short_mscale": usual})
     return RopeScaling(
         kind="longrope",
         divisors=written.numbers("long_factor"),
