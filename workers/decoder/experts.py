@@ -51,7 +51,7 @@ class Experts:
             down.put(slot, 0, own.matrix("down.weight", hidden_width, width))
         return cls(
             config,
-            tensors.weight(hidden_width, ("router.weight", router.num_experts)),
+            tensors.unquantized().weight(hidden_width, ("router.weight", router.num_experts)),
             tensors.vector("router.bias", router.num_experts) if router.bias else None,
             tensors.vector("router.correction", router.num_experts) if router.correction_bias else None,
             gate_up,
