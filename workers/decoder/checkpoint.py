@@ -6,7 +6,6 @@ Directories in Hugging Face layout with safetensors, and GGUF files. Nothing is 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from pipeline.errors import UserError
 from workers.decoder.config import DecoderConfig
 from workers.decoder.families import gguf
 from workers.decoder.families.document import Document
-from workers.decoder.families.registry import Family, family_of
+from workers.decoder.families.registry import GGUF_FAMILIES, Family, family_of, gguf_family_of
 from workers.decoder.gguf_files import GgufFiles
 from workers.decoder.safetensors_files import SafetensorsFiles, has_safetensors
 from workers.decoder.storage import Source, Storage
@@ -55,7 +54,12 @@ class Checkpoint:
             if not piece or source.rows[1] > piece[0]:
                 raise self._misshapen(source, shape)
             piece = (source.rows[1] - source.rows[0], *piece[1:])
-        if math.prod(piece) != math.prod(shape) or (source.arrange is None and piece != shape):
+        if source.arrange is not None:
+            try:
+                piece = tuple(source.arrange(torch.empty(piece, device="meta")).shape)
+            except (RuntimeError, IndexError):  # no such view of a tensor of this shape
+                raise self._misshapen(source, shape) from None
+        if piece != shape:
             raise self._misshapen(source, shape)
 
     def _misshapen(self, source: Source, wanted: tuple[int, ...]) -> UserError:
@@ -121,11 +125,14 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    storage = GgufFiles(path, prefixes=tuple(f"{name}." for name in ("general", *gguf.ARCHITECTURES)))
-    divisors: tuple[float, ...] = ()
-    if "rope_freqs.weight" in storage.names:
-        divisors = tuple(storage.read(Source("rope_freqs.weight"), torch.float32).tolist())
-    shapes = {name: storage.shape(name) for name in storage.names}
-    document = gguf.read_document(str(path), storage.metadata, gguf.GgufTensors(str(path), shapes, divisors))
+    storage = GgufFiles(path, prefixes=tuple(f"{name}." for name in ("general", *GGUF_FAMILIES)))
+    model = gguf.GgufModel(
+        str(path),
+        storage.metadata,
+        {name: storage.shape(name) for name in storage.names},
+        lambda name: tuple(storage.read(Source(name), torch.float32).tolist()),
+    )
+    family = gguf_family_of(model)
+    document = family.gguf_document(model)
     config = _read_config(family_of(document), document)
-    return Checkpoint(path, config, storage, gguf.sources(config, storage.names))
+    return Checkpoint(path, config, storage, family.gguf_sources(config, storage.names))

@@ -22,7 +22,8 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the length a model was first trained on.
 
     `linear`: all divided by `factor` (Chen et al. 2023). `llama3`: long wavelengths divided by `factor`, short ones
-    kept, a ramp between. `divisors`: each frequency divided by its own number (how GGUF files say either).
+    kept, a ramp between. `divisors`: each frequency divided by its own number (how GGUF files say either, and LongRoPE:
+    Ding et al. 2024). Cosine and sine are both multiplied by `attention_factor`.
     """
 
     kind: Literal["linear", "llama3", "divisors"]
@@ -31,6 +32,7 @@ class RopeScaling:
     high_freq_factor: float = 1.0
     original_context: int = 0
     divisors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +46,21 @@ class RotaryConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionConfig:
+    """Query, key and value are projected, normed, clipped and rotated, in that order, as far as asked for.
+
+    `query_key_norm` has weights of its own for query and key: over each head ("head": one weight [D] for all heads;
+    Qwen3, Gemma 3), or over all heads at once ("projection": [H * D] and [K * D]; OLMoE). `clip_qkv` bounds the
+    projections to both sides. With `sinks` each query head has a score of its own without a value (gpt-oss).
+    """
+
     spec: AttentionSpec
     rotary: RotaryConfig | None
     qkv_bias: bool = False
     output_bias: bool = False
+    query_key_norm: NormConfig | None = None
+    norm_over: Literal["head", "projection"] = "head"
+    clip_qkv: float | None = None
+    sinks: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,16 +108,40 @@ class ExpertsConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerConfig:
-    """A pre-norm layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """What a layer adds to its input x, each addend times `residual_scale` (Granite), as `arrangement` says.
+
+    `sequential`: attention(norm(x)), then feed_forward(norm(x)) of the sum. `sandwich`: the same with a second norm
+    behind each part (Gemma 2). `parallel`: both parts of x, each with its own norm (GPT-NeoX). `parallel_shared`: with
+    one norm for both (GPT-J, Falcon).
+    """
 
     attention: AttentionConfig
     feed_forward: FeedForwardConfig | ExpertsConfig
     norm: NormConfig
+    arrangement: Literal["sequential", "sandwich", "parallel", "parallel_shared"] = "sequential"
+    residual_scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PositionTableConfig:
+    """A vector a position, added to the embedding: row `offset` + position of `rows`.
+
+    `learned` is the checkpoint's own table. `sinusoidal` is computed: sines, then cosines, of frequencies from 1 to
+    1 / 10000 (tensor2tensor's form of Vaswani et al. 2017).
+    """
+
+    kind: Literal["learned", "sinusoidal"]
+    rows: int
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
-    """`architecture` is the model_type of a Hugging Face configuration; `max_context` counts positions."""
+    """`architecture` is the model_type of a Hugging Face configuration; `max_context` counts positions.
+
+    Embeddings are multiplied by `embedding_scale`, then positions added, then normed. Logits are multiplied by
+    `logit_scale`; with `logit_softcap` c a logit l then becomes c * tanh(l / c) (Gemma 2).
+    """
 
     architecture: str
     vocab_size: int
@@ -113,3 +150,9 @@ class DecoderConfig:
     layers: tuple[LayerConfig, ...]
     norm: NormConfig
     tied_embeddings: bool
+    embedding_scale: float = 1.0
+    embedding_norm: NormConfig | None = None
+    positions: PositionTableConfig | None = None
+    output_bias: bool = False
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None

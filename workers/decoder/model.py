@@ -17,12 +17,13 @@ from workers.decoder.attention import AttentionMetadata, AttentionSpec, KVPool
 from workers.decoder.block import Block
 from workers.decoder.checkpoint import Checkpoint, load_checkpoint
 from workers.decoder.config import DecoderConfig
+from workers.decoder.embedding import Embedding
+from workers.decoder.head import Head
 from workers.decoder.memory import freed_at_once
 from workers.decoder.norm import Norm
 from workers.decoder.position import Rotary
 from workers.decoder.precision import Precision, resolve_precision
 from workers.decoder.tensors import Tensors
-from workers.decoder.weight import Weight
 from workers.parallel.dispatch import Dispatcher, LocalDispatcher
 
 
@@ -49,10 +50,10 @@ class Decoder:
         self,
         config: DecoderConfig,
         *,
-        embedding: Weight,
+        embedding: Embedding,
         blocks: Sequence[Block],
         norm: Norm,
-        output: Weight,
+        head: Head,
         precision: Precision,
         device: torch.device,
         dispatcher: Dispatcher,
@@ -63,10 +64,10 @@ class Decoder:
         self.hidden_width = config.hidden_width
         self.precision = precision
         self.device = device
-        self.embedding = embedding  # [V, C]
+        self.embedding = embedding
         self.blocks = tuple(blocks)
         self.norm = norm
-        self.output = output  # [V, C]; the embedding itself when tied
+        self.head = head
         self.dispatcher = dispatcher
         self._group_of = {layer: g for g, group in enumerate(self.groups) for layer in group.layers}
         rotaries = (layer.attention.rotary for layer in config.layers)
@@ -98,21 +99,19 @@ class Decoder:
         precision = resolve_precision(dtype, device)
         tensors = Tensors(checkpoint, "", precision.weights, device)
         with freed_at_once():
-            embedding = tensors.weight(config.hidden_width, ("embedding.weight", config.vocab_size))
+            embedding = Embedding.load(config, tensors)
             blocks = [
                 Block.load(i, config, tensors, None if experts is None else experts[i])
                 for i in range(len(config.layers))
             ]
             norm = Norm.load(config.norm, config.hidden_width, tensors.under("norm"))
-            output = embedding
-            if not config.tied_embeddings:
-                output = tensors.weight(config.hidden_width, ("output.weight", config.vocab_size))
+            head = Head.load(config, embedding.tokens, tensors)
         return cls(
             config,
             embedding=embedding,
             blocks=blocks,
             norm=norm,
-            output=output,
+            head=head,
             precision=precision,
             device=device,
             dispatcher=dispatcher or LocalDispatcher(),
@@ -150,10 +149,10 @@ class Decoder:
         Writes the tokens' keys and values to the pools. T may be 0: a rank without work still joins its gang's
         exchanges.
         """
-        x = self.embedding.rows(token_ids).to(self.precision.activations)  # [T, C]
+        x = self.embedding(token_ids, positions, self.precision.activations)  # [T, C]
         rotations = {config: rotary(positions) for config, rotary in self._rotaries.items()}
         for i, block in enumerate(self.blocks):
-            rotary = block.attention.config.rotary
+            rotary = self.config.layers[i].attention.rotary
             rotation = None if rotary is None else rotations[rotary]
             x = block(x, rotation, pools[i], metadata[self._group_of[i]], self.dispatcher)
         return self.norm(x)
@@ -161,4 +160,4 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [S, C] after the final norm -> [S, V] float32."""
-        return ops.linear(hidden, self.output).float()
+        return self.head(hidden)

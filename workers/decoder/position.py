@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021) and how they are stretched. T tokens."""
+"""Rotary positions (Su et al. 2021) and how they are stretched; tables of position vectors. T tokens, C model width."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from workers.decoder.config import RopeScaling, RotaryConfig
+from workers.decoder.config import PositionTableConfig, RopeScaling, RotaryConfig
+from workers.decoder.tensors import Tensors
+from workers.decoder.weight import DenseWeight, Weight
 
 
 class Rotary:
@@ -19,11 +21,39 @@ class Rotary:
         if config.scaling is not None:
             frequencies = _scaled(frequencies, config.scaling)
         self._frequencies = frequencies.to(device)
+        self._factor = 1.0 if config.scaling is None else config.scaling.attention_factor
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [T] int64 -> cosine and sine, each [T, width / 2] float32."""
         angles = positions.float()[:, None] * self._frequencies
-        return angles.cos(), angles.sin()
+        cosine, sine = angles.cos(), angles.sin()
+        return (cosine, sine) if self._factor == 1.0 else (cosine * self._factor, sine * self._factor)
+
+
+class PositionTable:
+    """A vector for each position, learned or sinusoidal."""
+
+    def __init__(self, config: PositionTableConfig, table: Weight) -> None:
+        self.config = config
+        self.table = table  # [rows, C]
+
+    @classmethod
+    def load(cls, config: PositionTableConfig, hidden_width: int, tensors: Tensors) -> PositionTable:
+        if config.kind == "learned":
+            return cls(config, tensors.weight(hidden_width, ("weight", config.rows)))
+        return cls(config, DenseWeight(sinusoids(config.rows, hidden_width).to(tensors.device)))
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        """positions [T] int64 -> [T, C]."""
+        return self.table.rows(positions + self.config.offset)
+
+
+def sinusoids(rows: int, width: int) -> Tensor:
+    """[rows, width] float32: sines in the first half, cosines in the second, a zero behind them if the width is odd."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half).float() * -(math.log(10_000) / max(1, half - 1)))
+    angles = torch.arange(rows).float()[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos(), torch.zeros(rows, width - 2 * half)], dim=1)
 
 
 def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 class Source:
     """Where one tensor of ours is found: a published tensor, or a piece of one.
 
-    `at` indexes the first dimension (an expert among stacked ones), `rows` then takes a run of rows, and `arrange` puts
-    what was read in the order we expect. Only the piece is read from disk.
+    `at` indexes the first dimension (an expert among stacked ones), `rows` then takes a run of rows, and `arrange`
+    makes of what was read the tensor that we expect: it may reorder, turn, pick or add. Only the piece is read from
+    disk. `arrange` is asked for the shape beforehand, with a tensor that holds no data, and has to have a hash.
     """
 
     name: str

@@ -198,7 +198,7 @@ def _write_weights(
 def _layer_on_sample(block: Block, x: Tensor, rotation: tuple[Tensor, Tensor], sample: Tensor) -> tuple[Tensor, Tensor]:
     """x [N, C] before a layer -> x after it, and what its feed-forward network sees of it."""
     sequences, length = sample.shape
-    pool = ops.new_pool(block.attention.config.spec, sequences, _BLOCK_TOKENS, dtype=torch.float32, device=_CPU)
+    pool = ops.new_pool(block.config.attention.spec, sequences, _BLOCK_TOKENS, dtype=torch.float32, device=_CPU)
     at = torch.arange(sequences)[:, None] * _BLOCK_TOKENS + torch.arange(length)
     metadata = AttentionMetadata(
         query_start=torch.arange(0, (sequences + 1) * length, length, dtype=torch.int32),

@@ -13,11 +13,13 @@ from workers.decoder.config import (
     LayerConfig,
     NormConfig,
 )
+from workers.decoder.families import gguf
 from workers.decoder.families.document import Document
 from workers.decoder.families.rotary import read_rotary
 from workers.decoder.storage import Source
 
 MODEL_TYPES: tuple[str, ...] = ("llama",)
+GGUF_ARCHITECTURES: tuple[str, ...] = ("llama",)  # Llama, Mistral and Mixtral alike
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -105,3 +107,18 @@ def shared_sources(config: DecoderConfig) -> dict[str, Source]:
             for kind in ("weight", "bias"):
                 found[f"{ours}.attention.{name}.{kind}"] = Source(f"{published}.self_attn.{letter}_proj.{kind}")
     return found
+
+
+def gguf_document(model: gguf.GgufModel) -> Document:
+    experts = model.own.values.get("expert_count")
+    if not experts:
+        return model.document("llama", attention_bias="blk.0.attn_q.bias" in model)
+    return model.document(
+        "mixtral",
+        num_local_experts=model.own.integer("expert_count"),
+        num_experts_per_tok=model.own.integer("expert_used_count"),
+    )
+
+
+def gguf_sources(config: DecoderConfig, names: Collection[str]) -> dict[str, Source]:
+    return gguf.sources(config, names, pairs_apart=False)

@@ -9,6 +9,7 @@ from pipeline.errors import UserError
 from workers.decoder.config import DecoderConfig
 from workers.decoder.families import llama, mistral, mixtral
 from workers.decoder.families.document import Document
+from workers.decoder.families.gguf import GgufModel
 from workers.decoder.storage import Source
 
 
@@ -22,8 +23,26 @@ class Family(Protocol):
     def sources(self, config: DecoderConfig, names: Collection[str]) -> dict[str, Source]: ...
 
 
+class GgufFamily(Protocol):
+    """A module of this folder whose architecture llama.cpp knows too, by one of GGUF_ARCHITECTURES.
+
+    `gguf_document` says in the keys of a config.json what the file's metadata say; its model_type may be another
+    module's.
+    """
+
+    GGUF_ARCHITECTURES: tuple[str, ...]
+
+    def gguf_document(self, model: GgufModel) -> Document: ...
+
+    def gguf_sources(self, config: DecoderConfig, names: Collection[str]) -> dict[str, Source]: ...
+
+
 _MODULES: tuple[Family, ...] = (llama, mistral, mixtral)
+_GGUF_MODULES: tuple[GgufFamily, ...] = (llama,)
 FAMILIES: dict[str, Family] = {model_type: module for module in _MODULES for model_type in module.MODEL_TYPES}
+GGUF_FAMILIES: dict[str, GgufFamily] = {
+    architecture: module for module in _GGUF_MODULES for architecture in module.GGUF_ARCHITECTURES
+}
 
 
 def family_of(document: Document) -> Family:
@@ -33,3 +52,12 @@ def family_of(document: Document) -> Family:
             f"{document.where}: architecture {model_type!r} is not supported ({', '.join(sorted(FAMILIES))} are)"
         )
     return FAMILIES[model_type]
+
+
+def gguf_family_of(model: GgufModel) -> GgufFamily:
+    if model.architecture not in GGUF_FAMILIES:
+        raise UserError(
+            f"{model.where}: architecture {model.architecture!r} is not supported in GGUF files "
+            f"({', '.join(sorted(GGUF_FAMILIES))})"
+        )
+    return GGUF_FAMILIES[model.architecture]

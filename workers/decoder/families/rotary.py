@@ -7,15 +7,15 @@ from workers.decoder.config import RopeScaling, RotaryConfig
 from workers.decoder.families.document import Document
 
 
-def read_rotary(document: Document, head_width: int, *, theta: float = 10_000.0) -> RotaryConfig:
-    """`theta` is the architecture's default for a configuration that names none."""
+def read_rotary(document: Document, head_width: int, *, theta: float = 10_000.0, part: float = 1.0) -> RotaryConfig:
+    """`theta` is the architecture's default for a configuration that names none, `part` of a head's width likewise."""
     written = document.inner("rope_parameters" if "rope_parameters" in document else "rope_scaling")
     base = written if "rope_theta" in written else document
-    if head_width % 2:
-        raise UserError(f"{document.where}: rotary positions need heads of an even width, not {head_width}")
-    return RotaryConfig(
-        width=head_width, theta=base.number("rope_theta", theta), scaling=_read_scaling(document, written)
-    )
+    factor = written if "partial_rotary_factor" in written else document
+    width = int(head_width * factor.number("partial_rotary_factor", part))
+    if width % 2 or not 2 <= width <= head_width:
+        raise UserError(f"{document.where}: rotary positions need an even width of heads of {head_width}, not {width}")
+    return RotaryConfig(width=width, theta=base.number("rope_theta", theta), scaling=_read_scaling(document, written))
 
 
 def _read_scaling(document: Document, written: Document) -> RopeScaling | None:
