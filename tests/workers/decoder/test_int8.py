@@ -100,8 +100,10 @@ def test_a_decoder_in_8_bits_is_the_one_of_the_rounded_weights_in_a_quarter_of_t
         monkeypatch.setattr("workers.decoder.ops._packs", lambda dtype, device: False)
     decoder, wanted = Decoder.load(path, dtype="int8"), Decoder.load(rounded, dtype="float32")
     handles = PackedWeight if packed else Int8Weight
-    assert all(isinstance(w, handles) for w in (decoder.embedding, decoder.output, decoder.blocks[0].attention.qkv))
-    assert decoder.output.nbytes < wanted.output.nbytes / 3.5  # 60 columns and a scale of 4 bytes
+    assert all(
+        isinstance(w, handles) for w in (decoder.embedding.tokens, decoder.head.weight, decoder.blocks[0].attention.qkv)
+    )
+    assert decoder.head.weight.nbytes < wanted.head.weight.nbytes / 3.5  # 60 columns and a scale of 4 bytes
     if model_type == "mixtral":
         assert decoder.blocks[0].feed_forward.gate_up.dtype == torch.int8
         assert decoder.blocks[0].feed_forward.router.dtype == torch.float32
@@ -124,7 +126,7 @@ def test_tied_rows_are_read_as_they_are_multiplied(tiny_model: Callable[..., Pat
     decoder = Decoder.load(tiny_model(tie_word_embeddings=True, tokenizer=False), dtype="int8")
     ids = torch.tensor([5, 600])
     columns = decoder.logits(torch.eye(60))  # [60, V]: the table's columns
-    torch.testing.assert_close(decoder.embedding.rows(ids), columns[:, ids].T)
+    torch.testing.assert_close(decoder.embedding.tokens.rows(ids), columns[:, ids].T)
 
 
 def test_the_engine_takes_it_by_its_name(tiny_model: Callable[..., Path]) -> None:
@@ -144,7 +146,7 @@ def test_the_memory_that_is_forecast_is_the_memory_that_is_held(
 ) -> None:
     path = tiny_model(model_type, tokenizer=False, hidden_size=192, intermediate_size=320, head_dim=32)
     decoder = Decoder.load(path, dtype=dtype)
-    weights = [decoder.embedding, decoder.output]
+    weights = [decoder.embedding.tokens, decoder.head.weight]
     for block in decoder.blocks:
         forward = block.feed_forward
         weights += [block.attention.qkv, block.attention.output]
