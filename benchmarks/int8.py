@@ -1,6 +1,6 @@
 """What 8-bit weights cost and give: perplexity on real text, bytes of weights, decoded tokens a second.
 
-SmolLM2-135M as the installed package ships it (4-bit, widened), in float32, bfloat16 and int8. Perplexity is over windows
+SmolLM2-135M as its package ships it (4-bit, widened), in float32, bfloat16 and int8. Perplexity is over windows
 of the Python language reference, each predicted from its own beginning. Tokens a second are of greedy decoding, one
 sequence and 16 together; all three take turns, round by round, and each is told as the median of its ratios to float32
 in the same round, so that a machine that slows down slows all of them.
