@@ -8,9 +8,10 @@ from typing import Protocol
 from torch import Tensor
 
 from workers.decoder.attention import AttentionMetadata, KVPool
-from workers.decoder.config import AttentionConfig, DecoderConfig, ExpertsConfig, LayerConfig
-from workers.decoder.experts import Experts
+from workers.decoder.config import AttentionConfig, DecoderConfig, ExpertsConfig, LatentAttentionConfig, LayerConfig
+from workers.decoder.experts import Experts, RouterListener
 from workers.decoder.feedforward import FeedForward
+from workers.decoder.latent_attention import LatentAttention
 from workers.decoder.norm import Norm
 from workers.decoder.self_attention import SelfAttention
 from workers.decoder.tensors import Tensors
@@ -79,8 +80,9 @@ class Block:
         pool: KVPool,
         metadata: AttentionMetadata,
         dispatcher: Dispatcher,
+        listener: RouterListener | None = None,
     ) -> Tensor:
-        """x [T, C] -> [T, C]."""
+        """x [T, C] -> [T, C]. `listener` hears what the router says, if there is one."""
         attended = self.attention(self.attention_norm(x), rotation, pool, metadata)
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended)
@@ -88,7 +90,7 @@ class Block:
         parallel = self.config.arrangement in ("parallel", "parallel_shared")
         inner = self.feed_forward_norm(x if parallel else after)
         if isinstance(self.feed_forward, Experts):
-            forwarded = self.feed_forward(inner, self.index, dispatcher)
+            forwarded = self.feed_forward(inner, self.index, dispatcher, listener)
         else:
             forwarded = self.feed_forward(inner)
         if self.feed_forward_post_norm is not None:
@@ -99,5 +101,7 @@ class Block:
         return x + (part if self.config.residual_scale == 1.0 else part * self.config.residual_scale)
 
 
-def _load_attention(config: AttentionConfig, hidden_width: int, tensors: Tensors) -> Attention:
+def _load_attention(config: AttentionConfig | LatentAttentionConfig, hidden_width: int, tensors: Tensors) -> Attention:
+    if isinstance(config, LatentAttentionConfig):
+        return LatentAttention.load(config, hidden_width, tensors)
     return SelfAttention.load(config, hidden_width, tensors)

@@ -22,16 +22,25 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the length a model was first trained on.
 
     `linear`: all divided by `factor` (Chen et al. 2023). `llama3`: long wavelengths divided by `factor`, short ones
-    kept, a ramp between. `divisors`: each frequency divided by its own number (how GGUF files say either, and LongRoPE:
-    Ding et al. 2024). Cosine and sine are both multiplied by `attention_factor`.
+    kept, a ramp between. `yarn` (Peng et al. 2023): those that turn more than `beta_fast` times within
+    `original_context` kept, those that turn less than `beta_slow` times divided, a ramp over the columns between, whose
+    ends are whole columns if `truncate`. `divisors`: each frequency divided by its own number (how GGUF files say it).
+    `longrope` (Ding et al. 2024): by `divisors`, or by `short_divisors` in a decoder that is loaded for no more than
+    `original_context` positions. transformers chooses by each sequence's length, and computes all keys anew where one
+    grows beyond; keys that stay in a cache can't change, so a decoder keeps to one choice, as vLLM does.
+    Cosine and sine are both multiplied by `attention_factor`.
     """
 
-    kind: Literal["linear", "llama3", "divisors"]
+    kind: Literal["linear", "llama3", "yarn", "divisors", "longrope"]
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     original_context: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
     divisors: tuple[float, ...] = ()
+    short_divisors: tuple[float, ...] = ()
     attention_factor: float = 1.0
 
 
@@ -64,13 +73,51 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LatentAttentionConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), in the form that needs no keys a head.
+
+    A token's cache is one latent of `spec.value_width` columns, from which all heads' keys and values come, and one key
+    of `rotary.width` columns that they share. So `spec` says attention with 1 key-value head over both together, whose
+    values are the latent itself. Each head's query has `plain_width` columns that aren't rotated and its values
+    `head_value_width`. `query_rank`: queries come out of a latent, too, of this width. `interleaved`: the checkpoint
+    has its rotated columns in pairs; they are reordered as they are loaded.
+    """
+
+    spec: AttentionSpec
+    rotary: RotaryConfig
+    plain_width: int
+    head_value_width: int
+    query_rank: int | None
+    latent_norm: NormConfig
+    interleaved: bool = True
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        spec = self.spec
+        assert spec.values_in_keys, spec
+        assert spec.num_kv_heads == 1, spec
+        assert spec.head_width == spec.value_width + self.rotary.width, spec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClampedSwiGLU:
+    """min(gate, limit) * sigmoid(alpha * min(gate, limit)) * (1 + up within -limit to limit): gpt-oss."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FeedForwardConfig:
-    """down(activation(gate(x)) * up(x)) when gated, else down(activation(up(x))). `activation` is a key of ops'."""
+    """down(activation(gate(x)) * up(x)) when gated, else down(activation(up(x))). A text is one of ops' activations."""
 
     width: int
-    activation: str
+    activation: str | ClampedSwiGLU
     gated: bool = True
     bias: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.gated or isinstance(self.activation, str), "a clamped SwiGLU has a gate"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,32 +125,44 @@ class RouterConfig:
     """How a token chooses `top_k` of `num_experts` experts and what each one's answer weighs.
 
     `scores`: softmax over all experts, then the top ones ("softmax_all": Qwen, OLMoE; renormalised: Mixtral); the top
-    logits, then softmax over those ("softmax_chosen": gpt-oss); a sigmoid each ("sigmoid": DeepSeek-V3). A correction
+    logits, then softmax over those ("softmax_chosen": gpt-oss); a sigmoid each ("sigmoid": DeepSeek-V3); one expert
+    after the other, each weighing its softmax over those of the logits left that come near the largest ("sparsemixer":
+    Liu et al. 2024, Phi-MoE; near: within 2 * `tolerance` of it, relative to the larger of the two). A correction
     bias is added for choosing, not for weighing. With groups, only experts of the `top_groups` best groups can be
     chosen; a group's score is its best expert's, or with a correction bias the sum of its two best.
     """
 
     num_experts: int
     top_k: int
-    scores: Literal["softmax_all", "softmax_chosen", "sigmoid"] = "softmax_all"
+    scores: Literal["softmax_all", "softmax_chosen", "sigmoid", "sparsemixer"] = "softmax_all"
     renormalise: bool = False
     scale: float = 1.0
     correction_bias: bool = False
     bias: bool = False
     groups: int = 1
     top_groups: int = 1
+    tolerance: float = 0.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"a token can't choose {self.top_k} of {self.num_experts} experts")
         if self.num_experts % self.groups or not 1 <= self.top_groups <= self.groups:
             raise ValueError(f"{self.num_experts} experts don't make {self.groups} groups, {self.top_groups} chosen")
+        size = self.num_experts // self.groups
+        if self.groups > 1 and (self.top_groups * size < self.top_k or (self.correction_bias and size < 2)):
+            raise ValueError(
+                f"{self.top_groups} of {self.groups} groups of {size} experts leave too few to choose {self.top_k} from"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertsConfig:
+    """`shared`: a network that every token goes through besides, on its own rank; `shared_gate`: times a sigmoid."""
+
     router: RouterConfig
     expert: FeedForwardConfig
+    shared: FeedForwardConfig | None = None
+    shared_gate: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +174,7 @@ class LayerConfig:
     one norm for both (GPT-J, Falcon).
     """
 
-    attention: AttentionConfig
+    attention: AttentionConfig | LatentAttentionConfig
     feed_forward: FeedForwardConfig | ExpertsConfig
     norm: NormConfig
     arrangement: Literal["sequential", "sandwich", "parallel", "parallel_shared"] = "sequential"

@@ -18,6 +18,7 @@ from workers.decoder.block import Block
 from workers.decoder.checkpoint import Checkpoint, load_checkpoint
 from workers.decoder.config import DecoderConfig
 from workers.decoder.embedding import Embedding
+from workers.decoder.experts import RouterListener
 from workers.decoder.head import Head
 from workers.decoder.memory import freed_at_once
 from workers.decoder.norm import Norm
@@ -57,6 +58,7 @@ class Decoder:
         precision: Precision,
         device: torch.device,
         dispatcher: Dispatcher,
+        max_context: int | None = None,
     ) -> None:
         self.config = config
         self.groups = layer_groups(config)
@@ -71,7 +73,8 @@ class Decoder:
         self.dispatcher = dispatcher
         self._group_of = {layer: g for g, group in enumerate(self.groups) for layer in group.layers}
         rotaries = (layer.attention.rotary for layer in config.layers)
-        self._rotaries = {rotary: Rotary(rotary, device) for rotary in rotaries if rotary is not None}
+        context = min(max_context or config.max_context, config.max_context)
+        self._rotaries = {rotary: Rotary(rotary, device, context=context) for rotary in rotaries if rotary is not None}
 
     @classmethod
     def load(
@@ -82,6 +85,7 @@ class Decoder:
         dtype: str = "auto",
         experts: Sequence[Sequence[int]] | None = None,
         dispatcher: Dispatcher | None = None,
+        max_context: int | None = None,
     ) -> Decoder:
         """Read a checkpoint's weights: a directory in Hugging Face layout, a .gguf file, or one opened before.
 
@@ -90,7 +94,8 @@ class Decoder:
         position tables stay float32, activations and the KV cache are what "auto" makes them. Measured on SmolLM2-135M,
         the embedding in 8 bits costs 0.15% of perplexity, all else 0.12%; in float32 it would be half of what is held.
         `experts[layer]` names the expert of each slot that this rank holds (None: all); other experts are not read, and
-        `dispatcher` must know the same placement.
+        `dispatcher` must know the same placement. `max_context`: positions that sequences will use at most (None: all
+        that the model has), which LongRoPE's frequencies depend on.
         Peak memory: the weights held plus one tensor. UserError when the checkpoint is not whole.
         """
         device = torch.device(device)
@@ -115,6 +120,7 @@ class Decoder:
             precision=precision,
             device=device,
             dispatcher=dispatcher or LocalDispatcher(),
+            max_context=max_context,
         )
 
     def new_pools(self, num_blocks: Sequence[int], block_tokens: int) -> list[KVPool]:
@@ -143,18 +149,20 @@ class Decoder:
         positions: Tensor,
         metadata: Sequence[AttentionMetadata],
         pools: Sequence[KVPool],
+        *,
+        router_listener: RouterListener | None = None,
     ) -> Tensor:
         """token_ids and positions [T] int64, metadata a group, pools a layer -> hidden [T, C] after the final norm.
 
         Writes the tokens' keys and values to the pools. T may be 0: a rank without work still joins its gang's
-        exchanges.
+        exchanges. `router_listener` is given each MoE layer's index and router logits [T, E], before the choice.
         """
         x = self.embedding(token_ids, positions, self.precision.activations)  # [T, C]
         rotations = {config: rotary(positions) for config, rotary in self._rotaries.items()}
         for i, block in enumerate(self.blocks):
             rotary = self.config.layers[i].attention.rotary
             rotation = None if rotary is None else rotations[rotary]
-            x = block(x, rotation, pools[i], metadata[self._group_of[i]], self.dispatcher)
+            x = block(x, rotation, pools[i], metadata[self._group_of[i]], self.dispatcher, router_listener)
         return self.norm(x)
 
     @torch.inference_mode()

@@ -190,6 +190,11 @@ def _check_fits_mixtral(checkpoint: Checkpoint) -> None:
             f"{where}: has its rotary scaling as a tensor, which Mixtral's format can't say; "
             "upcycle the model's Hugging Face directory"
         )
+    if rotary.width != spec.head_width or (rotary.scaling and rotary.scaling.kind not in ("linear", "llama3")):
+        raise UserError(
+            f"{where}: has rotary positions that upcycling can't say in Mixtral's format; "
+            "upcycle a plain Llama or Mistral"
+        )
 
 
 def _sample(checkpoint: Checkpoint, seed: int) -> Tensor:
@@ -224,7 +229,7 @@ def _write_weights(
     del embedding
     rotary = config.layers[0].attention.rotary
     assert rotary is not None
-    rotation = Rotary(rotary, _CPU)(torch.arange(sample.shape[1]).repeat(sample.shape[0]))
+    rotation = Rotary(rotary, _CPU, context=config.max_context)(torch.arange(sample.shape[1]).repeat(sample.shape[0]))
     for i, layer in enumerate(config.layers):
         x, inputs = _layer_on_sample(Block.load(i, config, tensors), x, rotation, sample)
         ours, published = f"layers.{i}", f"model.layers.{i}"
@@ -291,6 +296,14 @@ def _config(checkpoint: Checkpoint, plan: _Plan, stored: torch.dtype) -> dict[st
             rope |= {
                 "low_freq_factor": rotary.scaling.low_freq_factor,
                 "high_freq_factor": rotary.scaling.high_freq_factor,
+                "original_max_position_embeddings": rotary.scaling.original_context,
+            }
+        if rotary.scaling.kind == "yarn":
+            rope |= {
+                "attention_factor": rotary.scaling.attention_factor,
+                "beta_fast": rotary.scaling.beta_fast,
+                "beta_slow": rotary.scaling.beta_slow,
+                "truncate": rotary.scaling.truncate,
                 "original_max_position_embeddings": rotary.scaling.original_context,
             }
     return {

@@ -39,14 +39,14 @@ class GgufModel:
         where: str,
         metadata: Mapping[str, Any],
         shapes: Mapping[str, tuple[int, ...]],
-        divisors: Callable[[str], tuple[float, ...]],
+        numbers: Callable[[str], tuple[float, ...]],
     ) -> None:
         self.where = where
         self.architecture = str(metadata.get("general.architecture"))
         prefix = f"{self.architecture}."
         self.own = Document(where, {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)})
         self.shapes = shapes
-        self.divisors = divisors  # the numbers of a small tensor, by its name
+        self.numbers = numbers  # of a small tensor, by its name
 
     def __contains__(self, tensor: str) -> bool:
         return tensor in self.shapes
@@ -65,7 +65,7 @@ class GgufModel:
         """What nearly every file says, under the keys of a Llama's config.json; `values` replace and complete it."""
         own = self.own
         heads, width = own.integer("attention.head_count"), self.head_width
-        if own.integer("attention.value_length", width) != width:
+        if "v_head_dim" not in values and own.integer("attention.value_length", width) != width:
             raise UserError(f"{self.where}: values of another width than keys are not supported for {model_type}")
         common: dict[str, Any] = {
             "model_type": model_type,
@@ -80,7 +80,7 @@ class GgufModel:
             "rms_norm_eps": own.values.get("attention.layer_norm_rms_epsilon"),
             "layer_norm_eps": own.values.get("attention.layer_norm_epsilon"),
             "rope_theta": own.number("rope.freq_base", 10_000.0),
-            "rope_scaling": self._rope_scaling(),
+            "rope_scaling": self.rope_scaling(),
             # half a column more, so that what is read as int(head width * factor) is this number again
             "partial_rotary_factor": (own.integer("rope.dimension_count", width) + 0.5) / width,
             "sliding_window": own.values.get("attention.sliding_window"),
@@ -88,13 +88,20 @@ class GgufModel:
         }
         return Document(self.where, common | values)
 
-    def _rope_scaling(self) -> dict[str, Any] | None:
+    def rope_scaling(self) -> dict[str, Any] | None:
         if "rope_freqs.weight" in self:
-            return {"rope_type": "divisors", "divisors": self.divisors("rope_freqs.weight")}
+            return {"rope_type": "divisors", "divisors": self.numbers("rope_freqs.weight")}
         kind = self.own.text("rope.scaling.type", "none")
         if kind == "none":
             return None
-        return {"rope_type": kind, "factor": self.own.number("rope.scaling.factor")}
+        scaling: dict[str, Any] = {"rope_type": kind, "factor": self.own.number("rope.scaling.factor")}
+        if kind == "yarn":
+            scaling |= {
+                "original_max_position_embeddings": self.own.integer("rope.scaling.original_context_length"),
+                "beta_fast": self.own.number("rope.scaling.yarn_beta_fast", 32.0),
+                "beta_slow": self.own.number("rope.scaling.yarn_beta_slow", 1.0),
+            }
+        return scaling
 
 
 def sources(config: DecoderConfig, names: Collection[str], *, pairs_apart: bool = True) -> dict[str, Source]:
@@ -145,6 +152,10 @@ def _feed_forward_sources(config: DecoderConfig, names: Collection[str], i: int)
     forward = config.layers[i].feed_forward
     ours, blk = f"layers.{i}.feed_forward", f"blk.{i}"
     if isinstance(forward, ExpertsConfig):
+        found[f"{ours}.shared_gate.weight"] = Source(f"{blk}.ffn_gate_inp_shexp.weight", arrange=_as_row)
+        found[f"{ours}.router.correction"] = Source(f"{blk}.exp_probs_b.bias")
+        for name in ("gate", "up", "down"):
+            found[f"{ours}.shared.{name}.weight"] = Source(f"{blk}.ffn_{name}_shexp.weight")
         for e in range(forward.router.num_experts):
             for name in ("gate", "up", "down"):
                 for kind in _KINDS:
@@ -159,6 +170,11 @@ def _feed_forward_sources(config: DecoderConfig, names: Collection[str], i: int)
             found[f"{ours}.gate.{kind}"] = Source(up, rows=(0, forward.width))
             found[f"{ours}.up.{kind}"] = Source(up, rows=(forward.width, 2 * forward.width))
     return found
+
+
+def _as_row(gate: Tensor) -> Tensor:
+    """llama.cpp keeps the shared expert's gate as [C]; ours is [1, C]."""
+    return gate.view(1, -1)
 
 
 class HalvesTogether:

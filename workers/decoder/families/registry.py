@@ -7,14 +7,40 @@ from typing import Protocol
 
 from pipeline.errors import UserError
 from workers.decoder.config import DecoderConfig
-from workers.decoder.families import llama, mistral, mixtral
+from workers.decoder.families import (
+    bloom,
+    deepseek,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neo,
+    gpt_neox,
+    gpt_oss,
+    granitemoe,
+    llama,
+    mistral,
+    mixtral,
+    mpt,
+    olmoe,
+    phi3,
+    phimoe,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    xglm,
+)
 from workers.decoder.families.document import Document
 from workers.decoder.families.gguf import GgufModel
 from workers.decoder.storage import Source
 
 
 class Family(Protocol):
-    """A module of this folder. `sources` gives each of our tensor names its place among the published `names`."""
+    """A module of this folder. `sources` gives each of our tensor names its place among the published `names`.
+
+    A family that reads quantized checkpoints says so in `QUANTIZATIONS`, by the names of quantization_config.
+    """
 
     MODEL_TYPES: tuple[str, ...]
 
@@ -37,8 +63,50 @@ class GgufFamily(Protocol):
     def gguf_sources(self, config: DecoderConfig, names: Collection[str]) -> dict[str, Source]: ...
 
 
-_MODULES: tuple[Family, ...] = (llama, mistral, mixtral)
-_GGUF_MODULES: tuple[GgufFamily, ...] = (llama,)
+_MODULES: tuple[Family, ...] = (
+    bloom,
+    deepseek,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neo,
+    gpt_neox,
+    gpt_oss,
+    granitemoe,
+    llama,
+    mistral,
+    mixtral,
+    mpt,
+    olmoe,
+    phi3,
+    phimoe,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    xglm,
+)
+_GGUF_MODULES: tuple[GgufFamily, ...] = (
+    bloom,
+    deepseek,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    gpt_oss,
+    granitemoe,
+    llama,
+    mpt,
+    olmoe,
+    phi3,
+    phimoe,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 FAMILIES: dict[str, Family] = {model_type: module for module in _MODULES for model_type in module.MODEL_TYPES}
 GGUF_FAMILIES: dict[str, GgufFamily] = {
     architecture: module for module in _GGUF_MODULES for architecture in module.GGUF_ARCHITECTURES
@@ -52,6 +120,10 @@ def family_of(document: Document) -> Family:
             f"{document.where}: architecture {model_type!r} is not supported ({', '.join(sorted(FAMILIES))} are)"
         )
     return FAMILIES[model_type]
+
+
+def quantizations_of(family: Family) -> tuple[str, ...]:
+    return getattr(family, "QUANTIZATIONS", ())
 
 
 def gguf_family_of(model: GgufModel) -> GgufFamily:
