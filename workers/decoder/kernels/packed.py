@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from workers.decoder.attention import AttentionMetadata, AttentionSpec, KVPool
-from workers.decoder.int8 import quantized
+from workers.decoder.int8 import quantized_in_bites
 from workers.decoder.kernels import native
 from workers.decoder.weight import ExpertBank, Weight
 
@@ -145,6 +145,9 @@ def _scales(packed: Tensor) -> Tensor | None:
 
 def _put(packed: Tensor, scales: Tensor | None, first_row: int, matrix: Tensor) -> None:
     """Fill the rows from first_row on, quantized where there are scales to hold."""
-    if scales is not None:
-        matrix, scales[first_row : first_row + matrix.shape[0]] = quantized(matrix)
-    native.pack_rows(packed, first_row, matrix)
+    if scales is None:
+        native.pack_rows(packed, first_row, matrix)
+        return
+    for rows, integers, scale in quantized_in_bites(matrix):
+        native.pack_rows(packed, first_row + rows.start, integers)
+        scales[first_row + rows.start : first_row + rows.stop] = scale
