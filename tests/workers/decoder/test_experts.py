@@ -23,6 +23,8 @@ from workers.decoder.safetensors_files import SafetensorsFiles
 PROMPT = [5, 300, 17, 42, 602, 3, 3, 99]
 GPT_OSS = {"hidden_size": 64, "intermediate_size": 96}
 
+LONGROPE = {"type": "longrope", "long_factor": [1.0] * 5, "short_factor": [1.0] * 5, "long_mscale": 1.2}
+
 
 def in_mxfp4(folder: Path, published: Path, widened: Path) -> None:
     """gpt-oss in `folder` with other experts: `published` in MXFP4, `widened` as transformers makes it."""
@@ -126,7 +128,7 @@ def test_latent_attention_caches_a_latent_and_one_rotated_key_a_token(
     [
         ("olmoe", {"num_experts_per_tok": 6}, "a token can't choose 6 of 5 experts"),
         ("qwen2_moe", {"mlp_only_layers": [-1]}, "mlp_only_layers must be a list of whole numbers"),
-        ("gpt_oss", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types must be"),
+        ("gpt_oss", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types must be 4 times"),
         ("gpt_oss", {"quantization_config": {"quant_method": "awq"}}, "weights quantized by 'awq' can't be read"),
         ("deepseek_v3", {"quantization_config": {"quant_method": "fp8"}}, "weights quantized by 'fp8' can't be read"),
         ("deepseek_v3", {"scoring_func": "tanh"}, r"scoring_func 'tanh' is not supported \(sigmoid"),
@@ -135,9 +137,10 @@ def test_latent_attention_caches_a_latent_and_one_rotated_key_a_token(
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is not supported"),
         ("deepseek_v2", {"n_group": 3}, "8 experts don't make 3 groups"),
         ("deepseek_v2", {"topk_group": 1}, "too few to choose 3 from"),
-        ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq other than 1"),
+        ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq 2 is not supported, only 1"),
         ("deepseek_v2", {"qk_rope_head_dim": 5}, "rotary positions need an even width"),
         ("granitemoe", {"logits_scaling": 0}, "logits_scaling must be a number other than 0"),
+        ("phimoe", {"rope_scaling": LONGROPE | {"short_mscale": 1.1}, "rope_parameters": None}, "short_mscale"),
         ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok must be 2"),
     ],
 )

@@ -25,9 +25,9 @@ from workers.decoder.checkpoint import load_checkpoint
 
 YARN = {
     "rope_type": "yarn",
-    "rope_theta": 1e3,
+    "rope_theta": 100.0,
     "factor": 8.0,
-    "original_max_position_embeddings": 20,
+    "original_max_position_embeddings": 40,
     "beta_fast": 4.0,
     "beta_slow": 1.0,
 }

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from workers.decoder.kernels import build, native
+from workers.decoder.patterns import Reach
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(build.load().reason))
 
@@ -195,7 +196,7 @@ def test_attention_over_pages(case: str) -> None:
             block_table=rows,
             value_width=value_width,
             scale=width**-0.5,
-            window=window,
+            runs=None if window is None else native.head_runs([Reach(near="window", width=window)] * heads, kv_heads),
             softcap=softcap,
             slopes=slopes,
             sinks=sinks,

@@ -9,6 +9,7 @@ from workers.decoder import ops
 from workers.decoder.attention import AttentionMetadata, AttentionSpec, PlainPool
 from workers.decoder.kernels import build, native
 from workers.decoder.kernels.packed import PackedBank, PackedPool, PackedWeight
+from workers.decoder.patterns import Fixed, Strided
 from workers.decoder.weight import DenseBank, DenseWeight
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(build.load().reason))
@@ -68,12 +69,14 @@ def test_a_packed_pool_answers_as_a_plain_one(
     assert_pools_agree(spec, with_sinks=with_sinks)
 
 
+@pytest.mark.parametrize("sparse", [None, Strided(stride=5), Fixed(block=8, summary=3)])
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_pool_whose_keys_hold_the_values_answers_as_a_plain_one(dtype: torch.dtype, kv_heads: int) -> None:
-    spec = AttentionSpec(
-        num_heads=26, num_kv_heads=kv_heads, head_width=44, value_width=37, scale=0.3, values_in_keys=True
-    )
+def test_a_packed_pool_whose_keys_hold_the_values_answers_as_a_plain_one(
+    dtype: torch.dtype, kv_heads: int, sparse: Strided | Fixed | None
+) -> None:
+    shape = {"num_heads": 26, "num_kv_heads": kv_heads, "head_width": 44, "value_width": 37}
+    spec = AttentionSpec(**shape, scale=0.3, values_in_keys=True, sparse=sparse)
     assert_pools_agree(spec, dtype=dtype)
     one = PackedPool(spec, 1, 16, dtype=dtype)
     assert one.nbytes == PlainPool(spec, 1, 16, dtype=dtype).nbytes == 16 * kv_heads * 44 * dtype.itemsize

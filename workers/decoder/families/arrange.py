@@ -14,13 +14,17 @@ def one_more(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Turned:
-    """Rows `begin` to `end` - 1 of a matrix that is stored [in, out], as GPT-2's Conv1D does; all of them without."""
+    """Rows `begin` to `end` - 1 of a matrix that is stored [in, out], as GPT-2's Conv1D does; all of them without.
+
+    Every `step`-th of them: gpt-oss has the columns of two projections in turns.
+    """
 
     begin: int = 0
     end: int | None = None
+    step: int = 1
 
     def __call__(self, matrix: Tensor) -> Tensor:
-        return matrix[:, self.begin : self.end].T
+        return matrix[:, self.begin : self.end : self.step].T
 
 
 @dataclass(frozen=True, slots=True)

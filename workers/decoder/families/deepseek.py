@@ -21,6 +21,7 @@ from workers.decoder.config import (
     RouterConfig,
 )
 from workers.decoder.families import gguf, llama
+from workers.decoder.families.arrange import Turned
 from workers.decoder.families.document import Document
 from workers.decoder.families.expert_names import LLAMA_NAMES, either_sources
 from workers.decoder.families.rotary import read_rotary, yarn_magnitude
@@ -57,15 +58,19 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "topk_method": "noaux_tc",
     },
 }
-_SHARED_DEFAULTS = {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
+_SHARED_DEFAULTS = {
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
 
 
 def read_config(document: Document) -> DecoderConfig:
     architecture = document.text("model_type")
-    defaults = {**_SHARED_DEFAULTS, "v_head_dim": 128, **_DEFAULTS[architecture]}
-    document = Document(document.where, {**defaults, **document.values})
-    if document.integer("moe_layer_freq", 1) != 1:
-        raise UserError(f"{document.where}: moe_layer_freq other than 1 is not supported")
+    document = document.over(_SHARED_DEFAULTS | _DEFAULTS[architecture])
+    document.refuse({"moe_layer_freq": 1})
     activation = document.choice("hidden_act", llama.ACTIVATIONS, "silu")
     width = document.integer("moe_intermediate_size")
     shared = document.optional_integer("n_shared_experts")
@@ -74,7 +79,7 @@ def read_config(document: Document) -> DecoderConfig:
         expert=FeedForwardConfig(width=width, activation=activation),
         shared=None if shared is None else FeedForwardConfig(width=width * shared, activation=activation),
     )
-    dense = FeedForwardConfig(width=document.integer("intermediate_size"), activation=activation)
+    dense = llama.gated_feed_forward(document)
     norm = NormConfig(eps=document.number("rms_norm_eps", 1e-6))
     layer = LayerConfig(attention=_read_attention(document), feed_forward=experts, norm=norm)
     num_layers = document.integer("num_hidden_layers")
@@ -192,7 +197,7 @@ def _latent_sources(ours: str, config: LatentAttentionConfig, named: Mapping[str
     for head in range(heads):
         own, begin = f"{ours}.heads.{head}", head * (plain + value)
         found[f"{own}.into_latent.weight"] = Source(
-            f"{named['heads']}.weight", rows=(begin, begin + plain), arrange=transposed
+            f"{named['heads']}.weight", rows=(begin, begin + plain), arrange=Turned()
         )
         found[f"{own}.out_of_latent.weight"] = Source(
             f"{named['heads']}.weight", rows=(begin + plain, begin + plain + value)
@@ -215,10 +220,6 @@ class RotatedInHalves:
         heads = rows.view(self.num_heads, -1, *rows.shape[1:])
         plain, rotated = heads[:, : self.plain], heads[:, self.plain :]
         return torch.cat([plain, rotated[:, 0::2], rotated[:, 1::2]], dim=1).view(rows.shape)
-
-
-def transposed(matrix: Tensor) -> Tensor:
-    return matrix.T
 
 
 def gguf_document(model: gguf.GgufModel) -> Document:

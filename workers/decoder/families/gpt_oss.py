@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
-
-from torch import Tensor
 
 from workers.decoder.config import (
     ClampedSwiGLU,
     DecoderConfig,
     ExpertsConfig,
     FeedForwardConfig,
-    LayerConfig,
     RouterConfig,
 )
 from workers.decoder.families import gguf, llama
+from workers.decoder.families.arrange import Turned
 from workers.decoder.families.document import Document
 from workers.decoder.families.layers import each_layer, layer_windows, with_attention
 from workers.decoder.storage import Source
@@ -54,14 +51,10 @@ def read_config(document: Document) -> DecoderConfig:
     if "rope_parameters" not in document and "rope_scaling" not in document:
         document = Document(document.where, {**document.values, "rope_scaling": _ROPE})
     bias = document.flag("attention_bias", True)
-    config = llama.llama_like(document, experts, attention_bias=bias, theta=150_000.0, eps=1e-5)
-    window = document.optional_integer("sliding_window", 128)
-    windows = layer_windows(document, len(config.layers), lambda i: i % 2 == 0, window)
-
-    def layer(i: int, equal: LayerConfig) -> LayerConfig:
-        return with_attention(equal, sinks=True, spec={"window": windows[i]})
-
-    return each_layer(config, layer)
+    window = document.integer("sliding_window", 128)
+    windows = layer_windows(document, document.integer("num_hidden_layers"), lambda i: i % 2 == 0, window)
+    config = llama.llama_like(document, experts, windows=windows, attention_bias=bias, theta=150_000.0, eps=1e-5)
+    return each_layer(config, lambda _, layer: with_attention(layer, sinks=True))
 
 
 def sources(config: DecoderConfig, names: Collection[str]) -> dict[str, Source]:
@@ -86,29 +79,15 @@ def sources(config: DecoderConfig, names: Collection[str]) -> dict[str, Source]:
                 found[f"{own}.{name}.weight"] = (
                     Source(f"{gate_up}_blocks", at=e, rows=rows, step=2, scales=f"{gate_up}_scales")
                     if f"{gate_up}_blocks" in names
-                    else Source(gate_up, at=e, arrange=EveryOther(first))
+                    else Source(gate_up, at=e, arrange=Turned(first, step=2))
                 )
             found[f"{own}.down.bias"] = Source(f"{down}_bias", at=e)
             found[f"{own}.down.weight"] = (
                 Source(f"{down}_blocks", at=e, scales=f"{down}_scales")
                 if f"{down}_blocks" in names
-                else Source(down, at=e, arrange=transposed)
+                else Source(down, at=e, arrange=Turned())
             )
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class EveryOther:
-    """[in, 2 out] -> [out, in]: the columns first, first + 2, ..."""
-
-    first: int
-
-    def __call__(self, matrix: Tensor) -> Tensor:
-        return matrix[:, self.first :: 2].T
-
-
-def transposed(matrix: Tensor) -> Tensor:
-    return matrix.T
 
 
 def gguf_document(model: gguf.GgufModel) -> Document:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from workers.decoder.config import DecoderConfig, ExpertsConfig, FeedForwardConfig, LayerConfig, RouterConfig
+from workers.decoder.config import DecoderConfig, ExpertsConfig, LayerConfig, RouterConfig
 from workers.decoder.families import gguf, llama
 from workers.decoder.families.document import Document
 from workers.decoder.families.expert_names import stacked_sources
@@ -23,10 +23,7 @@ def read_config(document: Document) -> DecoderConfig:
             top_k=document.integer("num_experts_per_tok", 2),
             scores="softmax_chosen",
         ),
-        expert=FeedForwardConfig(
-            width=document.integer("intermediate_size"),
-            activation=document.choice("hidden_act", llama.ACTIVATIONS, "silu"),
-        ),
+        expert=llama.gated_feed_forward(document),
     )
     config = llama.llama_like(document, experts, attention_bias=document.flag("attention_bias", False))
     residual_scale = document.number("residual_multiplier", 1.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from workers.decoder.config import DecoderConfig, ExpertsConfig, FeedForwardConfig, LayerConfig
+from workers.decoder.config import DecoderConfig, ExpertsConfig
 from workers.decoder.families import gguf, llama, qwen2_moe
 from workers.decoder.families.document import Document
 from workers.decoder.families.layers import each_layer, with_attention
@@ -19,19 +19,12 @@ sources = qwen2_moe.sources
 def read_config(document: Document) -> DecoderConfig:
     experts = ExpertsConfig(
         router=qwen2_moe.read_router(document, num_experts=64, top_k=8),
-        expert=FeedForwardConfig(
-            width=document.integer("intermediate_size", 2048),
-            activation=document.choice("hidden_act", llama.ACTIVATIONS, "silu"),
-        ),
+        expert=llama.gated_feed_forward(document),
     )
     bias = document.flag("attention_bias", False)
-    config = llama.llama_like(document, experts, attention_bias=bias, eps=1e-5)
+    config = llama.llama_like(document, experts, attention_bias=bias, query_key_norm="projection", eps=1e-5)
     clip = document.number("clip_qkv") if "clip_qkv" in document else None
-
-    def layer(_: int, equal: LayerConfig) -> LayerConfig:
-        return with_attention(equal, query_key_norm=config.norm, norm_over="projection", clip_qkv=clip)
-
-    return each_layer(config, layer)
+    return each_layer(config, lambda _, layer: with_attention(layer, clip_qkv=clip))
 
 
 def gguf_document(model: gguf.GgufModel) -> Document:

@@ -48,14 +48,18 @@ def gguf_document(model: gguf.GgufModel) -> Document:
     own = model.own
     values: dict[str, Any] = {"sliding_window": own.values.get("attention.sliding_window") or None}
     if "rope_factors_long.weight" in model:
-        values["rope_scaling"] = {
-            "rope_type": "longrope",
-            "long_factor": model.numbers("rope_factors_long.weight"),
-            "short_factor": model.numbers("rope_factors_short.weight"),
-            "original_max_position_embeddings": own.integer("rope.scaling.original_context_length"),
-            "attention_factor": own.number("rope.scaling.attn_factor", 1.0),
-        }
+        values["rope_scaling"] = gguf_longrope(model)
     return model.document("phi3", **values)
+
+
+def gguf_longrope(model: gguf.GgufModel) -> dict[str, Any]:
+    return {
+        "rope_type": "longrope",
+        "long_factor": model.numbers("rope_factors_long.weight"),
+        "short_factor": model.numbers("rope_factors_short.weight"),
+        "original_max_position_embeddings": model.own.integer("rope.scaling.original_context_length"),
+        "attention_factor": model.own.number("rope.scaling.attn_factor", 1.0),
+    }
 
 
 def gguf_sources(config: DecoderConfig, names: Collection[str]) -> dict[str, Source]:

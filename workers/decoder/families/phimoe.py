@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 from pipeline.errors import UserError
 from workers.decoder.config import (
     DecoderConfig,
     ExpertsConfig,
-    FeedForwardConfig,
     LayerConfig,
     NormConfig,
     RouterConfig,
 )
-from workers.decoder.families import gguf, llama
+from workers.decoder.families import gguf, llama, phi3
 from workers.decoder.families.document import Document
 from workers.decoder.families.expert_names import MIXTRAL_NAMES, expert_sources, stacked_sources
 from workers.decoder.families.layers import each_layer
@@ -25,6 +25,7 @@ GGUF_ARCHITECTURES: tuple[str, ...] = ("phimoe",)
 
 
 def read_config(document: Document) -> DecoderConfig:
+    document = _with_attention_factor(document)
     experts = ExpertsConfig(
         router=RouterConfig(
             num_experts=document.integer("num_local_experts", 16),
@@ -32,10 +33,7 @@ def read_config(document: Document) -> DecoderConfig:
             scores="sparsemixer",
             tolerance=document.number("router_jitter_noise", 0.01),
         ),
-        expert=FeedForwardConfig(
-            width=document.integer("intermediate_size", 6400),
-            activation=document.choice("hidden_act", llama.ACTIVATIONS, "silu"),
-        ),
+        expert=llama.gated_feed_forward(document),
     )
     if experts.router.top_k != 2:
         raise UserError(f"{document.where}: num_experts_per_tok must be 2, the number that SparseMixer chooses")
@@ -53,6 +51,18 @@ def read_config(document: Document) -> DecoderConfig:
         return replace(equal, norm=norm)
 
     return replace(each_layer(config, layer), norm=norm, output_bias=document.flag("lm_head_bias", False))
+
+
+def _with_attention_factor(document: Document) -> Document:
+    """LongRoPE's attention_factor goes by other names here, one for short texts and one for long ones."""
+    key = "rope_parameters" if "rope_parameters" in document else "rope_scaling"
+    rope = document.inner(key)
+    if "long_mscale" not in rope:
+        return document
+    if rope.number("short_mscale", rope.number("long_mscale")) != rope.number("long_mscale"):
+        raise UserError(f"{rope.where}: short_mscale and long_mscale that differ are not supported")
+    values = {**rope.values, "attention_factor": rope.number("long_mscale")}
+    return Document(document.where, {**document.values, key: values})
 
 
 def sources(config: DecoderConfig, names: Collection[str]) -> dict[str, Source]:
@@ -77,12 +87,16 @@ def sources(config: DecoderConfig, names: Collection[str]) -> dict[str, Source]:
 
 def gguf_document(model: gguf.GgufModel) -> Document:
     own = model.own
+    values: dict[str, Any] = {}
+    if "rope_factors_long.weight" in model:
+        values["rope_scaling"] = phi3.gguf_longrope(model)
     return model.document(
         "phimoe",
         num_local_experts=own.integer("expert_count"),
         num_experts_per_tok=own.integer("expert_used_count"),
         attention_bias="blk.0.attn_output.bias" in model,
         lm_head_bias="output.bias" in model,
+        **values,
     )
 
 

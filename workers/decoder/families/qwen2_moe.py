@@ -9,7 +9,7 @@ from workers.decoder.config import DecoderConfig, ExpertsConfig, FeedForwardConf
 from workers.decoder.families import gguf, llama
 from workers.decoder.families.document import Document
 from workers.decoder.families.expert_names import LLAMA_NAMES, either_sources
-from workers.decoder.families.layers import each_layer, layer_windows, with_attention
+from workers.decoder.families.layers import each_layer, layer_windows
 from workers.decoder.storage import Source
 
 MODEL_TYPES: tuple[str, ...] = ("qwen2_moe",)
@@ -26,17 +26,11 @@ def read_config(document: Document) -> DecoderConfig:
         ),
         shared_gate=True,
     )
-    config = llama.llama_like(document, experts)
-    window, upper = None, 0
-    if document.flag("use_sliding_window", False):
-        window, upper = document.integer("sliding_window", 4096), document.count("max_window_layers", 28)
-    windows = layer_windows(document, len(config.layers), lambda i: i % 2 == 0 and i < upper, window)
+    window = document.integer("sliding_window", 4096) if document.flag("use_sliding_window", False) else None
+    upper = document.count("max_window_layers", 28)
+    windows = layer_windows(document, document.integer("num_hidden_layers"), lambda i: i % 2 == 0 and i < upper, window)
     bias = document.flag("qkv_bias", True)
-
-    def layer(i: int, equal: LayerConfig) -> LayerConfig:
-        return with_attention(with_dense(document, i, equal), qkv_bias=bias, spec={"window": windows[i]})
-
-    return each_layer(config, layer)
+    return with_dense_layers(document, llama.llama_like(document, experts, windows=windows, qkv_bias=bias))
 
 
 def read_router(document: Document, *, num_experts: int, top_k: int) -> RouterConfig:
@@ -50,18 +44,16 @@ def read_router(document: Document, *, num_experts: int, top_k: int) -> RouterCo
     )
 
 
-def with_dense(document: Document, i: int, layer: LayerConfig) -> LayerConfig:
-    """`layer`, or the same with a dense feed-forward network where the configuration wants it as layer i."""
-    dense = document.counts("mlp_only_layers")
-    if i not in dense and (i + 1) % document.integer("decoder_sparse_step", 1) == 0:
-        return layer
-    width = document.integer("intermediate_size")
-    return replace(
-        layer,
-        feed_forward=FeedForwardConfig(
-            width=width, activation=document.choice("hidden_act", llama.ACTIVATIONS, "silu")
-        ),
-    )
+def with_dense_layers(document: Document, config: DecoderConfig) -> DecoderConfig:
+    """`config` with a dense feed-forward network in each layer where the configuration wants one."""
+    listed, step = document.counts("mlp_only_layers"), document.integer("decoder_sparse_step", 1)
+
+    def layer(i: int, sparse: LayerConfig) -> LayerConfig:
+        if i not in listed and (i + 1) % step == 0:
+            return sparse
+        return replace(sparse, feed_forward=llama.gated_feed_forward(document))
+
+    return each_layer(config, layer)
 
 
 def sources(config: DecoderConfig, names: Collection[str]) -> dict[str, Source]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from workers.decoder.config import DecoderConfig, ExpertsConfig, FeedForwardConfig, LayerConfig
+from workers.decoder.config import DecoderConfig, ExpertsConfig, FeedForwardConfig
 from workers.decoder.families import gguf, llama, qwen2_moe
 from workers.decoder.families.document import Document
-from workers.decoder.families.layers import each_layer, with_attention
 from workers.decoder.storage import Source
 
 MODEL_TYPES: tuple[str, ...] = ("qwen3_moe",)
@@ -28,12 +27,8 @@ def read_config(document: Document) -> DecoderConfig:
     if document.flag("use_sliding_window", False):
         window = document.optional_integer("sliding_window", 4096)
     bias = document.flag("attention_bias", False)
-    config = llama.llama_like(document, experts, window=window, attention_bias=bias)
-
-    def layer(i: int, equal: LayerConfig) -> LayerConfig:
-        return with_attention(qwen2_moe.with_dense(document, i, equal), query_key_norm=config.norm)
-
-    return each_layer(config, layer)
+    config = llama.llama_like(document, experts, window=window, attention_bias=bias, query_key_norm="head")
+    return qwen2_moe.with_dense_layers(document, config)
 
 
 def gguf_document(model: gguf.GgufModel) -> Document:

@@ -12,11 +12,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from workers.decoder.kernels.build import load
+from workers.decoder.patterns import Reach
 
 _int64 = ctypes.c_int64
 _float = ctypes.c_float
@@ -27,9 +30,9 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of packed weigh
 class _Attention(ctypes.Structure):
     _fields_ = (
         *((name, _pointer) for name in ("query", "keys", "values", "query_start", "context_lens", "block_table")),
-        *((name, _pointer) for name in ("slopes", "sinks", "out")),
-        *((name, _int64) for name in ("query_stride", "S", "B", "H", "K", "D", "value_width", "block_tokens")),
-        *((name, _int64) for name in ("bf16", "window")),
+        *((name, _pointer) for name in ("slopes", "sinks", "heads", "reaches", "out")),
+        *((name, _int64) for name in ("query_stride", "S", "B", "H", "K", "R", "D", "value_width", "block_tokens")),
+        ("bf16", _int64),
         ("scale", _float),
         ("softcap", _float),
     )
@@ -63,7 +66,7 @@ def panel_keys() -> int:
 
 @functools.cache
 def widest_value() -> int:
-    """The widest value head that attention takes."""
+    """The widest value head that attention takes, and the widest key that it gathers."""
     return int(_library().gristmill_widest_value())
 
 
@@ -268,6 +271,37 @@ def write_pages(keys: Tensor, values: Tensor | None, key: Tensor, value: Tensor 
     )
 
 
+_NEAR = {"all": 0, "window": 1, "block": 2, "none": 3}  # as attention.c numbers them
+_FAR = {"none": 0, "column": 1, "summary": 2}
+
+
+class HeadRuns(NamedTuple):
+    """Which query heads are computed together, and what they see."""
+
+    heads: Tensor  # int32 [H] query heads, those that share a key-value head and a reach side by side
+    reaches: Tensor  # int32 [R, 9], each of a run of `heads`: attention.c's `reach`
+
+
+def head_runs(reaches: Sequence[Reach], num_kv_heads: int) -> HeadRuns:
+    """`reaches`: what each query head sees."""
+    group = len(reaches) // num_kv_heads
+    order: list[int] = []
+    runs = []
+    for kv_head in range(num_kv_heads):
+        own = range(kv_head * group, (kv_head + 1) * group)
+        for reach in dict.fromkeys(reaches[head] for head in own):
+            heads = [head for head in own if reaches[head] == reach]
+            near, far = (_NEAR[reach.near], reach.width), (_FAR[reach.far], reach.period, *reach.summary)
+            runs.append((kv_head, len(order), len(heads), *near, *far))
+            order += heads
+    return HeadRuns(torch.tensor(order, dtype=torch.int32), torch.tensor(runs, dtype=torch.int32))
+
+
+@functools.cache
+def _full_runs(num_heads: int, num_kv_heads: int) -> HeadRuns:
+    return head_runs([Reach()] * num_heads, num_kv_heads)
+
+
 def attention(
     query: Tensor,
     keys: Tensor,
@@ -278,7 +312,7 @@ def attention(
     block_table: Tensor,
     value_width: int,
     scale: float,
-    window: int | None = None,
+    runs: HeadRuns | None = None,
     softcap: float | None = None,
     slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -286,14 +320,15 @@ def attention(
     """query [T, H, D] over the pools -> [T, H, value_width]; the metadata is int32, slopes and sinks [H] float32.
 
     The sequence of context length L that has q queries in this step has them at positions L - q ... L - 1; each sees
-    the keys at its position and before, no more than `window` of them. Without `values` a key's first value_width
-    columns are its value.
+    the keys at its position and before, or of those what `runs` say of each head. Without `values` a key's first
+    value_width columns are its value.
     """
     query = _heads(query)
     tokens, heads, width = query.shape
     out = torch.empty(tokens, heads, value_width)
     held = [t.to(torch.int32).contiguous() for t in (query_start, context_lens, block_table)]
     extra = [None if t is None else _plain(t) for t in (slopes, sinks)]
+    runs = runs or _full_runs(heads, keys.shape[1])
     call = _Attention(
         query=query.data_ptr(),
         keys=keys.data_ptr(),
@@ -303,17 +338,19 @@ def attention(
         block_table=held[2].data_ptr(),
         slopes=None if extra[0] is None else extra[0].data_ptr(),
         sinks=None if extra[1] is None else extra[1].data_ptr(),
+        heads=runs.heads.data_ptr(),
+        reaches=runs.reaches.data_ptr(),
         out=out.data_ptr(),
         query_stride=query.stride(0),
         S=held[1].shape[0],
         B=held[2].shape[1],
         H=heads,
         K=keys.shape[1],
+        R=runs.reaches.shape[0],
         D=width,
         value_width=value_width,
         block_tokens=keys.shape[2] * keys.shape[4],
         bf16=_is_bf16(keys),
-        window=window or 0,
         scale=scale,
         softcap=softcap or 0.0,
     )

@@ -87,16 +87,15 @@ class PackedPool(KVPool):
             None if spec.values_in_keys else spec.value_width,
             dtype,
         )
+        self._runs = native.head_runs(spec.reaches, spec.num_kv_heads)
         self._slopes = None if spec.alibi_slopes is None else torch.tensor(spec.alibi_slopes)
 
     @staticmethod
     def fits(spec: AttentionSpec, block_tokens: int, dtype: torch.dtype) -> bool:
         """Whether the kernel takes a cache of this shape."""
-        return (
-            dtype in _CACHE_DTYPES
-            and block_tokens % native.panel_keys() == 0
-            and spec.value_width <= native.widest_value()
-        )
+        widest = spec.value_width if spec.sparse is None else max(spec.value_width, spec.head_width)
+        whole_panels = block_tokens % native.panel_keys() == 0
+        return dtype in _CACHE_DTYPES and whole_panels and widest <= native.widest_value()
 
     @property
     def nbytes(self) -> int:
@@ -121,7 +120,7 @@ class PackedPool(KVPool):
             block_table=metadata.block_table,
             value_width=self.spec.value_width,
             scale=self.spec.scale,
-            window=self.spec.window,
+            runs=self._runs,
             softcap=self.spec.softcap,
             slopes=self._slopes,
             sinks=sinks,

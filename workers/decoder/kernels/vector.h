@@ -43,6 +43,13 @@ INLINE vec load(const float *p) {
 INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 
 /* bfloat16 is the upper half of a float32: widening is exact. */
+INLINE float from_bf16(uint16_t x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float wide;
+  memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
 INLINE vec load_bf16(const uint16_t *p) {
   hvec h;
   memcpy(&h, p, sizeof h);
