@@ -123,11 +123,17 @@ def forecast(settings: EngineSettings) -> Forecast:
         dtype=str(precision.weights).removeprefix("torch."),
         threads=settings.threads,
         cost=cost,
-        weight_bytes=cost.weights * precision.weights.itemsize,
+        weight_bytes=_weight_bytes(cost, config, precision.weights),
         kv_cache_bytes=settings.kv_cache_bytes or _auto_cache_bytes(settings, config, precision.cache.itemsize, device),
         flops_per_s=_measured_flops_per_s(settings.threads) if device == "cpu" else None,
         arithmetic=_arithmetic(device),
     )
+
+
+def _weight_bytes(cost: ModelCost, config: DecoderConfig, dtype: torch.dtype) -> int:
+    """8-bit weights have a float32 scale a row, counted here as if each row were as wide as the model."""
+    scales = 4 * cost.weights // config.hidden_width if dtype == torch.int8 else 0
+    return cost.weights * dtype.itemsize + scales
 
 
 def _auto_cache_bytes(settings: EngineSettings, config: DecoderConfig, value_bytes: int, device: str) -> int:

@@ -30,7 +30,7 @@ class Embedding:
         return cls(
             tensors.weight(width, ("embedding.weight", config.vocab_size)),
             # Gemma was trained with a scale in the weights' own format: 33.94 is 34 in bfloat16.
-            scale=float(torch.tensor(config.embedding_scale, dtype=tensors.dtype)),
+            scale=float(torch.tensor(config.embedding_scale, dtype=tensors.unquantized().dtype)),
             positions=None if positions is None else PositionTable.load(positions, width, tensors.under("positions")),
             norm=None if norm is None else Norm.load(norm, width, tensors.under("embedding_norm")),
         )

@@ -73,7 +73,7 @@ class Experts:
                 biases.append((into, own.vector("down.bias", hidden_width)))
         return cls(
             config,
-            router=tensors.weight(hidden_width, ("router.weight", router.num_experts)),
+            router=tensors.unquantized().weight(hidden_width, ("router.weight", router.num_experts)),
             router_bias=tensors.vector("router.bias", router.num_experts) if router.bias else None,
             correction=tensors.vector("router.correction", router.num_experts) if router.correction_bias else None,
             gate_up=gate_up,
@@ -83,7 +83,9 @@ class Experts:
             shared=None
             if config.shared is None
             else FeedForward.load(config.shared, hidden_width, tensors.under("shared")),
-            shared_gate=tensors.weight(hidden_width, ("shared_gate.weight", 1)) if config.shared_gate else None,
+            shared_gate=tensors.unquantized().weight(hidden_width, ("shared_gate.weight", 1))
+            if config.shared_gate
+            else None,
         )
 
     def __call__(self, x: Tensor, layer: int, dispatcher: Dispatcher, listener: RouterListener | None = None) -> Tensor:

@@ -41,7 +41,7 @@ class PositionTable:
     @classmethod
     def load(cls, config: PositionTableConfig, hidden_width: int, tensors: Tensors) -> PositionTable:
         if config.kind == "learned":
-            return cls(config, tensors.weight(hidden_width, ("weight", config.rows)))
+            return cls(config, tensors.unquantized().weight(hidden_width, ("weight", config.rows)))
         return cls(config, DenseWeight(sinusoids(config.rows, hidden_width).to(tensors.device)))
 
     def __call__(self, positions: Tensor) -> Tensor:

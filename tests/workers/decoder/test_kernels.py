@@ -28,14 +28,31 @@ def test_a_packed_product_is_the_plain_product(rows: int, outputs: int, inputs: 
     close(got, x.double() @ matrix.double().T + bias, 1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_a_row_of_a_product_has_the_same_bits_alone_and_among_others(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x, packed = torch.randn(200, 700), native.pack(torch.randn(80, 700).to(dtype))
-    whole = native.matmul(x, packed, 80)
+    x, matrix = torch.randn(200, 700), torch.randn(96, 700) * (40 if dtype == torch.int8 else 1)
+    packed, scales = native.pack(matrix.to(dtype)), torch.rand(96) if dtype == torch.int8 else None
+    whole = native.matmul(x, packed, 96, None, scales)
     for rows in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 96, 97, 199):
         for start in (0, 1):
-            assert torch.equal(native.matmul(x[start : start + rows], packed, 80), whole[start : start + rows])
+            part = native.matmul(x[start : start + rows], packed, 96, None, scales)
+            assert torch.equal(part, whole[start : start + rows])
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs"), [(1, 1, 1), (5, 33, 7), (7, 16, 256), (100, 50, 600), (193, 17, 513)]
+)
+def test_a_product_with_8_bit_integers_is_the_plain_product_times_the_scales(
+    rows: int, outputs: int, inputs: int
+) -> None:
+    torch.manual_seed(rows)
+    x, bias = torch.randn(rows, inputs), torch.randn(outputs)
+    matrix = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
+    packed = native.pack(matrix)
+    scales = torch.rand(packed.shape[0] * packed.shape[2])
+    got = native.matmul(x, packed, outputs, bias, scales)
+    close(got, x.double() @ (matrix.double() * scales[:outputs, None]).T + bias, 1e-5)
 
 
 def test_each_run_of_rows_meets_its_own_slot() -> None:

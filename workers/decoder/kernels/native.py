@@ -2,8 +2,9 @@
 
 T tokens, S sequences, H query heads, K key-value heads, D head width, N and C output and input widths.
 
-All take contiguous float32 activations on the CPU (weights and caches may be bfloat16, which is widened exactly) and
-return new float32 tensors. An output row's bits depend on its own inputs only, not on how many rows came with it.
+All take contiguous float32 activations on the CPU and return new float32 tensors. Weights may be bfloat16, or 8-bit
+integers with a scale an output row; caches may be bfloat16. Both are widened exactly. An output row's bits depend on
+its own inputs only, not on how many rows came with it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from workers.decoder.patterns import Reach
 _int64 = ctypes.c_int64
 _float = ctypes.c_float
 _pointer = ctypes.c_void_p
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of packed weights, as matmul.c numbers them
 
 
 class _Attention(ctypes.Structure):
@@ -93,17 +95,26 @@ def pack_rows(packed: Tensor, first: int, matrix: Tensor) -> None:
         packed[..., at + whole, :, : rows - end] = matrix[..., end:, :].transpose(-1, -2)
 
 
-def matmul(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
-    """x [T, C] times a packed matrix [panels, C, P] -> [T, N]; bias [N] float32."""
-    return grouped_matmul(x, packed.unsqueeze(0), out_features, [x.shape[0]], None if bias is None else bias[None])
+def matmul(
+    x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None, scales: Tensor | None = None
+) -> Tensor:
+    """x [T, C] times a packed matrix [panels, C, P] -> [T, N]; bias [N] and scales [panels * P] float32."""
+    bias, scales = (None if one is None else one[None] for one in (bias, scales))
+    return grouped_matmul(x, packed.unsqueeze(0), out_features, [x.shape[0]], bias, scales)
 
 
 def grouped_matmul(
-    x: Tensor, packed: Tensor, out_features: int, rows_per_slot: list[int], bias: Tensor | None = None
+    x: Tensor,
+    packed: Tensor,
+    out_features: int,
+    rows_per_slot: list[int],
+    bias: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """x [T, C] in runs of rows_per_slot, each times its slot's matrix of packed [slots, panels, C, P] -> [T, N].
 
-    bias is [slots, N] float32. T is the sum of rows_per_slot.
+    bias is [slots, N] float32. T is the sum of rows_per_slot. int8 matrices come with scales [slots, panels * P]
+    float32, one an output column, by which the sums are multiplied before bias is added.
     """
     x = _plain(x)
     slots, panels, width, panel = packed.shape
@@ -111,6 +122,10 @@ def grouped_matmul(
     assert len(rows_per_slot) == slots, (len(rows_per_slot), slots)
     assert sum(rows_per_slot) == x.shape[0], (rows_per_slot, x.shape)
     assert packed.is_contiguous()
+    assert (scales is not None) == (packed.dtype == torch.int8), packed.dtype
+    if scales is not None:
+        assert scales.shape == (slots, panels * panel), (scales.shape, packed.shape)
+        scales = _plain(scales)
     if bias is not None:
         assert bias.shape == (slots, out_features)
         bias = torch.nn.functional.pad(_plain(bias), (0, panels * panel - out_features))
@@ -118,7 +133,8 @@ def grouped_matmul(
     _library().gristmill_matmul(
         _pointer(x.data_ptr()),
         _pointer(packed.data_ptr()),
-        _int64(_is_bf16(packed)),
+        _int64(_KINDS[packed.dtype]),
+        None if scales is None else _pointer(scales.data_ptr()),
         (_int64 * slots)(*rows_per_slot),
         _int64(slots),
         _int64(width),
