@@ -46,6 +46,8 @@ def reference(path: Path, prompt: list[int], max_new_tokens: int) -> list[int]:
         ("gemma3_text", {}),  # two groups of layers, one with a window
         ("gpt2", {}),  # positions in a table
         ("bloom", {}),  # slopes
+        ("deepseek_v3", {}),  # a cache of latents
+        ("gpt_oss", {}),  # sinks, and windows in every other layer
     ],
 )
 def test_greedy_tokens_are_transformers_own(
