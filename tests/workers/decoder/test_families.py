@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import UserError
 from workers.decoder.checkpoint import load_checkpoint
+from workers.decoder.families.gguf import GgufModel
 from workers.decoder.families.layer_norm import alibi_slopes
+from workers.decoder.families.registry import family_of, gguf_family_of
 from workers.decoder.model import Decoder
 from workers.engine import Engine, SamplingParams
 
@@ -162,6 +164,19 @@ def test_what_can_not_be_done_is_refused_in_one_line(
         load_checkpoint(folder)
     assert str(folder / "config.json") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("architecture", "layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_a_gguf_of_the_27b_gemmas_divides_scores_by_the_model_width_a_head(architecture: str, layers: int) -> None:
+    """4608 / 32 and 5376 / 32 in the published configurations, which the files leave out."""
+    own = {"embedding_length": 4608, "attention.head_count": 32, "attention.key_length": 128, "context_length": 8192}
+    own |= {"feed_forward_length": 64, "attention.layer_norm_rms_epsilon": 1e-6, "attention.sliding_window": 64}
+    shapes = {"token_embd.weight": (1000, 4608)}
+    for count, width in ((layers, 144), (layers - 4, 128)):
+        metadata = {f"{architecture}.{key}": value for key, value in (own | {"block_count": count}).items()}
+        model = GgufModel("f.gguf", metadata | {"general.architecture": architecture}, shapes, lambda name: ())
+        document = gguf_family_of(model).gguf_document(model)
+        assert family_of(document).read_config(document).layers[0].attention.spec.scale == width**-0.5
 
 
 def test_alibi_slopes_between_powers_of_two_are_those_of_the_paper() -> None:

@@ -43,6 +43,9 @@ def reference(path: Path, prompt: list[int], max_new_tokens: int) -> list[int]:
         ("llama", {}),
         ("mixtral", {}),
         ("mistral", {"sliding_window": 24}),
+        ("gemma3_text", {}),  # two groups of layers, one with a window
+        ("gpt2", {}),  # positions in a table
+        ("bloom", {}),  # slopes
     ],
 )
 def test_greedy_tokens_are_transformers_own(

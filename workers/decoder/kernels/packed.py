@@ -72,7 +72,10 @@ class PackedBank(ExpertBank):
 
 
 class PackedPool(KVPool):
-    """Keys in panels, transposed, and values in rows, a head's part of a block together: see attention.c."""
+    """Keys in panels, transposed, and values in rows, a head's part of a block together: see attention.c.
+
+    Keys that hold the values lie in rows as well.
+    """
 
     def __init__(self, spec: AttentionSpec, num_blocks: int, block_tokens: int, *, dtype: torch.dtype) -> None:
         self.spec = spec
