@@ -66,6 +66,7 @@ class Plan:
                 "model",
                 f"{spec.model}: {shard.architecture}, {shard.num_layers} layers, {_weights(shard)}",
             ),
+            ("parts", shard.parts),
             (
                 "input",
                 f"{rows:,} rows in {files:,} file{'s' if files > 1 else ''}; {len(splits):,} splits of up to "
@@ -79,7 +80,7 @@ class Plan:
         ]
         if self.tokens.errors:
             failed = ", ".join(f"{count} {code}" for code, count in self.tokens.errors.most_common())
-            lines.insert(4, ("errors", f"in the sample of {self.tokens.sampled_rows} rows: {failed}"))
+            lines.insert(5, ("errors", f"in the sample of {self.tokens.sampled_rows} rows: {failed}"))
         width = max(len(name) for name, _ in lines[1:])
         return "\n".join([f"{lines[0][0]}: {lines[0][1]}", *(f"  {name:{width}}  {text}" for name, text in lines[1:])])
 

@@ -18,6 +18,7 @@ from workers.decoder.config import (
     LatentAttentionConfig,
     LayerConfig,
 )
+from workers.decoder.describe import describe
 from workers.decoder.kernels import build
 from workers.decoder.model import layer_groups
 from workers.decoder.precision import resolve_precision
@@ -93,6 +94,7 @@ class Forecast:
     """One shard on this machine. `flops_per_s` is None where nothing was measured: the job runs on a GPU."""
 
     architecture: str
+    parts: str  # for people
     num_layers: int
     hidden_width: int
     max_context: int
@@ -116,6 +118,7 @@ def forecast(settings: EngineSettings) -> Forecast:
     cost = model_cost(config)
     return Forecast(
         architecture=config.architecture,
+        parts="; ".join(words for words in describe(config).values() if words),
         num_layers=len(config.layers),
         hidden_width=config.hidden_width,
         max_context=min(settings.max_context or config.max_context, config.max_context),

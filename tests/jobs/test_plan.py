@@ -78,7 +78,7 @@ def test_planning_changes_nothing_on_the_disk(
     assert execute(["plan", str(tmp_path / "job.yaml")]) == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     words = capfd.readouterr().out
-    for said in ("4 rows in 1 file", "1 empty_prompt", "which is new", "GFLOP/s", "KV cache"):
+    for said in ("grouped-query", "4 rows in 1 file", "1 empty_prompt", "which is new", "GFLOP/s", "KV cache"):
         assert said in words
 
 
