@@ -1,9 +1,9 @@
 """Which copy of an expert a rank asks, where several ranks hold one: those of its own node before others. Pure.
 
 If all ranks are equally busy, each of an expert's m copies gets one m-th of its tokens, and as many of them as that
-allows stay on the node they come from. Example, two nodes with one rank each, two copies on the first node, one on the
-second, so that each copy is to have 1/3 of all tokens: the second node's rank, from which half of the tokens come,
-sends 2/3 of them to its own node's copy and 1/6 to each of the others; the first node's sends half to each of its own.
+allows stay on the node they come from. Example, two nodes with two ranks each, two copies on the first node, one on the
+second, so that each copy is to have 1/3 of all tokens: the second node's ranks, from which half of the tokens come,
+send 2/3 of them to their own node's copy and 1/6 to each of the others; the first node's send half to each of theirs.
 
 R ranks, N nodes, E experts, M copies of an expert at most, S slots of all ranks together, numbered rank by rank.
 """
