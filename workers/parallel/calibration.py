@@ -64,10 +64,15 @@ def listen_to(decoder: Decoder, sequences: Iterable[Sequence[int]], listener: Ch
     plain = decoder.dispatcher
     decoder.dispatcher = ListeningDispatcher(plain, listener)
     try:
-        for step in _steps(sequences, decoder.config.max_context):
-            _run(decoder, step)
+        run_sequences(decoder, sequences)
     finally:
         decoder.dispatcher = plain
+
+
+def run_sequences(decoder: Decoder, sequences: Iterable[Sequence[int]]) -> None:
+    """Run token sequences through a decoder, several in a step, and keep nothing of it."""
+    for step in _steps(sequences, decoder.config.max_context):
+        _run(decoder, step)
 
 
 def _steps(sequences: Iterable[Sequence[int]], max_context: int) -> Iterable[list[Sequence[int]]]:

@@ -69,7 +69,7 @@ def expected_traffic(placement: Placement, topology: Topology, loads: Array) -> 
         on_node = node_of[copies.ranks] == np.arange(topology.num_nodes)[:, None, None]  # [N, E, M]
         near += float(flow[on_node].sum())
         own += float((flow * on_node / ranks_on[:, None, None]).sum())  # each of the node's ranks asks as often
-    return Traffic(own=own, within=near - own, across=float(np.sum(loads)) - near)
+    return Traffic(own=own, within=near - own, across=max(0.0, float(np.sum(loads)) - near))
 
 
 def routed(
