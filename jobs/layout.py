@@ -117,7 +117,7 @@ def _fewest_ranks(forecast: Forecast, places: _Places, most: int, room: int | No
             return ranks, f"a shard takes {_size(needed)}, which {limit} hold; {fewer}"
     raise UserError(
         f"model: over {most} {places.kind}s it takes {_size(forecast.rank_bytes(most))} on each, more than {limit}, "
-        f"and there are no more to spread it over; add {places.kind}s, or set cluster.dtype or engine.kv_cache_bytes lower"
+        f"and there are no more to spread it over; add {places.kind}s, or lower cluster.dtype or engine.kv_cache_bytes"
     )
 
 

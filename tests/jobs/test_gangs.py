@@ -21,30 +21,13 @@ from pipeline.audit import audit
 pytestmark = pytest.mark.ray
 
 NUM_ROWS = 72
+TEXT = "a tuple is immutable while the with statement closes files when an error occurs inside of it"
 
 
 @pytest.fixture
 def moe_job(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """`moe_job(name, **cluster)`: rows are sampled, and prompt and generation embedded."""
-    words = [
-        "a",
-        "tuple",
-        "is",
-        "immutable",
-        "and",
-        "the",
-        "with",
-        "statement",
-        "closes",
-        "files",
-        "when",
-        "an",
-        "error",
-        "occurs",
-        "inside",
-        "of",
-        "it",
-    ]
+    words = TEXT.split()
     texts = [" ".join(words[row % 11 : row % 11 + 2 + row % 7]) for row in range(NUM_ROWS)]
     texts[5] = ""
     pq.write_table(pa.table({"body": texts}), tmp_path / "rows.parquet")
@@ -71,21 +54,14 @@ def rank_processes() -> list[psutil.Process]:
     return [process for process in own if process.name().startswith("ray::ShardActor")]
 
 
-def test_rows_are_the_same_over_ranks_and_replicas_and_after_a_rank_was_killed(
+def test_rows_are_the_same_over_several_ranks_and_replicas_and_after_a_rank_was_killed(
     ray_cluster: str, moe_job: Callable[..., dict[str, Any]], rows_of: Callable[..., list[dict[str, Any]]]
 ) -> None:
     alone = rows_of(run(moe_job("alone", expert_parallel=1)).out)
     assert len(alone) == NUM_ROWS
     assert len({row["text"] for row in alone}) > NUM_ROWS / 2
 
-    wide = run(moe_job("wide", expert_parallel=2, replicas=2))
-    assert rows_of(wide.out) == alone
-    assert audit(wide.out).ok
-    assert wide.report["runs"][-1]["layout"]["ranks"] == 2
-    assert wide.report["runs"][-1]["engine"]["exchanges"] > 0
-
-    settings = moe_job("killed", expert_parallel=3)
-    out = Path(settings["output"]["path"])
+    out = Path(moe_job("spread")["output"]["path"])
     killed: list[int] = []
 
     def kill_a_rank() -> None:
@@ -97,22 +73,20 @@ def test_rows_are_the_same_over_ranks_and_replicas_and_after_a_rank_was_killed(
 
     killer = threading.Thread(target=kill_a_rank, daemon=True)
     killer.start()
-    result = run(settings)
+    result = run(moe_job("spread", expert_parallel=2), limit=42)
     killer.join(10)
     assert killed
-    assert rows_of(out) == alone
-    assert audit(out).ok
+    assert result.report["rows"]["done"] == 42
     (death,) = result.report["runs"][-1]["deaths"]
-    assert death["recovered_after_s"] < 30
+    assert death["recovered_after_s"] < 60
+    assert rows_of(out) == alone[:42]
     records = [json.loads(path.read_text()) for path in sorted((out / "placements").glob("*.json"))]
     assert [record["gang"] for record in records] == ["worker-0.0", "worker-0.1"]
     assert records[0]["placement"] == records[1]["placement"]
 
-
-def test_a_job_goes_on_with_another_number_of_ranks(
-    ray_cluster: str, moe_job: Callable[..., dict[str, Any]], rows_of: Callable[..., list[dict[str, Any]]]
-) -> None:
-    result = run(moe_job("resumed", expert_parallel=2), limit=30)
-    assert result.report["rows"]["done"] == 30
-    result = run(moe_job("resumed", expert_parallel=1))
-    assert rows_of(result.out) == rows_of(run(moe_job("whole", expert_parallel=1)).out)
+    result = run(moe_job("spread", expert_parallel=2, replicas=2))
+    assert rows_of(out) == alone
+    assert audit(out).ok
+    layout, engine = (result.report["runs"][-1][key] for key in ("layout", "engine"))
+    assert (layout["replicas"], layout["ranks"]) == (2, 2)
+    assert engine["exchanges"] > 0
