@@ -134,7 +134,7 @@ class Fleet:
                     continue
                 heard.append(Heard(ShardId(number, generation, rank), report))
                 if report.failure is not None and report.failure.kind == "crash":
-                    heard.append(self._lose(number, report.failure.message))
+                    heard.append(self._lose(number, replica.cause(report.failure.message)))
         for number, (_, replica) in list(self._replicas.items()):
             try:
                 replica.check(self._looked_at)

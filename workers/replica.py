@@ -29,6 +29,7 @@ from workers.shard import ShardActor
 REPORT_S = 0.5  # how long a shard may wait before it reports that there is nothing new
 FORMING_S = 180.0  # until a worker process must have come up
 LOADING_S = 600.0  # of silence, while a model is loaded: reading weights may hold the interpreter
+CAUSE_S = 0.5  # for a death to be known of after it was felt
 SILENCE_S = 5.0  # of a shard that runs, until it is taken for stopped or cut off
 
 
@@ -107,6 +108,20 @@ class Replica:
         if report.phase != "stopped":
             self._asked[self._ask(rank)] = rank
         return rank, report
+
+    def cause(self, told: str) -> str:
+        """Why the gang broke, where `told` is what one rank said of its own end.
+
+        A rank's death breaks the others' exchange with it, and they may be heard first.
+        """
+        if len(self._shards) > 1 and self._asked:
+            ready, _ = ray.wait(list(self._asked), num_returns=len(self._asked), timeout=CAUSE_S)
+            for reference in ready:
+                try:
+                    self.take(reference)
+                except ReplicaLost as lost:
+                    return str(lost)
+        return told
 
     def check(self, now: float) -> None:
         """ReplicaLost if a shard has been silent for too long, JobError if the gang can't be formed at all."""

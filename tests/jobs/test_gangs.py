@@ -79,6 +79,7 @@ def test_rows_are_the_same_over_several_ranks_and_replicas_and_after_a_rank_was_
     assert result.report["rows"]["done"] == 42
     (death,) = result.report["runs"][-1]["deaths"]
     assert death["recovered_after_s"] < 60
+    assert "worker process died" in death["reason"], "and not what the survivors felt of it"
     assert rows_of(out) == alone[:42]
     records = [json.loads(path.read_text()) for path in sorted((out / "placements").glob("*.json"))]
     assert [record["gang"] for record in records] == ["worker-0.0", "worker-0.1"]

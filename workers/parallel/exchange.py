@@ -36,11 +36,13 @@ class _Layer:
 
 @dataclass(slots=True)
 class Traffic:
-    """What one rank's dispatcher did so far. Bytes are of hidden states that went to other ranks, both ways."""
+    """What one rank's dispatcher did so far."""
 
     exchanges: int = 0
     tokens: int = 0  # own tokens, once a layer
-    bytes_to: list[int] = field(default_factory=list)  # [R] rows sent there, answers to its rows included
+    bytes_to: list[int] = field(
+        default_factory=list
+    )  # [R] of hidden states sent to another rank: rows, and answers to its rows
     rows: dict[int, Tensor] = field(default_factory=dict)  # by layer, [own slots] rows computed in each slot
     seconds: float = 0.0  # within exchanges: moving data, and waiting for slower ranks
 
