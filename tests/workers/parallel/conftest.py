@@ -1,4 +1,4 @@
-"""Gangs of real processes, without Ray: each rank runs `gang_ranks.py`."""
+"""Gangs of real processes, without Ray, each rank runs `gang_ranks.py`; and made-up routing for the planner."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from workers.parallel.group import Rendezvous
 from workers.parallel.placement import Placement
 
+Choices = list[NDArray[np.int64]]
 FORKS = multiprocessing.get_context("forkserver")  # which imports torch once for all of them
 
 
@@ -64,3 +67,20 @@ def gang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     yield begin
     for ranks in begun:
         ranks.end()
+
+
+@pytest.fixture(scope="session")
+def domain_choices() -> Callable[..., Choices]:
+    """[T, k] choices a layer; a token's domain, one of `domains`, makes its own experts likelier."""
+
+    def make(*, layers: int, experts: int, top_k: int, tokens: int, domains: int, seed: int = 0) -> Choices:
+        rng = np.random.default_rng(seed)
+        choices = []
+        for _ in range(layers):
+            domain_of = rng.permutation(experts) % domains
+            scores = np.log(1 + rng.pareto(1.5, experts)) + rng.gumbel(size=(tokens, experts))
+            scores += 3.0 * (domain_of == rng.integers(domains, size=tokens)[:, None])
+            choices.append(np.sort(np.argsort(-scores, axis=1)[:, :top_k], axis=1))
+        return choices
+
+    return make
