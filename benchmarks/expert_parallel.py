@@ -132,6 +132,8 @@ def run(model: Path, texts: Path, options: argparse.Namespace, ranks: int, threa
         if process.returncode:
             raise SystemExit(f"a rank failed with {process.returncode}")
         results.append(json.loads(out.splitlines()[-1]))
+    if ranks > 1:
+        rendezvous.close()
     return results
 
 

@@ -21,7 +21,8 @@ class AttentionSpec:
 
     A query at position p sees keys at positions p - window + 1 to p (window None: 0 to p). With `softcap` c a score s
     becomes c * tanh(s / c) (Gemma 2); with `alibi_slopes` a query head's slope times (key position - query position) is
-    added (Press et al. 2022).
+    added (Press et al. 2022). `values_in_keys`: the values are the first value_width columns of the keys and cached
+    with them, once (latent attention).
     """
 
     num_heads: int
@@ -32,6 +33,7 @@ class AttentionSpec:
     window: int | None = None
     softcap: float | None = None
     alibi_slopes: tuple[float, ...] | None = None
+    values_in_keys: bool = False
 
     def __post_init__(self) -> None:
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
@@ -40,10 +42,17 @@ class AttentionSpec:
             raise ValueError(f"a window of {self.window} keys leaves a query nothing to see")
         if self.alibi_slopes is not None and len(self.alibi_slopes) != self.num_heads:
             raise ValueError(f"{len(self.alibi_slopes)} ALiBi slopes for {self.num_heads} query heads")
+        if self.values_in_keys and self.value_width > self.head_width:
+            raise ValueError(f"keys of {self.head_width} columns hold no values of {self.value_width}")
 
     @property
     def pattern(self) -> str:
         return "full" if self.window is None else "sliding"
+
+    @property
+    def cached_width(self) -> int:
+        """Numbers that a token's cache holds in one layer."""
+        return self.num_kv_heads * (self.head_width + (0 if self.values_in_keys else self.value_width))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +85,11 @@ class KVPool(ABC):
         """Bytes of memory held."""
 
     @abstractmethod
-    def write(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
-        """Write key [T, K, D] and value [T, K, Dv] at slots [T] int64 (block * block_tokens + offset)."""
+    def write(self, key: Tensor, value: Tensor | None, slots: Tensor) -> None:
+        """Write key [T, K, D] and value [T, K, Dv] at slots [T] int64 (block * block_tokens + offset).
+
+        value is None exactly where the spec says that the keys hold the values.
+        """
 
     @abstractmethod
     def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:
@@ -85,7 +97,7 @@ class KVPool(ABC):
 
 
 class PlainPool(KVPool):
-    """Keys [num_blocks, block_tokens, K, D] and values [num_blocks, block_tokens, K, Dv]."""
+    """Keys [num_blocks, block_tokens, K, D] and values [num_blocks, block_tokens, K, Dv], or a view of the keys."""
 
     def __init__(
         self,
@@ -103,19 +115,25 @@ class PlainPool(KVPool):
         shape = (num_blocks, block_tokens, spec.num_kv_heads)
         # Zeros: what was never written is masked, but 0 * NaN would not be.
         self.keys = _zeros((*shape, spec.head_width), dtype, torch.device(device))
-        self.values = _zeros((*shape, spec.value_width), dtype, torch.device(device))
+        if spec.values_in_keys:
+            self.values = self.keys[..., : spec.value_width]
+        else:
+            self.values = _zeros((*shape, spec.value_width), dtype, torch.device(device))
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return self.keys.nbytes + (0 if self.spec.values_in_keys else self.values.nbytes)
 
-    def write(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
+    def write(self, key: Tensor, value: Tensor | None, slots: Tensor) -> None:
+        assert (value is None) == self.spec.values_in_keys
         self.keys.flatten(0, 1).index_copy_(0, slots, key.to(self.dtype))
-        self.values.flatten(0, 1).index_copy_(0, slots, value.to(self.dtype))
+        if value is not None:
+            self.values.flatten(0, 1).index_copy_(0, slots, value.to(self.dtype))
 
     def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:
         self.keys[targets] = self.keys[sources]
-        self.values[targets] = self.values[sources]
+        if not self.spec.values_in_keys:
+            self.values[targets] = self.values[sources]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

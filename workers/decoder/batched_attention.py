@@ -56,7 +56,10 @@ def _decode(query: Tensor, pool: PlainPool, lengths: Tensor, table: Tensor) -> T
     blocks = table.gather(1, at.clamp(max=table.shape[1] - 1)).clamp(min=0).flatten().long()
     shape = (lengths.numel(), num_blocks * width, spec.num_kv_heads, -1)
     keys = pool.keys.flatten(1).index_select(0, blocks).view(shape).to(query.dtype)  # [n, L, K, D]
-    values = pool.values.flatten(1).index_select(0, blocks).view(shape).to(query.dtype)  # [n, L, K, Dv]
+    if spec.values_in_keys:
+        values = keys[..., : spec.value_width]
+    else:
+        values = pool.values.flatten(1).index_select(0, blocks).view(shape).to(query.dtype)  # [n, L, K, Dv]
     key_at = first_block[:, None] * width + torch.arange(num_blocks * width, device=query.device)
     mask = _mask(key_at - (lengths - 1)[:, None], spec, query.dtype)
     out = F.scaled_dot_product_attention(

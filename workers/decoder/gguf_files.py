@@ -64,6 +64,7 @@ class GgufFiles(Storage):
         if source.at is not None:
             begin += source.at * math.prod(shape[1:-1]) * entry.row_bytes
             shape = shape[1:]
+        assert (source.scales, source.step) == (None, 1), source  # as no GGUF file has it
         if source.rows is not None:
             begin += source.rows[0] * math.prod(shape[1:-1]) * entry.row_bytes
             shape = (source.rows[1] - source.rows[0], *shape[1:])

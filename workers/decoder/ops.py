@@ -128,13 +128,31 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def act_mul(gate_up: Tensor, activation: str = "silu") -> Tensor:
     """activation(gate) * up for gate_up [T, 2F], the gate in the first half -> [T, F] (Shazeer 2020)."""
     if activation == "silu" and _runs_native(gate_up):
-        return native.silu_mul(gate_up)
+        return native.swiglu(gate_up)
+    if activation in ("gelu", "gelu_tanh") and _runs_native(gate_up):
+        return native.gelu(gate_up, gated=True, exact=activation == "gelu")
     gate, up = gate_up.chunk(2, dim=-1)
     return _ACTIVATIONS[activation](gate) * up
 
 
+def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+    """gate * sigmoid(alpha * gate) * (up + 1), gate at most `limit`, up within it, for gate_up [T, 2F] -> [T, F]."""
+    if _runs_native(gate_up):
+        return native.swiglu(gate_up, alpha=alpha, limit=limit, shift=1.0)
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), elementwise. torch's own gives other bits at the end of a tensor than within it."""
+    return native.sigmoid(x) if _runs_native(x) else torch.sigmoid(x)
+
+
 def act(x: Tensor, activation: str) -> Tensor:
-    """activation(x), elementwise."""
+    """activation(x) for x [T, F]."""
+    if activation in ("gelu", "gelu_tanh") and _runs_native(x):
+        return native.gelu(x, gated=False, exact=activation == "gelu")
     return _ACTIVATIONS[activation](x)
 
 

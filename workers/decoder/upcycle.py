@@ -129,6 +129,11 @@ def _check_fits_mixtral(checkpoint: Checkpoint) -> None:
             f"{where}: has its rotary scaling as a tensor, which Mixtral's format can't say; "
             "upcycle the model's Hugging Face directory"
         )
+    if rotary.width != spec.head_width or (rotary.scaling and rotary.scaling.kind not in ("linear", "llama3")):
+        raise UserError(
+            f"{where}: has rotary positions that upcycling can't say in Mixtral's format; "
+            "upcycle a plain Llama or Mistral"
+        )
 
 
 def _sample(checkpoint: Checkpoint, seed: int) -> Tensor:
@@ -163,7 +168,7 @@ def _write_weights(
     del embedding
     rotary = config.layers[0].attention.rotary
     assert rotary is not None
-    rotation = Rotary(rotary, _CPU)(torch.arange(sample.shape[1]).repeat(sample.shape[0]))
+    rotation = Rotary(rotary, _CPU, context=config.max_context)(torch.arange(sample.shape[1]).repeat(sample.shape[0]))
     for i, layer in enumerate(config.layers):
         x, inputs = _layer_on_sample(Block.load(i, config, tensors), x, rotation, sample)
         ours, published = f"layers.{i}", f"model.layers.{i}"
@@ -198,7 +203,7 @@ def _write_weights(
 def _layer_on_sample(block: Block, x: Tensor, rotation: tuple[Tensor, Tensor], sample: Tensor) -> tuple[Tensor, Tensor]:
     """x [N, C] before a layer -> x after it, and what its feed-forward network sees of it."""
     sequences, length = sample.shape
-    pool = ops.new_pool(block.attention.config.spec, sequences, _BLOCK_TOKENS, dtype=torch.float32, device=_CPU)
+    pool = ops.new_pool(block.config.attention.spec, sequences, _BLOCK_TOKENS, dtype=torch.float32, device=_CPU)
     at = torch.arange(sequences)[:, None] * _BLOCK_TOKENS + torch.arange(length)
     metadata = AttentionMetadata(
         query_start=torch.arange(0, (sequences + 1) * length, length, dtype=torch.int32),
@@ -225,6 +230,14 @@ def _config(checkpoint: Checkpoint, experts: int, top_k: int, stored: torch.dtyp
             rope |= {
                 "low_freq_factor": rotary.scaling.low_freq_factor,
                 "high_freq_factor": rotary.scaling.high_freq_factor,
+                "original_max_position_embeddings": rotary.scaling.original_context,
+            }
+        if rotary.scaling.kind == "yarn":
+            rope |= {
+                "attention_factor": rotary.scaling.attention_factor,
+                "beta_fast": rotary.scaling.beta_fast,
+                "beta_slow": rotary.scaling.beta_slow,
+                "truncate": rotary.scaling.truncate,
                 "original_max_position_embeddings": rotary.scaling.original_context,
             }
     return {

@@ -138,7 +138,10 @@ class Engine:
         `experts` and `dispatcher` are for one rank of a gang: see `Decoder.load`.
         """
         found = resolve_model(str(path))
-        decoder = Decoder.load(found, device=device, dtype=dtype, experts=experts, dispatcher=dispatcher)
+        context = None if max_context == "auto" else max_context
+        decoder = Decoder.load(
+            found, device=device, dtype=dtype, experts=experts, dispatcher=dispatcher, max_context=context
+        )
         tokenizer, eos_ids = _vocabulary(found)
         return cls(
             decoder,

@@ -41,9 +41,7 @@ class Traffic:
 
     exchanges: int = 0
     tokens: int = 0  # own tokens, once a layer
-    bytes_to: list[int] = field(
-        default_factory=list
-    )  # [R] of hidden states sent to another rank: rows, and answers to its rows
+    bytes_to: list[int] = field(default_factory=list)  # [R] of rows for its experts, and of answers to its rows
     rows: dict[int, Tensor] = field(default_factory=dict)  # by layer, [own slots] rows computed in each slot
     seconds: float = 0.0  # within exchanges: moving data, and waiting for slower ranks
 

@@ -61,7 +61,37 @@ def test_rms_norm(width: int) -> None:
 def test_silu_times_up_also_far_from_zero(width: int) -> None:
     gate_up = torch.randn(9, 2 * width) * torch.tensor([0.1, 1.0, 50.0])[torch.arange(9) % 3][:, None]
     gate, up = gate_up.double().chunk(2, dim=1)
-    close(native.silu_mul(gate_up), torch.nn.functional.silu(gate) * up)
+    close(native.swiglu(gate_up), torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("width", [1, 10, 72])
+def test_a_clamped_swiglu_bounds_gate_and_up(width: int) -> None:
+    gate_up = torch.randn(9, 2 * width) * torch.tensor([0.1, 1.0, 50.0])[torch.arange(9) % 3][:, None]
+    gate, up = gate_up.double().chunk(2, dim=1)
+    gate, up = gate.clamp(max=2.0), up.clamp(-2.0, 2.0)
+    close(native.swiglu(gate_up, alpha=1.7, limit=2.0, shift=1.0), gate * torch.sigmoid(1.7 * gate) * (up + 1))
+    assert native.swiglu(torch.full((1, 2 * width), torch.nan), limit=2.0).isnan().all()
+
+
+def test_sigmoid_has_the_same_bits_wherever_a_number_stands() -> None:
+    x = torch.linspace(-100, 100, 77)
+    got = native.sigmoid(x)
+    close(got, torch.sigmoid(x.double()))
+    assert all(
+        torch.equal(native.sigmoid(x[begin : begin + n]), got[begin : begin + n]) for begin, n in ((0, 5), (3, 30))
+    )
+
+
+@pytest.mark.parametrize("width", [1, 10, 72])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_gelu_and_that_an_element_does_not_depend_on_its_neighbours(width: int, exact: bool, gated: bool) -> None:
+    x = torch.randn(9, 2 * width) * torch.tensor([0.1, 1.0, 50.0])[torch.arange(9) % 3][:, None]
+    gate, up = x.double().chunk(2, dim=1) if gated else (x.double(), torch.ones(()).double())
+    got = native.gelu(x, gated=gated, exact=exact)
+    close(got, torch.nn.functional.gelu(gate, approximate="none" if exact else "tanh") * up)
+    for row in range(9):
+        assert torch.equal(native.gelu(x[row : row + 1], gated=gated, exact=exact), got[row : row + 1])
 
 
 def test_rotation_pairs_each_column_with_the_one_half_a_head_away() -> None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from workers.engine import SamplingParams
@@ -35,15 +36,23 @@ def requests_of(task: dict[str, Any]) -> list[GenerateRequest | EmbedRequest]:
     return found
 
 
+def anonymous_bytes() -> int:
+    """Resident memory that is no file's."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - memory.shared)
+
+
 def answers(task: dict[str, Any], seat: Seat | None) -> dict[str, Any]:
     """Every request's answer, from whichever rank `task["shares"]` gives it to. Rank r begins `late_s[r]` later."""
     settings = {"threads": 1, "dtype": "float32", "kv_cache_bytes": 1 << 20} | task.get("engine", {})
+    before = anonymous_bytes()
     loaded = load_engine(EngineSettings(model_path=task["model"], seat=seat, **settings))
+    resident = anonymous_bytes() - before
     engine, lock_step = loaded.engine, loaded.lock_step
     rank = seat.rank if seat else 0
     mine = [request for request in requests_of(task) if seat is None or task["shares"][request.request_id] == rank]
     begin_at = time.monotonic() + task.get("late_s", [0.0] * 8)[rank]
-    found, steps = {}, 0
+    found = {}
     while len({key for key, _ in found}) < len(mine) or lock_step is not None:
         if mine and time.monotonic() >= begin_at:
             for request in mine:
@@ -55,7 +64,6 @@ def answers(task: dict[str, Any], seat: Seat | None) -> dict[str, Any]:
             for one in engine.step():
                 vector = None if one.vector is None else one.vector.tobytes()
                 found[one.request_id, one.sample] = (list(one.token_ids), one.finish_reason, vector)
-            steps += 1
         if lock_step is not None and len({key for key, _ in found}) == len(mine):
             (Path(task["out"]) / f"done-{rank}").touch()
             if all((Path(task["out"]) / f"done-{other}").exists() for other in range(seat.num_ranks)):
@@ -65,10 +73,10 @@ def answers(task: dict[str, Any], seat: Seat | None) -> dict[str, Any]:
              for bank in (block.feed_forward.gate_up, block.feed_forward.down)]  # fmt: skip
     return {
         "found": found,
-        "steps": steps,
+        "steps": engine.stats.steps,
         "stats": engine.stats.as_dict(),
         "bank_bytes": sum(bank.nbytes for bank in banks if bank.dtype),
-        "num_layers": len(decoder.blocks),
+        "resident_bytes": resident,
     }
 
 

@@ -110,6 +110,26 @@ def test_tokens_and_vectors_are_the_same_over_any_number_of_ranks(gang: Callable
     assert len(set(texts)) == 4 + 2 * 4, "greedy samples of a row are equal, all else differs"
 
 
+def test_each_rank_holds_the_shared_weights_and_its_share_of_the_experts_in_memory(
+    gang: Callable[..., Any], tiny_model: Callable[..., Path]
+) -> None:
+    """A model of 75 MB in experts and less than a MB in all else; a cache and buffers come to some MB."""
+    sizes = {"intermediate_size": 1024, "num_local_experts": 24, "num_hidden_layers": 4, "hidden_size": 64}
+    model = tiny_model("mixtral", **sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    experts = 4 * 24 * 3 * 64 * 1024 * 4
+    task = {"kind": "answers", "model": str(model), "prompts": prompts(), "params": params(max_new_tokens=2)}
+    (alone,) = gang(task | {"shares": [0] * 16}, None).results()
+    ranks = gang(task | {"shares": [0, 1, 2, 0] * 4}, round_robin(range(4), 24, 3)).results()
+    assert alone["bank_bytes"] == experts
+    rest = 8_000_000
+    assert experts < alone["resident_bytes"] < experts + rest
+    for rank in ranks:
+        assert rank["bank_bytes"] == experts / 3
+        assert experts / 3 < rank["resident_bytes"] < experts / 3 + rest
+    answers = {key: one for rank in ranks for key, one in rank["found"].items()}
+    assert answers == alone["found"]
+
+
 def test_a_rank_without_rows_is_lent_some_and_holds_only_its_share_of_the_weights(
     gang: Callable[..., Any], model: Path
 ) -> None:

@@ -4,6 +4,8 @@
    Layout of the pools, of float32 or bfloat16:
      keys   [blocks, K, block_tokens / KEYS, D, KEYS]   a panel holds KEYS keys, transposed: scores are a small product
      values [blocks, K, block_tokens, W]                W: the value width rounded up to PANEL, the rest zeros
+   Where a key's first columns are its value (latent attention) there is no second pool: a panel's values are turned
+   into rows on the way, once for a tile of queries.
 
    A query visits its panels in the order of their positions, and a panel in which it sees no key leaves its sums as they
    were to the bit; so its result depends neither on the queries that share its tile nor on how the prompt was cut. */
@@ -26,7 +28,7 @@ int64_t gristmill_widest_value(void) { return WIDEST; }
 
 typedef struct {
   const float *query;                        /* [T, H, D], tokens query_stride apart */
-  const void *keys, *values;                 /* pools, see above */
+  const void *keys, *values;                 /* pools, see above; values NULL: they are in the keys */
   const int32_t *query_start, *context_lens; /* [S + 1], [S] */
   const int32_t *block_table;                /* [S, B] */
   const float *slopes, *sinks;               /* [H] or NULL */
@@ -96,6 +98,18 @@ INLINE void value_tile(const int rows, float weights[][KEYS], const void *values
   }
 }
 
+/* The first value_width columns of a panel of keys [D, KEYS] -> rows [count, W] of float32. */
+INLINE void turn(const void *keys, const int bf16, int64_t count, int64_t value_width, int64_t W, float *rows) {
+  for (int64_t d = 0; d < value_width; d++) {
+    float column[KEYS];
+#pragma GCC unroll 4
+    for (int v = 0; v < KV; v++) store(column + v * LANES, load_as(keys, d * KEYS + v * LANES, bf16));
+    for (int64_t j = 0; j < count; j++) rows[j * W + d] = column[j];
+  }
+  for (int64_t j = 0; j < count; j++)
+    for (int64_t d = value_width; d < W; d++) rows[j * W + d] = 0;
+}
+
 /* One row's scores of one panel -> its weights; its running maximum, total and sums [W] move on.
    Never inlined: in each tile size the compiler would choose anew which products and sums to fuse, and so the bits. */
 static __attribute__((noinline)) void soften(const attention *a, float *scores, int64_t key, int64_t position,
@@ -155,7 +169,8 @@ INLINE const char *page(const attention *a, const void *pool, const int32_t *blo
   return (const char *)pool + ((block * a->K + head) * a->block_tokens + key % a->block_tokens) * bytes;
 }
 
-INLINE void query_tile(const int rows, const attention *a, const task *t, int64_t first_row, float *sums) {
+INLINE void query_tile(const int rows, const attention *a, const task *t, int64_t first_row, float *sums,
+                       float *turned) {
   const int64_t group = a->H / a->K, W = (a->value_width + PANEL - 1) / PANEL * PANEL, bytes = a->bf16 ? 2 : 4;
   const int32_t *blocks = a->block_table + t->sequence * a->B;
   /* position of the step's token i in its sequence: i + shift */
@@ -177,8 +192,13 @@ INLINE void query_tile(const int rows, const attention *a, const task *t, int64_
   for (; key <= position[rows - 1]; key += KEYS) {
     const int64_t visible = position[rows - 1] - key + 1, count = visible < KEYS ? visible : KEYS;
     const char *keys = page(a, a->keys, blocks, t->head, key, a->D * bytes);
-    const char *values = page(a, a->values, blocks, t->head, key, W * bytes);
-    prefetch(values, count * W * bytes);
+    const char *values = a->values ? page(a, a->values, blocks, t->head, key, W * bytes) : (const char *)turned;
+    if (a->values)
+      prefetch(values, count * W * bytes);
+    else if (a->bf16)
+      turn(keys, 1, count, a->value_width, W, turned);
+    else
+      turn(keys, 0, count, a->value_width, W, turned);
     if (a->bf16)
       score_tile(rows, query, keys, 1, a->D, scores);
     else
@@ -186,7 +206,7 @@ INLINE void query_tile(const int rows, const attention *a, const task *t, int64_
     if (visible > KEYS) prefetch(page(a, a->keys, blocks, t->head, key + KEYS, a->D * bytes), KEYS * a->D * bytes);
     for (int r = 0; r < rows; r++)
       soften(a, scores[r], key, position[r], slope[r], &most[r], &total[r], sums + r * W, W);
-    if (a->bf16)
+    if (a->bf16 && a->values)
       value_tile(rows, scores, values, 1, count, W, sums);
     else
       value_tile(rows, scores, values, 0, count, W, sums);
@@ -196,12 +216,12 @@ INLINE void query_tile(const int rows, const attention *a, const task *t, int64_
 }
 
 #define REST(n) \
-  case n: query_tile(n, a, t, row, sums); break;
+  case n: query_tile(n, a, t, row, sums, turned); break;
 
 static void run_task(const attention *a, const task *t) {
-  float sums[TILE * WIDEST] __attribute__((aligned(64)));
+  float sums[TILE * WIDEST] __attribute__((aligned(64))), turned[KEYS * WIDEST] __attribute__((aligned(64)));
   int64_t row = 0, rows = t->count * (a->H / a->K);
-  for (; rows - row >= TILE; row += TILE) query_tile(TILE, a, t, row, sums);
+  for (; rows - row >= TILE; row += TILE) query_tile(TILE, a, t, row, sums, turned);
   switch (rows - row) {
     REST(1) REST(2) REST(3) REST(4) REST(5)
 #if TILE > 6
@@ -228,7 +248,7 @@ int64_t gristmill_attention(const attention *a, int64_t threads) {
   return 0;
 }
 
-/* Write key [T, K, D] and value [T, K, value_width] (tokens `*_stride` apart) to slots [T] of the pools. */
+/* Write key [T, K, D] and value [T, K, value_width] (tokens `*_stride` apart; 0 columns: none) to slots [T] of the pools. */
 void gristmill_write(const float *key, int64_t key_stride, const float *value, int64_t value_stride,
                      const int64_t *slots, int64_t T, int64_t K, int64_t D, int64_t value_width, int64_t block_tokens,
                      int64_t bf16, void *keys, void *values, int64_t threads) {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -142,13 +143,49 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up for gate_up [T, 2F], the gate in the first half -> [T, F]."""
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), elementwise."""
+    x = _plain(x)
+    out = torch.empty_like(x)
+    _library().gristmill_sigmoid(_pointer(x.data_ptr()), _int64(x.numel()), _pointer(out.data_ptr()))
+    return out
+
+
+def swiglu(gate_up: Tensor, *, alpha: float = 1.0, limit: float = math.inf, shift: float = 0.0) -> Tensor:
+    """gate * sigmoid(alpha * gate) * (up + shift), gate at most `limit`, up within it, for gate_up [T, 2F] -> [T, F].
+
+    The gate is in the first half. As it stands: silu(gate) * up.
+    """
     gate_up = _plain(gate_up)
     tokens, width = gate_up.shape
     out = torch.empty(tokens, width // 2)
-    _library().gristmill_silu_mul(
-        _pointer(gate_up.data_ptr()), _int64(tokens), _int64(width // 2), _pointer(out.data_ptr()), _threads()
+    _library().gristmill_swiglu(
+        _pointer(gate_up.data_ptr()),
+        _int64(tokens),
+        _int64(width // 2),
+        _float(alpha),
+        _float(limit),
+        _float(shift),
+        _pointer(out.data_ptr()),
+        _threads(),
+    )
+    return out
+
+
+def gelu(x: Tensor, *, gated: bool, exact: bool) -> Tensor:
+    """gelu(x) for x [T, F]; gated: gelu(gate) * up for x [T, 2F]. Not exact: by its approximation with tanh."""
+    x = _plain(x)
+    tokens, width = x.shape
+    width = width // 2 if gated else width
+    out = torch.empty(tokens, width)
+    _library().gristmill_gelu(
+        _pointer(x.data_ptr()),
+        _int64(tokens),
+        _int64(width),
+        _int64(gated),
+        _int64(exact),
+        _pointer(out.data_ptr()),
+        _threads(),
     )
     return out
 
@@ -175,9 +212,11 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def new_pages(
-    num_blocks: int, num_kv_heads: int, block_tokens: int, head_width: int, value_width: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    num_blocks: int, num_kv_heads: int, block_tokens: int, head_width: int, value_width: int | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
     """Empty pools of keys and values in the layout that `attention` reads (attention.c says which).
+
+    value_width None: the keys hold the values, so there is no second pool.
 
     Whatever the memory held: `attention` never lets a slot that was not written reach a result. So the operating system
     provides pages as they are first written, and a large cache costs nothing until it is used.
@@ -185,27 +224,30 @@ def new_pages(
     assert block_tokens % panel_keys() == 0
     panel = panel_columns()
     keys = torch.empty(num_blocks, num_kv_heads, block_tokens // panel_keys(), head_width, panel_keys(), dtype=dtype)
+    if value_width is None:
+        return keys, None
     values = torch.empty(num_blocks, num_kv_heads, block_tokens, -(-value_width // panel) * panel, dtype=dtype)
     return keys, values
 
 
-def write_pages(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
+def write_pages(keys: Tensor, values: Tensor | None, key: Tensor, value: Tensor | None, slots: Tensor) -> None:
     """Write key [T, K, D] and value [T, K, Dv] to slots [T] int64 (block * block_tokens + offset) of the pools."""
-    key, value = _heads(key), _heads(value)
+    assert (values is None) == (value is None)
+    key, value = _heads(key), None if value is None else _heads(value)
     _library().gristmill_write(
         _pointer(key.data_ptr()),
         _int64(key.stride(0)),
-        _pointer(value.data_ptr()),
-        _int64(value.stride(0)),
+        None if value is None else _pointer(value.data_ptr()),
+        _int64(0 if value is None else value.stride(0)),
         _pointer(slots.contiguous().data_ptr()),
         _int64(key.shape[0]),
         _int64(key.shape[1]),
         _int64(key.shape[2]),
-        _int64(value.shape[2]),
-        _int64(values.shape[2]),
+        _int64(0 if value is None else value.shape[2]),
+        _int64(keys.shape[2] * keys.shape[4]),
         _int64(_is_bf16(keys)),
         _pointer(keys.data_ptr()),
-        _pointer(values.data_ptr()),
+        None if values is None else _pointer(values.data_ptr()),
         _threads(),
     )
 
@@ -213,7 +255,7 @@ def write_pages(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots:
 def attention(
     query: Tensor,
     keys: Tensor,
-    values: Tensor,
+    values: Tensor | None,
     *,
     query_start: Tensor,
     context_lens: Tensor,
@@ -228,7 +270,8 @@ def attention(
     """query [T, H, D] over the pools -> [T, H, value_width]; the metadata is int32, slopes and sinks [H] float32.
 
     The sequence of context length L that has q queries in this step has them at positions L - q ... L - 1; each sees
-    the keys at its position and before, no more than `window` of them.
+    the keys at its position and before, no more than `window` of them. Without `values` a key's first value_width
+    columns are its value.
     """
     query = _heads(query)
     tokens, heads, width = query.shape
@@ -238,7 +281,7 @@ def attention(
     call = _Attention(
         query=query.data_ptr(),
         keys=keys.data_ptr(),
-        values=values.data_ptr(),
+        values=None if values is None else values.data_ptr(),
         query_start=held[0].data_ptr(),
         context_lens=held[1].data_ptr(),
         block_table=held[2].data_ptr(),
@@ -252,7 +295,7 @@ def attention(
         K=keys.shape[1],
         D=width,
         value_width=value_width,
-        block_tokens=values.shape[2],
+        block_tokens=keys.shape[2] * keys.shape[4],
         bf16=_is_bf16(keys),
         window=window or 0,
         scale=scale,

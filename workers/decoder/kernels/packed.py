@@ -73,7 +73,12 @@ class PackedPool(KVPool):
         self.block_tokens = block_tokens
         self.dtype = dtype
         self.keys, self.values = native.new_pages(
-            num_blocks, spec.num_kv_heads, block_tokens, spec.head_width, spec.value_width, dtype
+            num_blocks,
+            spec.num_kv_heads,
+            block_tokens,
+            spec.head_width,
+            None if spec.values_in_keys else spec.value_width,
+            dtype,
         )
         self._slopes = None if spec.alibi_slopes is None else torch.tensor(spec.alibi_slopes)
 
@@ -84,14 +89,15 @@ class PackedPool(KVPool):
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return self.keys.nbytes + (0 if self.values is None else self.values.nbytes)
 
-    def write(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
+    def write(self, key: Tensor, value: Tensor | None, slots: Tensor) -> None:
         native.write_pages(self.keys, self.values, key, value, slots)
 
     def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:
         self.keys[targets] = self.keys[sources]
-        self.values[targets] = self.values[sources]
+        if self.values is not None:
+            self.values[targets] = self.values[sources]
 
     def attend(self, query: Tensor, metadata: AttentionMetadata, sinks: Tensor | None) -> Tensor:
         """query [T, H, D] -> [T, H, Dv] in query's dtype."""
