@@ -37,6 +37,7 @@ from workers.engine.sequence import Sequence
 from workers.engine.stats import EngineStats
 from workers.engine.stopping import StopSearch
 from workers.engine.vectors import Vectors
+from workers.parallel.dispatch import Dispatcher
 
 Auto = Literal["auto"]
 
@@ -129,11 +130,18 @@ class Engine:
         max_sequences: int | Auto = "auto",
         block_tokens: int = BLOCK_TOKENS,
         reuse_prefixes: bool = True,
+        experts: Items[Items[int]] | None = None,
+        dispatcher: Dispatcher | None = None,
     ) -> Engine:
-        """Load decoder and tokenizer from what `model:` may be in a job. A checkpoint without a tokenizer is fine."""
+        """Load decoder and tokenizer from what `model:` may be in a job. A checkpoint without a tokenizer is fine.
+
+        `experts` and `dispatcher` are for one rank of a gang: see `Decoder.load`.
+        """
         found = resolve_model(str(path))
         context = None if max_context == "auto" else max_context
-        decoder = Decoder.load(found, device=device, dtype=dtype, max_context=context)
+        decoder = Decoder.load(
+            found, device=device, dtype=dtype, experts=experts, dispatcher=dispatcher, max_context=context
+        )
         tokenizer, eos_ids = _vocabulary(found)
         return cls(
             decoder,
@@ -178,6 +186,13 @@ class Engine:
             self._scheduler.abort(answer.first)
             self._vectors.forget(answer.first)
         self._refused = [finished for finished in self._refused if finished.request_id != request_id]
+
+    def withdraw(self, count: int) -> list[Request]:
+        """Forget up to `count` requests that have not begun, those that came last, and give them to the caller."""
+        requests = self._scheduler.withdraw(count)
+        for request in requests:
+            del self._answers[request.request_id]
+        return requests
 
     @property
     def has_work(self) -> bool:
