@@ -166,7 +166,9 @@ def make_plan(spec: JobSpec) -> Plan:
         tokens=tokens,
         max_new_tokens=new_tokens,
         embeds_generation=embeds_generation,
-        seconds=_seconds(job, shard, tokens, new_tokens, embeds_generation) if not cluster.address else None,
+        seconds=None
+        if layout is None
+        else _seconds(job, shard, tokens, new_tokens, embeds_generation, num_shards=layout.num_shards),
         output=_output(job),
     )
 
@@ -261,7 +263,13 @@ def _sample(job: ResolvedJob, columns: Sequence[str]) -> Iterator[Rows]:
 
 
 def _seconds(
-    job: ResolvedJob, shard: Forecast, tokens: TokenEstimate, new_tokens: int, embeds_generation: bool
+    job: ResolvedJob,
+    shard: Forecast,
+    tokens: TokenEstimate,
+    new_tokens: int,
+    embeds_generation: bool,
+    *,
+    num_shards: int,
 ) -> float | None:
     if shard.flops_per_s is None:
         return None
@@ -275,7 +283,7 @@ def _seconds(
     total += cost.flops(tokens=rows * tokens.passage, chosen=0, context=tokens.passage / 2)
     if embeds_generation:
         total += cost.flops(tokens=rows * new_tokens, chosen=0, context=new_tokens / 2)
-    return total / (shard.flops_per_s * EFFICIENCY)
+    return total / (shard.flops_per_s * num_shards * EFFICIENCY)
 
 
 def _output(job: ResolvedJob) -> str:

@@ -194,10 +194,13 @@ class Replica:
         total = cast(dict[str, float], ray.cluster_resources())  # type: ignore[no-untyped-call]
         free = cast(dict[str, float], ray.available_resources())  # type: ignore[no-untyped-call]
         wanted = self._resources.bundle()
-        lacking = [name for name, amount in wanted.items() if total.get(name, 0.0) < amount]
-        if lacking:
+        num_shards = len(self._shards)
+        if any(total.get(name, 0.0) < amount * num_shards for name, amount in wanted.items()):
             have = ", ".join(f"{total.get(name, 0.0):g} {name}" for name in wanted)
-            return f"a worker needs {self._resources} and the whole cluster has {have}; set cluster.threads lower"
+            need = f"a worker needs {self._resources}"
+            if num_shards > 1:
+                need = f"each of a replica's {num_shards} workers needs {self._resources}"
+            return f"{need} and the whole cluster has {have}; set cluster.threads lower"
         have = ", ".join(f"{free.get(name, 0.0):g} {name}" for name in wanted)
         return f"no node has had {self._resources} free for {FORMING_S:.0f} seconds (free in all: {have})"
 
