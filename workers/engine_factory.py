@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.tokenizer import Tokenizer
-from workers.parallel.placement import Placement
+from workers.parallel.placement import Placement, Topology
 from workers.settings import EngineSettings
 
 
@@ -47,7 +47,7 @@ def load_engine(settings: EngineSettings) -> LoadedEngine:
     if seat is not None:
         gang = Gang(seat, torch.device(device))
         placement = Placement.from_json(seat.placement)
-        dispatcher = AllToAllDispatcher(gang, placement)
+        dispatcher = AllToAllDispatcher(gang, placement, Topology.of(seat.nodes))
         experts = placement.held_by(seat.rank, len(load_checkpoint(Path(settings.model_path)).config.layers))
     engine = Engine.from_checkpoint(
         settings.model_path,

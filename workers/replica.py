@@ -183,7 +183,7 @@ class Replica:
         self._rendezvous = Rendezvous("127.0.0.1" if is_local else own_node_address())
         placement = place(tuple(self._nodes))
         for shard, seat in zip(
-            self._shards, self._rendezvous.seats(self.name, len(self._shards), placement.to_json()), strict=True
+            self._shards, self._rendezvous.seats(self.name, self._nodes, placement.to_json()), strict=True
         ):
             shard.take_seat.options(concurrency_group="orders").remote(seat)
 

@@ -14,8 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from workers.parallel.copies import copies_of, turns
 from workers.parallel.dispatch import Compute, Dispatcher, combine
-from workers.parallel.placement import Placement
+from workers.parallel.placement import Placement, Topology
 
 
 class Exchange(Protocol):
@@ -30,8 +31,8 @@ class Exchange(Protocol):
 @dataclass(frozen=True, slots=True)
 class _Layer:
     slots: list[int]  # [R] how many each rank has
-    copies: Tensor  # [E, most] the slots that hold an expert, filled up with the first
-    num_copies: Tensor  # [E]
+    copies: Tensor  # [E, M] the slots that hold an expert, filled up with the first
+    bounds: Tensor  # [E, M] between the turns at which this rank asks one copy and the next: `Copies.bounds`
 
 
 @dataclass(slots=True)
@@ -48,15 +49,16 @@ class Traffic:
 class AllToAllDispatcher(Dispatcher):
     """Experts lie where `placement` says. Every rank of the gang must run the same layers in the same order.
 
-    An expert that several ranks hold is asked at each in turn, by token. Answers are combined on the token's own rank
-    in the order of its experts, so neither placement nor copies change a bit of the result.
+    An expert that several ranks hold is asked at each in turn, by token, and on this rank's own node as often as leaves
+    all copies with as much to do. Answers are combined on the token's own rank in the order of its experts, so neither
+    placement nor copies change a bit of the result.
     """
 
-    def __init__(self, gang: Exchange, placement: Placement) -> None:
+    def __init__(self, gang: Exchange, placement: Placement, topology: Topology) -> None:
         if placement.num_ranks != gang.num_ranks:
             raise ValueError(f"a placement over {placement.num_ranks} ranks for a gang of {gang.num_ranks}")
         self._gang = gang
-        self._layers = {layer: _layer(placement, layer) for layer in placement.layers}
+        self._layers = {layer: _layer(placement, topology, layer, gang.rank) for layer in placement.layers}
         self.traffic = Traffic(bytes_to=[0] * gang.num_ranks)
 
     def run(
@@ -81,12 +83,13 @@ class AllToAllDispatcher(Dispatcher):
         table = self._layers[layer]
         assert table.copies.shape[0] == num_experts, (layer, table.copies.shape, num_experts)
         if table.copies.device != expert_ids.device:
-            table = _Layer(table.slots, table.copies.to(expert_ids.device), table.num_copies.to(expert_ids.device))
+            table = _Layer(table.slots, table.copies.to(expert_ids.device), table.bounds.to(expert_ids.device))
             self._layers[layer] = table
         if table.copies.shape[1] == 1:
             return table.copies[:, 0][expert_ids].flatten()
-        turn = torch.arange(expert_ids.shape[0], device=expert_ids.device)[:, None] + self._gang.rank  # [T, 1]
-        return table.copies[expert_ids, turn % table.num_copies[expert_ids]].flatten()
+        turn = torch.from_numpy(turns(expert_ids.shape[0], self._gang.rank)).to(expert_ids.device)  # [T]
+        which = (turn[:, None, None] >= table.bounds[expert_ids]).sum(dim=2)  # [T, k]
+        return table.copies[expert_ids, which].flatten()
 
     def _counts(self, layer: int, leaving: Tensor) -> Tensor:
         """leaving [S] rows for each slot -> what each rank has for each slot here, [R, own slots], on CPU."""
@@ -123,12 +126,10 @@ def _answers(rows: Tensor, arriving: Tensor, compute: Compute) -> Tensor:
     return answers
 
 
-def _layer(placement: Placement, layer: int) -> _Layer:
-    slots = [len(placement.held(layer, rank)) for rank in range(placement.num_ranks)]
-    first = [sum(slots[:rank]) for rank in range(len(slots))]
-    holders = placement.holders(layer)
-    most = max(len(copies) for copies in holders)
-    copies = torch.tensor(
-        [[first[rank] + slot for rank, slot in (*held, *[held[0]] * (most - len(held)))] for held in holders]
+def _layer(placement: Placement, topology: Topology, layer: int, rank: int) -> _Layer:
+    copies = copies_of(placement, topology, layer)
+    return _Layer(
+        [len(placement.held(layer, other)) for other in range(placement.num_ranks)],
+        torch.from_numpy(copies.slots),
+        torch.from_numpy(copies.bounds[topology.node_of[rank]]),
     )
-    return _Layer(slots, copies, torch.tensor([len(held) for held in holders]))

@@ -46,10 +46,11 @@ class Rendezvous:
             host, self.port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
 
-    def seats(self, gang: str, num_ranks: int, placement: dict[str, Any]) -> list[Seat]:
+    def seats(self, gang: str, nodes: Sequence[str], placement: dict[str, Any]) -> list[Seat]:
+        """One a rank; `nodes` names each rank's."""
         return [
-            Seat(host=self.host, port=self.port, gang=gang, rank=rank, num_ranks=num_ranks, placement=placement)
-            for rank in range(num_ranks)
+            Seat(host=self.host, port=self.port, gang=gang, rank=rank, nodes=tuple(nodes), placement=placement)
+            for rank in range(len(nodes))
         ]
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ FORKS = multiprocessing.get_context("forkserver")  # which imports torch once fo
 class Ranks:
     """The processes of one gang. `results` waits for them and gives what each answered; None for one that died."""
 
-    def __init__(self, folder: Path, task: dict[str, Any], placement: Placement | None, name: str) -> None:
+    def __init__(
+        self, folder: Path, task: dict[str, Any], placement: Placement | None, name: str, nodes: Sequence[str]
+    ) -> None:
         from gang_ranks import run
 
         self.folder = folder
@@ -30,7 +32,7 @@ class Ranks:
         self._rendezvous = None if placement is None else Rendezvous("127.0.0.1")
         seats: list[Any] = [None]
         if placement is not None and self._rendezvous is not None:
-            seats = [*self._rendezvous.seats(name, placement.num_ranks, placement.to_json())]
+            seats = [*self._rendezvous.seats(name, nodes, placement.to_json())]
         self.processes = [
             FORKS.Process(target=run, args=(task | {"out": str(folder)}, seat, str(folder / f"{rank}.pickle")))
             for rank, seat in enumerate(seats)
@@ -60,8 +62,15 @@ def gang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     FORKS.set_forkserver_preload(["workers.gang_engine", "workers.engine_factory"])
     begun: list[Ranks] = []
 
-    def begin(task: dict[str, Any], placement: Placement | None, name: str = "worker-0.0") -> Ranks:
-        begun.append(Ranks(tmp_path / f"gang-{len(begun)}", task, placement, name))
+    def begin(
+        task: dict[str, Any],
+        placement: Placement | None,
+        name: str = "worker-0.0",
+        nodes: Sequence[str] | None = None,  # that the ranks are told they are on; None: all on one
+    ) -> Ranks:
+        if nodes is None:
+            nodes = ["one"] * (1 if placement is None else placement.num_ranks)
+        begun.append(Ranks(tmp_path / f"gang-{len(begun)}", task, placement, name, nodes))
         return begun[-1]
 
     yield begin

@@ -19,7 +19,7 @@ from workers.engine_factory import load_engine
 from workers.parallel.dispatch import LocalDispatcher
 from workers.parallel.exchange import AllToAllDispatcher
 from workers.parallel.group import Gang
-from workers.parallel.placement import Placement
+from workers.parallel.placement import Placement, Topology
 from workers.parallel.seat import Seat
 from workers.settings import EngineSettings
 
@@ -85,7 +85,7 @@ def dispatched(task: dict[str, Any], seat: Seat) -> dict[str, Any]:
     gang = Gang(seat, torch.device("cpu"))
     gang.form()
     placement = Placement.from_json(seat.placement)
-    dispatcher = AllToAllDispatcher(gang, placement)
+    dispatcher = AllToAllDispatcher(gang, placement, Topology.of(seat.nodes))
     torch.manual_seed(99)
     scales = torch.randn(placement.num_experts, task["width"])  # the same on all ranks
     pairs = []

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from workers.parallel.placement import Placement, round_robin
+from workers.parallel.placement import Placement, Topology, round_robin
+from workers.parallel.prediction import expected_traffic, rank_loads
 
 # Expert 1 is held three times and 4 twice; ranks have 3, 5 and 1 slots, in no order. Layer 2 is dense.
 UNEVEN = Placement(
@@ -41,6 +43,24 @@ def test_rows_reach_their_experts_wherever_those_lie_and_however_often(gang: Cal
     for rank, result in enumerate(results):
         assert result["bytes_to"][rank] == 0
     assert results[0]["bytes_to"][1] == results[1]["bytes_to"][0], "rows there, and as many answers back"
+
+
+def test_copies_on_the_own_node_are_asked_first_as_predicted(gang: Callable[..., Any]) -> None:
+    tokens, topology = 300, Topology((0, 0, 1))
+    task = {"kind": "dispatched", "width": 16, "top_k": 3, "tokens": [tokens] * 3}
+    results = gang(task, UNEVEN, nodes=["a", "a", "b"]).results()
+    assert all(torch.equal(remote, local) for result in results for remote, local in result["pairs"])
+    busy, loads = np.zeros((3, 3)), np.zeros((3, 6))
+    for rank, result in enumerate(results):
+        for i, layer in enumerate(UNEVEN.layers):
+            busy[i, rank] = sum(result["rows"][layer])
+            np.add.at(loads[i], list(UNEVEN.held(layer, rank)), result["rows"][layer])
+    np.testing.assert_allclose(busy, rank_loads(UNEVEN, loads), rtol=0.1)
+    crossed = sum(result["bytes_to"][2] for result in results[:2]) + sum(results[2]["bytes_to"][:2])
+    _, predicted = expected_traffic(UNEVEN, topology, loads).bytes_moved(16 * 4)
+    assert crossed == pytest.approx(predicted, rel=0.05)
+    _, without = expected_traffic(UNEVEN, Topology.of("abc"), loads).bytes_moved(16 * 4)
+    assert crossed < 0.8 * without
 
 
 def prompts() -> list[list[int]]:
