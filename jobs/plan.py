@@ -154,7 +154,7 @@ def make_plan(spec: JobSpec) -> Plan:
             model=lambda device: forecast(replace(engine, device=device), measures=False),
             gpu_bytes=devices.gpu_bytes,
         )
-        engine = replace(engine, device=layout.device, threads=layout.threads)
+        engine = replace(engine, device=layout.device, threads=layout.threads, sharers=layout.sharers)
     shard = forecast(engine)
     tokens = estimate_tokens(job, shard.max_context)
     new_tokens = settled.generate.max_new_tokens * settled.generate.n if settled.generate is not None else 0
