@@ -65,10 +65,10 @@ class _Answer:
 class Engine:
     """One decoder shard serving many requests at once.
 
-    `kv_cache_bytes` bounds the cache of keys and values (kv_cache.py says what `auto` is, where `sharers` engines share a
-    machine, and how it is split); `max_context` is the most tokens of prompt and generation together, at most the model's
-    own. A step computes up to `step_tokens` tokens of up to `max_sequences` sequences. An engine with a tokenizer takes
-    and gives text.
+    `kv_cache_bytes` bounds the cache of keys and values (kv_cache.py says how it is split, and what `auto` is where
+    `sharers` engines share a machine); `max_context` is the most tokens of prompt and generation together, at most the
+    model's own. A step computes up to `step_tokens` tokens of up to `max_sequences` sequences. An engine that has a
+    tokenizer takes and gives text.
     """
 
     def __init__(

@@ -72,7 +72,7 @@ def split_budget(needs: Sequence[GroupNeed], budget_bytes: int, shape: CacheShap
 
 
 def auto_budget_bytes(needs: Sequence[GroupNeed], shape: CacheShape, device: torch.device, sharers: int = 1) -> int:
-    """The rule for `auto`, at the top of this page, for one of `sharers` engines on a host. Each has a GPU of its own."""
+    """The rule for `auto`, at the top of this page, for one of `sharers` engines on a host; GPUs are not shared."""
     share = DEVICE_SHARE if device.type == "cuda" else HOST_SHARE / sharers
     return min(shape.most_bytes(needs), int(share * available_bytes(device)))
 
