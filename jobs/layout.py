@@ -71,7 +71,7 @@ def choose_layout(
     )
     device, memory_bytes = "cuda" if on_gpus else "cpu", 0
     if cluster.expert_parallel != "auto":
-        ranks, why = cluster.expert_parallel, f"cluster.expert_parallel is {cluster.expert_parallel}"
+        ranks, why = cluster.expert_parallel, "as the job asks"
     elif places.count == 1:
         ranks, why = 1, f"there is one {places.kind} for its experts"
     else:

@@ -120,7 +120,7 @@ class Plan:
         shards = f"{layout.replicas} replica{'s' if layout.replicas > 1 else ''}"
         if layout.ranks > 1:
             shards += f" of {layout.ranks} shards that share the experts"
-        reason = f"; expert_parallel {layout.ranks}: {layout.why}" if self.shard.num_experts else ""
+        reason = f"; expert_parallel is {layout.ranks}: {layout.why}" if self.shard.num_experts else ""
         return f"{shards} on {layout.device}, {layout.threads} threads each, on {ray}{reason}"
 
     def _time(self) -> str:
