@@ -33,7 +33,7 @@ from workers.forecast import expert_layers
 from workers.gang_engine import GangEngine
 from workers.parallel.exchange import AllToAllDispatcher
 from workers.parallel.group import Gang, Rendezvous
-from workers.parallel.placement import Placement, round_robin
+from workers.parallel.placement import Placement, Topology, round_robin
 from workers.parallel.seat import Seat
 
 UPCYCLED = Path("out/benchmarks/moe")
@@ -67,7 +67,7 @@ def child(model: str, texts: str, new_tokens: str, dtype: str, threads: str, sea
     else:
         place = Seat(**json.loads(seat))
         gang, placement = Gang(place, torch.device("cpu")), Placement.from_json(place.placement)
-        dispatcher = CountingDispatcher(gang, placement)
+        dispatcher = CountingDispatcher(gang, placement, Topology.even(place.num_ranks))
         held = placement.held_by(place.rank, 1 + max(placement.layers))
         plain = Engine.from_checkpoint(model, dtype=dtype, experts=held, dispatcher=dispatcher)
         gang.form()
@@ -112,7 +112,7 @@ def run(model: Path, texts: Path, options: argparse.Namespace, ranks: int, threa
         layers, num_experts = expert_layers(model)
         rendezvous = Rendezvous("127.0.0.1")
         placement = round_robin(layers, num_experts, ranks).to_json()
-        seats = [asdict(seat) for seat in rendezvous.seats("benchmark", ranks, placement)]
+        seats = [asdict(seat) for seat in rendezvous.seats("benchmark", ["here"] * ranks, placement)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     processes = [
         subprocess.Popen(

@@ -77,7 +77,7 @@ class Fleet:
         assert layout is not None, "lay_out comes first"
         # A Ray of our own is told that this machine has its CPUs, or more where the job insists on more threads.
         self._connect(num_cpus=max(devices.num_cpus(), layout.num_shards * layout.threads))
-        engine = replace(self._settings.engine, threads=layout.threads, device=layout.device)
+        engine = replace(self._settings.engine, threads=layout.threads, device=layout.device, sharers=layout.sharers)
         name = f"worker-{replica}.{generation}"
         self._replicas[replica] = (
             generation,

@@ -27,12 +27,16 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """`threads` are each shard's; `memory_bytes` is set aside for each, where its machine can't hold several."""
+    """`threads` are each shard's; `memory_bytes` is set aside for each, where its machine can't hold several.
+
+    `sharers`: so many shards may share a machine.
+    """
 
     replicas: int
     ranks: int
     device: str  # "cpu" or "cuda"
     threads: int
+    sharers: int = 1
     memory_bytes: int = 0
     why: str
 
@@ -67,7 +71,7 @@ def choose_layout(
     )
     device, memory_bytes = "cuda" if on_gpus else "cpu", 0
     if cluster.expert_parallel != "auto":
-        ranks, why = cluster.expert_parallel, f"cluster.expert_parallel is {cluster.expert_parallel}"
+        ranks, why = cluster.expert_parallel, "as the job asks"
     elif places.count == 1:
         ranks, why = 1, f"there is one {places.kind} for its experts"
     else:
@@ -80,11 +84,15 @@ def choose_layout(
             ranks, why = _fewest_ranks(forecast, places, most, room)
             memory_bytes = forecast.rank_bytes(ranks) if ranks > 1 and not on_gpus else 0
     replicas = max(1, places.count // ranks) if cluster.replicas == "auto" else cluster.replicas
+    num_shards = replicas * ranks
+    threads = _threads(machines, num_shards) if cluster.threads == "auto" else cluster.threads
+    fit = max(1, max((machine.num_cpus for machine in machines), default=1) // threads)
     return Layout(
         replicas=replicas,
         ranks=ranks,
         device=device,
-        threads=_threads(machines, replicas * ranks) if cluster.threads == "auto" else cluster.threads,
+        threads=threads,
+        sharers=num_shards if len(machines) < 2 else min(num_shards, fit),
         memory_bytes=memory_bytes,
         why=why,
     )

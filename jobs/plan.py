@@ -121,7 +121,7 @@ class Plan:
         shards = f"{layout.replicas} replica{'s' if layout.replicas > 1 else ''}"
         if layout.ranks > 1:
             shards += f" of {layout.ranks} shards that share the experts"
-        reason = f"; expert_parallel {layout.ranks}: {layout.why}" if self.shard.num_experts else ""
+        reason = f"; expert_parallel is {layout.ranks}: {layout.why}" if self.shard.num_experts else ""
         return f"{shards} on {layout.device}, {layout.threads} threads each, on {ray}{reason}"
 
     def _time(self) -> str:
@@ -155,7 +155,7 @@ def make_plan(spec: JobSpec) -> Plan:
             model=lambda device: forecast(replace(engine, device=device), measures=False),
             gpu_bytes=devices.gpu_bytes,
         )
-        engine = replace(engine, device=layout.device, threads=layout.threads)
+        engine = replace(engine, device=layout.device, threads=layout.threads, sharers=layout.sharers)
     shard = forecast(engine)
     tokens = estimate_tokens(job, shard.max_context)
     new_tokens = settled.generate.max_new_tokens * settled.generate.n if settled.generate is not None else 0
@@ -167,7 +167,9 @@ def make_plan(spec: JobSpec) -> Plan:
         tokens=tokens,
         max_new_tokens=new_tokens,
         embeds_generation=embeds_generation,
-        seconds=_seconds(job, shard, tokens, new_tokens, embeds_generation) if not cluster.address else None,
+        seconds=None
+        if layout is None
+        else _seconds(job, shard, tokens, new_tokens, embeds_generation, num_shards=layout.num_shards),
         output=_output(job),
     )
 
@@ -262,7 +264,13 @@ def _sample(job: ResolvedJob, columns: Sequence[str]) -> Iterator[Rows]:
 
 
 def _seconds(
-    job: ResolvedJob, shard: Forecast, tokens: TokenEstimate, new_tokens: int, embeds_generation: bool
+    job: ResolvedJob,
+    shard: Forecast,
+    tokens: TokenEstimate,
+    new_tokens: int,
+    embeds_generation: bool,
+    *,
+    num_shards: int,
 ) -> float | None:
     if shard.flops_per_s is None:
         return None
@@ -276,7 +284,7 @@ def _seconds(
     total += cost.flops(tokens=rows * tokens.passage, chosen=0, context=tokens.passage / 2)
     if embeds_generation:
         total += cost.flops(tokens=rows * new_tokens, chosen=0, context=new_tokens / 2)
-    return total / (shard.flops_per_s * EFFICIENCY)
+    return total / (shard.flops_per_s * num_shards * EFFICIENCY)
 
 
 def _output(job: ResolvedJob) -> str:

@@ -57,6 +57,7 @@ def load_engine(settings: EngineSettings) -> LoadedEngine:
         max_context=settings.max_context or "auto",
         step_tokens=settings.step_tokens or "auto",
         max_sequences=settings.max_sequences or "auto",
+        sharers=settings.sharers,
         experts=experts,
         dispatcher=dispatcher,
     )

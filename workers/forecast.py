@@ -204,7 +204,7 @@ def _auto_cache_bytes(settings: EngineSettings, config: DecoderConfig, value_byt
         )
         for group in layer_groups(config)
     ]
-    return auto_budget_bytes(needs, shape, torch.device(device))
+    return auto_budget_bytes(needs, shape, torch.device(device), settings.sharers)
 
 
 def _arithmetic(device: str) -> str:

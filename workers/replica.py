@@ -74,10 +74,11 @@ class Replica:
         self.name = name
         self.began_at = time.monotonic()
         self._resources = resources
+        self._num_ranks = num_ranks
         self._place = place
         self._rendezvous: Rendezvous | None = None
         self._group: PlacementGroup = placement_group([resources.bundle()] * num_ranks, strategy="PACK")
-        self._shards = [self._start(settings, rank, num_ranks) for rank in range(num_ranks)]
+        self._shards = [self._start(settings, rank) for rank in range(num_ranks)]
         self._heard_at: list[float | None] = [None] * num_ranks  # None until the first report
         self._phases = ["forming"] * num_ranks
         self._nodes = [""] * num_ranks
@@ -114,7 +115,7 @@ class Replica:
 
         A rank's death breaks the others' exchange with it, and they may be heard first.
         """
-        if len(self._shards) > 1 and self._asked:
+        if self._num_ranks > 1 and self._asked:
             ready, _ = ray.wait(list(self._asked), num_returns=len(self._asked), timeout=CAUSE_S)
             for reference in ready:
                 try:
@@ -125,12 +126,12 @@ class Replica:
 
     def check(self, now: float) -> None:
         """ReplicaLost if a shard has been silent for too long, JobError if the gang can't be formed at all."""
-        for phase, heard_at in zip(self._phases, self._heard_at, strict=True):
+        for rank, (phase, heard_at) in enumerate(zip(self._phases, self._heard_at, strict=True)):
             if heard_at is None:
                 if now - self.began_at > FORMING_S:
                     raise JobError(self._why_not_formed())
             elif phase != "stopped" and now - heard_at > (LOADING_S if phase == "loading" else SILENCE_S):
-                raise ReplicaLost(f"{self.name} has said nothing for {now - heard_at:.0f} seconds")
+                raise ReplicaLost(f"{self._name_of(rank)} has said nothing for {now - heard_at:.0f} seconds")
 
     def forgive(self, seconds: float) -> None:
         """The listener itself was away for so long: nobody is blamed for that silence."""
@@ -161,7 +162,7 @@ class Replica:
         if self._rendezvous is not None:
             self._rendezvous.close()
 
-    def _start(self, settings: ShardSettings, rank: int, num_ranks: int) -> Any:
+    def _start(self, settings: ShardSettings, rank: int) -> Any:
         options: dict[str, Any] = {
             "num_cpus": self._resources.num_cpus,
             "num_gpus": self._resources.num_gpus,
@@ -172,9 +173,11 @@ class Replica:
             "concurrency_groups": {"orders": 1, "reports": 1},  # a thread each: orders arrive in order
             "max_restarts": 0,
         }
-        name = f"{self.name}.{rank}" if num_ranks > 1 else self.name
         actor: Any = ray.remote(**options)(ShardActor)
-        return actor.remote(settings, name, awaits_seat=num_ranks > 1)
+        return actor.remote(settings, self._name_of(rank), awaits_seat=self._num_ranks > 1)
+
+    def _name_of(self, rank: int) -> str:
+        return f"{self.name}.{rank}" if self._num_ranks > 1 else self.name
 
     def _give_seats(self, place: Place) -> None:
         """The ranks meet on the loopback where all are on this process's node, else where this node is reached."""
@@ -194,10 +197,12 @@ class Replica:
         total = cast(dict[str, float], ray.cluster_resources())  # type: ignore[no-untyped-call]
         free = cast(dict[str, float], ray.available_resources())  # type: ignore[no-untyped-call]
         wanted = self._resources.bundle()
-        lacking = [name for name, amount in wanted.items() if total.get(name, 0.0) < amount]
-        if lacking:
+        if any(total.get(name, 0.0) < amount * self._num_ranks for name, amount in wanted.items()):
             have = ", ".join(f"{total.get(name, 0.0):g} {name}" for name in wanted)
-            return f"a worker needs {self._resources} and the whole cluster has {have}; set cluster.threads lower"
+            need = f"a worker needs {self._resources}"
+            if self._num_ranks > 1:
+                need = f"each of a replica's {self._num_ranks} workers needs {self._resources}"
+            return f"{need} and the whole cluster has {have}; set cluster.threads lower"
         have = ", ".join(f"{free.get(name, 0.0):g} {name}" for name in wanted)
         return f"no node has had {self._resources} free for {FORMING_S:.0f} seconds (free in all: {have})"
 

@@ -26,6 +26,7 @@ class EngineSettings:
     max_context: int | None = None
     step_tokens: int | None = None
     max_sequences: int | None = None
+    sharers: int = 1  # engines on the machine, which its memory is for
     seat: Seat | None = None  # in a gang of several ranks
 
 

@@ -59,6 +59,13 @@ def test_what_is_asked_is_given_and_the_rest_shared_out(cluster, machines, shard
     assert layout.memory_bytes == 0
 
 
+def test_shards_that_may_lie_on_one_machine_know_how_many_share_its_memory() -> None:
+    one, two = [Machine(num_cpus=2)], [Machine(num_cpus=8), Machine(num_cpus=4)]
+    assert lay_out({"replicas": 3, "expert_parallel": 2}, one).sharers == 6
+    assert lay_out({"replicas": 2}, two).sharers == 2, "both fit the larger"
+    assert lay_out({"replicas": 2, "threads": 5}, two).sharers == 1
+
+
 def test_a_gpu_that_is_not_there_is_refused() -> None:
     with pytest.raises(UserError, match="Ray sees 0"):
         lay_out({"device": "cuda"}, [Machine(num_cpus=8)])

@@ -84,11 +84,11 @@ def test_planning_changes_nothing_on_the_disk(
 
 def test_it_says_over_how_many_shards_the_experts_are_spread_and_why(settings: dict[str, Any]) -> None:
     words = make_plan(parse_spec(settings)).describe()
-    assert "expert_parallel 1: there is one machine for its experts" in words
+    assert "expert_parallel is 1: there is one machine for its experts" in words
     plan = make_plan(parse_spec(settings | {"cluster": {"expert_parallel": 3, "replicas": 2, "threads": 1}}))
     words = plan.describe()
     assert "2 replicas of 3 shards that share the experts" in words
-    assert "cluster.expert_parallel is 3" in words
+    assert "expert_parallel is 3: as the job asks" in words
     assert "a shard:" in words
     joined = make_plan(parse_spec(settings | {"cluster": {"address": "10.0.0.1:6379"}})).describe()
     assert "chosen from its devices and their memory when it is joined" in joined

@@ -65,9 +65,10 @@ class _Answer:
 class Engine:
     """One decoder shard serving many requests at once.
 
-    `kv_cache_bytes` bounds the cache of keys and values (kv_cache.py says what `auto` is and how it is split);
-    `max_context` is the most tokens of prompt and generation together, at most the model's own. A step computes up to
-    `step_tokens` tokens of up to `max_sequences` sequences. An engine with a tokenizer takes and gives text.
+    `kv_cache_bytes` bounds the cache of keys and values (kv_cache.py says how it is split, and what `auto` is where
+    `sharers` engines share a machine); `max_context` is the most tokens of prompt and generation together, at most the
+    model's own. A step computes up to `step_tokens` tokens of up to `max_sequences` sequences. An engine that has a
+    tokenizer takes and gives text.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Engine:
         max_sequences: int | Auto = "auto",
         block_tokens: int = BLOCK_TOKENS,
         reuse_prefixes: bool = True,
+        sharers: int = 1,
     ) -> None:
         """`eos_ids`, the tokens that end a text, are the tokenizer's unless given. ValueError for a size of nothing."""
         for name, value in (
@@ -106,7 +108,9 @@ class Engine:
             GroupNeed(block_bytes=decoder.block_bytes(g, block_tokens), window=group.spec.window)
             for g, group in enumerate(decoder.groups)
         ]
-        budget = auto_budget_bytes(needs, shape, decoder.device) if kv_cache_bytes == "auto" else kv_cache_bytes
+        budget = (
+            auto_budget_bytes(needs, shape, decoder.device, sharers) if kv_cache_bytes == "auto" else kv_cache_bytes
+        )
         self.cache = KVCache(decoder, split_budget(needs, budget, shape), block_tokens)
         self._runner = Runner(decoder, self.cache)
         if eos_ids is None:
@@ -130,6 +134,7 @@ class Engine:
         max_sequences: int | Auto = "auto",
         block_tokens: int = BLOCK_TOKENS,
         reuse_prefixes: bool = True,
+        sharers: int = 1,
         experts: Items[Items[int]] | None = None,
         dispatcher: Dispatcher | None = None,
     ) -> Engine:
@@ -153,6 +158,7 @@ class Engine:
             max_sequences=max_sequences,
             block_tokens=block_tokens,
             reuse_prefixes=reuse_prefixes,
+            sharers=sharers,
         )
 
     def add(self, request: Request) -> None:
