@@ -38,6 +38,7 @@ def load_engine(settings: EngineSettings) -> LoadedEngine:
         max_context=settings.max_context or "auto",
         step_tokens=settings.step_tokens or "auto",
         max_sequences=settings.max_sequences or "auto",
+        attention=settings.attention,
     )
     if engine.tokenizer is None:
         raise UserError(f"model: {settings.model_path} has no tokenizer, and a job's rows are text")

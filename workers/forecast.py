@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from workers.decoder.attention_choice import describe_attention, with_attention
 from workers.decoder.checkpoint import load_checkpoint
 from workers.decoder.config import (
     AttentionConfig,
@@ -104,11 +105,13 @@ class Forecast:
     kv_cache_bytes: int  # the budget; pages are only used as they are written
     flops_per_s: float | None  # of a large float32 matrix product, just now
     arithmetic: str  # what does it, for people
+    attention: str  # which layers have which pattern, for people
 
 
 def forecast(settings: EngineSettings) -> Forecast:
     """Reads the headers of a checkpoint and multiplies matrices for a moment. UserError for what is no model."""
-    config = load_checkpoint(Path(settings.model_path)).config
+    checkpoint = load_checkpoint(Path(settings.model_path))
+    config = (with_attention(checkpoint, settings.attention) if settings.attention else checkpoint).config
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -127,6 +130,7 @@ def forecast(settings: EngineSettings) -> Forecast:
         kv_cache_bytes=settings.kv_cache_bytes or _auto_cache_bytes(settings, config, precision.cache.itemsize, device),
         flops_per_s=_measured_flops_per_s(settings.threads) if device == "cpu" else None,
         arithmetic=_arithmetic(device),
+        attention=describe_attention(config),
     )
 
 
@@ -148,7 +152,7 @@ def _auto_cache_bytes(settings: EngineSettings, config: DecoderConfig, value_byt
     needs = [
         GroupNeed(
             block_bytes=BLOCK_TOKENS * group.spec.cached_width * value_bytes * len(group.layers),
-            window=group.spec.window,
+            reads=group.spec.reads,
         )
         for group in layer_groups(config)
     ]

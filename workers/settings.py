@@ -25,6 +25,7 @@ class EngineSettings:
     max_context: int | None = None
     step_tokens: int | None = None
     max_sequences: int | None = None
+    attention: tuple[JsonObject, ...] = ()  # AttentionRule's fields each; none: the model's own patterns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

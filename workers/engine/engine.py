@@ -10,11 +10,12 @@ start over; if it raises after that (an interrupt, say), the engine is left empt
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,9 @@ from pipeline.errors import RowError
 from pipeline.model_path import resolve_model
 from pipeline.tokenizer import Tokenizer, load_tokenizer
 from pipeline.tokenizers.checkpoint import directory_facts
+from workers.decoder.attention_choice import with_attention
+from workers.decoder.attention_rules import AttentionRule
+from workers.decoder.checkpoint import load_checkpoint
 from workers.decoder.model import Decoder
 from workers.engine import offline
 from workers.engine.block_tables import BlockTables
@@ -102,7 +106,7 @@ class Engine:
         )
         self._reuse_prefixes = reuse_prefixes
         needs = [
-            GroupNeed(block_bytes=decoder.block_bytes(g, block_tokens), window=group.spec.window)
+            GroupNeed(block_bytes=decoder.block_bytes(g, block_tokens), reads=group.spec.reads)
             for g, group in enumerate(decoder.groups)
         ]
         budget = auto_budget_bytes(needs, shape, decoder.device) if kv_cache_bytes == "auto" else kv_cache_bytes
@@ -129,11 +133,18 @@ class Engine:
         max_sequences: int | Auto = "auto",
         block_tokens: int = BLOCK_TOKENS,
         reuse_prefixes: bool = True,
+        attention: Items[AttentionRule | Mapping[str, Any]] = (),
     ) -> Engine:
-        """Load decoder and tokenizer from what `model:` may be in a job. A checkpoint without a tokenizer is fine."""
+        """Load decoder and tokenizer from what `model:` may be in a job. A checkpoint without a tokenizer is fine.
+
+        `attention` is as in a job file: rules that give layers other patterns than the model's own.
+        """
         found = resolve_model(str(path))
+        checkpoint = load_checkpoint(found)
+        if attention:
+            checkpoint = with_attention(checkpoint, attention)
         context = None if max_context == "auto" else max_context
-        decoder = Decoder.load(found, device=device, dtype=dtype, max_context=context)
+        decoder = Decoder.load(checkpoint, device=device, dtype=dtype, max_context=context)
         tokenizer, eos_ids = _vocabulary(found)
         return cls(
             decoder,
