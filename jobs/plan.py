@@ -80,9 +80,14 @@ class Plan:
             ("time", self._time()),
             ("output", self.output),
         ]
+        if spec.attention is not None:
+            lines.insert(2, ("attention", shard.attention))
         if self.tokens.errors:
             failed = ", ".join(f"{count} {code}" for code, count in self.tokens.errors.most_common())
-            lines.insert(5, ("errors", f"in the sample of {self.tokens.sampled_rows} rows: {failed}"))
+            lines.insert(
+                [name for name, _ in lines].index("tokens") + 1,
+                ("errors", f"in the sample of {self.tokens.sampled_rows} rows: {failed}"),
+            )
         width = max(len(name) for name, _ in lines[1:])
         return "\n".join([f"{lines[0][0]}: {lines[0][1]}", *(f"  {name:{width}}  {text}" for name, text in lines[1:])])
 
@@ -146,6 +151,7 @@ def make_plan(spec: JobSpec) -> Plan:
         max_context=None if settled.engine.max_context == "auto" else settled.engine.max_context,
         step_tokens=None if settled.engine.step_tokens == "auto" else settled.engine.step_tokens,
         max_sequences=None if settled.engine.max_sequences == "auto" else settled.engine.max_sequences,
+        attention=settled.attention_rules,
     )
     layout = None
     if not cluster.address:

@@ -104,6 +104,7 @@ def embed_queries(texts: Sequence[str], made: Provenance, spec: JobSpec) -> npt.
             dtype=spec.cluster.dtype,
             threads=_num_cpus(),
             max_sequences=min(64, len(texts)),
+            attention=spec.attention_rules,
         )
     )
     try:

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from workers.decoder.attention_rules import AttentionRule
+
 JsonObject = dict[str, Any]
 
 _BYTE_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -184,6 +186,33 @@ class ClusterSpec(Section):
     address: Text | None = None
 
 
+def _layers_text(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return str(value)
+    return value
+
+
+class AttentionRuleSpec(Section):
+    """An `AttentionRule` (workers/decoder/attention_rules.py says what each means), which checks what goes together."""
+
+    pattern: Literal["full", "sliding", "strided", "fixed"]
+    layers: Annotated[Text, BeforeValidator(_layers_text)] = "all"
+    window: Count | None = None
+    stride: Count | None = None
+    block: Count | None = None
+    summary: Count | None = None
+    form: Literal["merged", "alternating", "divided"] | None = None
+    distinct: bool | None = None
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> AttentionRuleSpec:
+        try:
+            AttentionRule(**self.model_dump())
+        except ValueError as error:
+            raise _refusal(str(error)) from None
+        return self
+
+
 class JobSpec(Section):
     """One job. `output.path` is `out/NAME` and `index` is on for a job that embeds, unless they are given."""
 
@@ -193,6 +222,7 @@ class JobSpec(Section):
     prompt: PromptSpec = PromptSpec()
     generate: GenerateSpec | None = None
     embed: EmbedSpec | None = None
+    attention: Annotated[tuple[AttentionRuleSpec, ...], Field(strict=False, min_length=1)] | None = None
     index: IndexSpec | None = None
     output: OutputSpec
     engine: EngineSpec = EngineSpec()
@@ -236,6 +266,11 @@ class JobSpec(Section):
             raise _refusal("embed.template replaces the prompt, and nothing is generated from it: keep one of the two")
         return self
 
+    @property
+    def attention_rules(self) -> tuple[JsonObject, ...]:
+        """In the workers' terms, without what is not given."""
+        return tuple(rule.model_dump(mode="json", exclude_defaults=True) for rule in self.attention or ())
+
     def to_json(self) -> JsonObject:
         return self.model_dump(mode="json")
 
@@ -248,7 +283,7 @@ def fingerprint_parts(
     `model_digest`: file name -> digest. `input_files`: (file name, digest) in row order. What is digested is the bytes
     and never where they lie, so that a moved model or data set is the same job. `rows_per_split` is the number used.
     """
-    return {
+    parts: JsonObject = {
         "model": dict(sorted(model_digest.items())),
         "input": {"id": spec.input.id, "format": spec.input.format, "files": [list(file) for file in input_files]},
         "prompt": spec.prompt.model_dump(mode="json"),
@@ -256,6 +291,9 @@ def fingerprint_parts(
         "embed": spec.embed.model_dump(mode="json") if spec.embed else None,
         "rows_per_split": rows_per_split,
     }
+    if spec.attention is not None:  # left out where it is not: jobs from before it stay the same jobs
+        parts["attention"] = list(spec.attention_rules)
+    return parts
 
 
 def fingerprint(parts: JsonObject) -> str:

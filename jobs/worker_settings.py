@@ -27,6 +27,7 @@ def worker_settings(store: JobStore, engine_factory: str) -> ShardSettings:
             max_context=_number(spec.engine.max_context),
             step_tokens=_number(spec.engine.step_tokens),
             max_sequences=_number(spec.engine.max_sequences),
+            attention=spec.attention_rules,
         ),
         prompt=PromptSettings(
             column=spec.prompt.column,

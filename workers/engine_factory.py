@@ -60,6 +60,7 @@ def load_engine(settings: EngineSettings) -> LoadedEngine:
         sharers=settings.sharers,
         experts=experts,
         dispatcher=dispatcher,
+        attention=settings.attention,
     )
     if engine.tokenizer is None:
         raise UserError(f"model: {settings.model_path} has no tokenizer, and a job's rows are text")

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from pipeline.errors import UserError
+from workers.decoder.attention_choice import describe_attention, with_attention
 from workers.decoder.checkpoint import load_checkpoint
 from workers.decoder.config import (
     AttentionConfig,
@@ -116,6 +117,7 @@ class Forecast:
     expert_bytes: int  # of weight_bytes, those of all experts
     flops_per_s: float | None  # of a large float32 matrix product, just now
     arithmetic: str  # what does it, for people
+    attention: str  # which layers have which pattern, for people
 
     def rank_weight_bytes(self, ranks: int) -> int:
         """Of the rank that holds most, with the experts of each layer spread over so many."""
@@ -154,7 +156,8 @@ def forecast(settings: EngineSettings, *, measures: bool = True) -> Forecast:
 
     UserError for what is no model.
     """
-    config = load_checkpoint(Path(settings.model_path)).config
+    checkpoint = load_checkpoint(Path(settings.model_path))
+    config = (with_attention(checkpoint, settings.attention) if settings.attention else checkpoint).config
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -179,6 +182,7 @@ def forecast(settings: EngineSettings, *, measures: bool = True) -> Forecast:
         expert_bytes=weight_bytes * _expert_weights(config) // cost.weights,
         flops_per_s=_measured_flops_per_s(settings.threads) if device == "cpu" and measures else None,
         arithmetic=_arithmetic(device),
+        attention=describe_attention(config),
     )
 
 
@@ -200,7 +204,7 @@ def _auto_cache_bytes(settings: EngineSettings, config: DecoderConfig, value_byt
     needs = [
         GroupNeed(
             block_bytes=BLOCK_TOKENS * group.spec.cached_width * value_bytes * len(group.layers),
-            window=group.spec.window,
+            reads=group.spec.reads,
         )
         for group in layer_groups(config)
     ]

@@ -28,6 +28,7 @@ class EngineSettings:
     max_sequences: int | None = None
     sharers: int = 1  # engines on the machine, which its memory is for
     seat: Seat | None = None  # in a gang of several ranks
+    attention: tuple[JsonObject, ...] = ()  # AttentionRule's fields each; none: the model's own patterns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 def section_of(field: FieldInfo) -> type[Section] | None:
     """The settings below a key, where it holds some."""
     candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+    candidates += [inner for kind in candidates for inner in getattr(kind, "__args__", ())]
     return next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 

@@ -254,6 +254,7 @@ OTHER_VALUES = {
     "index.kind": "Flat",
     "index.shards": 2,
     "name": "other",
+    "attention": [{"pattern": "sliding", "window": 5}],
 }
 NOT_TESTED = {"model", "input.path", "input.job", "output.rows_per_split", "embed.routing_weight"}
 
@@ -267,7 +268,7 @@ def changed(key: str, value: object) -> JobSpec:
 def test_the_fingerprint_covers_what_changes_results_and_nothing_else():
     base = parts_of(parse_spec({"embed": {}, **MINIMAL}))
     for key, value in OTHER_VALUES.items():
-        covered = key.split(".")[0] in ("input", "prompt", "generate", "embed")
+        covered = key.split(".")[0] in ("input", "prompt", "generate", "embed", "attention")
         assert (parts_of(changed(key, value)) != base) == covered, key
     spec = parse_spec({"embed": {}, **MINIMAL})
     assert parts_of(spec, model_digest={"model.safetensors": "12"}) != base
@@ -287,3 +288,29 @@ def test_no_setting_is_forgotten_above():
 
     known = {key for key in keys(JobSpec, "") if not key.startswith("prompt.examples.")} | {"prompt.examples"}
     assert known == set(itertools.chain(OTHER_VALUES, NOT_TESTED))
+
+
+def test_attention_rules_are_part_of_the_fingerprint_and_their_absence_is_not() -> None:
+    def parts(**more: object) -> dict[str, object]:
+        spec = parse_spec({"model": "m", "input": {"path": "p"}, "generate": {}, **more})
+        return fingerprint_parts(spec, model_digest={}, input_files=[], rows_per_split=64)
+
+    assert "attention" not in parts()
+    rule = {"pattern": "strided", "stride": 128, "form": "alternating"}
+    assert parts(attention=[rule])["attention"] == [rule]
+    assert parts(attention=[{**rule, "layers": "all"}]) == parts(attention=[rule])
+    assert parts(attention=[{"layers": 3, "pattern": "full"}])["attention"] == [{"layers": "3", "pattern": "full"}]
+
+
+@pytest.mark.parametrize(
+    ("rule", "line"),
+    [
+        ({"pattern": "fixed", "block": 8, "summary": 9}, "summary of 9"),
+        ({"pattern": "strided"}, "needs stride"),
+        ({"pattern": "full", "layers": "x"}, "layers must be"),
+        ({"pattern": "sliding", "windows": 4}, "unknown key `attention"),
+    ],
+)
+def test_an_attention_rule_that_makes_no_sense_is_refused(rule: dict[str, object], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        parse_spec({"model": "m", "input": {"path": "p"}, "generate": {}, "attention": [rule]})

@@ -181,6 +181,9 @@ class Reads:
         return max(held(start) for start in starts)
 
 
+EVERYTHING = Reads()
+
+
 def reads_of(reaches: Iterable[Reach]) -> Reads:
     """What heads that see so read together.
 

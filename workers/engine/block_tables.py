@@ -1,7 +1,8 @@
 """Which blocks each sequence holds, in every layer group at once. Pure.
 
-Layers with the same attention form a group with its own blocks. In a group whose attention sees only a window, blocks
-before the window are given back as the sequence grows, so a group's share of the cache fits what its layers read.
+Layers with the same attention form a group with its own blocks. In a group whose attention sees only a window, or its
+own block of positions and summaries of those before, cache blocks that no later query reads are given back as the
+sequence grows, from the middle of the table too: a group's share of the cache fits what its layers read.
 """
 
 from __future__ import annotations
@@ -9,29 +10,17 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass
 
+from workers.decoder.patterns import EVERYTHING, Reads
 from workers.engine.blocks import ROOT, BlockAllocator, chain
 from workers.engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupCache:
-    """A layer group's share of the cache. A query at position p reads positions p - window + 1 to p (None: 0 to p)."""
+    """A layer group's share of the cache, and what of it the group's queries read."""
 
     num_blocks: int
-    window: int | None = None
-
-
-def blocks_needed(num_tokens: int, *, window: int | None, block_tokens: int, step_tokens: int) -> int:
-    """The most blocks of a group that a sequence of `num_tokens` cached positions holds at once, sharing none.
-
-    Example: blocks of 4, steps of 4 tokens, a window of 6: a step reads or writes 5 + 4 positions, which may lie across
-    3 blocks and touch a fourth.
-    """
-    whole = -(-num_tokens // block_tokens)
-    if window is None:
-        return whole
-    span = window - 1 + min(step_tokens, num_tokens)
-    return min(whole, -(-(span - 1) // block_tokens) + 1)
+    reads: Reads = EVERYTHING
 
 
 class BlockTables:
@@ -54,12 +43,9 @@ class BlockTables:
         return [array("i") for _ in self.groups]
 
     def blocks_needed(self, group: int, num_tokens: int) -> int:
-        """See the function of this name."""
-        return blocks_needed(
-            num_tokens,
-            window=self.groups[group].window,
-            block_tokens=self.block_tokens,
-            step_tokens=self.step_tokens,
+        """The most blocks of a group that a sequence of `num_tokens` cached positions holds at once, sharing none."""
+        return self.groups[group].reads.most_entries(
+            num_tokens, block_tokens=self.block_tokens, step_tokens=self.step_tokens
         )
 
     def could_ever_hold(self, num_tokens: int) -> bool:
@@ -82,23 +68,23 @@ class BlockTables:
         least the last token is always left to compute. False, and nothing changed, where there is no room.
         """
         found = self._match(sequence) if sequence.reuses_prefix and self.reuse_prefixes else 0
-        wanted: list[list[int]] = []  # a group: the found blocks it needs
+        wanted: list[dict[int, int]] = []  # a group: the found blocks it needs, by their places in the table
         for g, allocator in enumerate(self.allocators):
-            hits = []
-            for digest in sequence.digests[self._first_read(g, found * self.block_tokens) : found]:
-                block = allocator.find(digest)
+            hits: dict[int, int] = {}
+            for index in self.groups[g].reads.entries(found * self.block_tokens, found, self.block_tokens):
+                block = allocator.find(sequence.digests[index])
                 assert block is not None
-                hits.append(block)
-            revived = sum(allocator.references(block) == 0 for block in hits)
+                hits[index] = block
+            revived = sum(allocator.references(block) == 0 for block in hits.values())
             fresh = max(0, self.blocks_needed(g, len(sequence.tokens)) - len(hits))
             if fresh + reserve > allocator.num_free - revived:
                 return False
             wanted.append(hits)
         for g, (allocator, hits) in enumerate(zip(self.allocators, wanted, strict=True)):
-            for block in hits:
+            for block in hits.values():
                 allocator.share(block)
-            sequence.first_kept[g] = found - len(hits)
-            sequence.tables[g] = array("i", [-1] * (found - len(hits)) + hits)
+            sequence.num_trimmed[g] = min(self._near_entry(g, found * self.block_tokens), found)
+            sequence.tables[g] = array("i", (hits.get(index, -1) for index in range(found)))
         sequence.num_computed = found * self.block_tokens
         return True
 
@@ -115,18 +101,19 @@ class BlockTables:
         shared, part = divmod(end, self.block_tokens)
         copies: list[list[tuple[int, int]]] = []
         for g, allocator in enumerate(self.allocators):
-            if elder.first_kept[g] > self._first_read(g, end):
+            if elder.num_trimmed[g] > self._near_entry(g, end):
                 return None
-            fresh = self.blocks_needed(g, len(sequence.tokens)) - (shared - self._first_read(g, end))
+            held = sum(1 for _ in self.groups[g].reads.entries(end, shared, self.block_tokens))
+            fresh = self.blocks_needed(g, len(sequence.tokens)) - held
             if max(fresh, 1 if part else 0) + reserve > allocator.num_free:
                 return None
         for g, allocator in enumerate(self.allocators):
-            first = self._first_read(g, end)
-            held = elder.tables[g][first:shared]
-            for block in held:
-                allocator.share(block)
-            sequence.first_kept[g] = first
-            sequence.tables[g] = array("i", [-1] * first) + held
+            table = array("i", [-1] * shared)
+            for index in self.groups[g].reads.entries(end, shared, self.block_tokens):
+                table[index] = elder.tables[g][index]
+                allocator.share(table[index])
+            sequence.num_trimmed[g] = min(self._near_entry(g, end), shared)
+            sequence.tables[g] = table
             copies.append([])
             if part:
                 target = allocator.allocate()
@@ -143,7 +130,7 @@ class BlockTables:
         """
         num_blocks = -(-end // self.block_tokens)
         for g, cache in enumerate(self.groups):
-            if cache.window is not None:
+            if not cache.reads.everything:
                 self._trim(sequence, g)
             if num_blocks - len(sequence.tables[g]) > self.allocators[g].num_free:
                 return False
@@ -165,9 +152,10 @@ class BlockTables:
     def release(self, sequence: Sequence) -> None:
         """Give all blocks back, the last first, so that of its prefix the beginning stays findable longest."""
         for g, (table, allocator) in enumerate(zip(sequence.tables, self.allocators, strict=True)):
-            for index in range(len(table) - 1, sequence.first_kept[g] - 1, -1):
-                allocator.free(table[index])
-            sequence.first_kept[g] = 0
+            for block in reversed(table):
+                if block >= 0:
+                    allocator.free(block)
+            sequence.num_trimmed[g] = 0
         sequence.tables = self.new_tables()
         sequence.num_computed = 0
         sequence.settled = False
@@ -176,18 +164,18 @@ class BlockTables:
         for allocator in self.allocators:
             allocator.forget_all()
 
-    def _first_read(self, group: int, position: int) -> int:
-        """The first table entry that a query at `position` or later reads."""
-        window = self.groups[group].window
-        return 0 if window is None else max(0, position - window + 1) // self.block_tokens
+    def _near_entry(self, group: int, position: int) -> int:
+        """The table entry from which on a query at `position` or later may read everything."""
+        return self.groups[group].reads.near_start(position) // self.block_tokens
 
     def _trim(self, sequence: Sequence, group: int) -> None:
-        table, allocator = sequence.tables[group], self.allocators[group]
-        keep = min(self._first_read(group, sequence.num_computed), len(table))
-        for index in range(sequence.first_kept[group], keep):
-            allocator.free(table[index])
-            table[index] = -1
-        sequence.first_kept[group] = max(keep, sequence.first_kept[group])
+        table, allocator, reads = sequence.tables[group], self.allocators[group], self.groups[group].reads
+        end = min(self._near_entry(group, sequence.num_computed), len(table))
+        for index in range(sequence.num_trimmed[group], end):
+            if not reads.keeps(index, self.block_tokens):
+                allocator.free(table[index])
+                table[index] = -1
+        sequence.num_trimmed[group] = max(end, sequence.num_trimmed[group])
 
     def _digest(self, sequence: Sequence, num_blocks: int) -> None:
         digests, width = sequence.digests, self.block_tokens
@@ -200,18 +188,19 @@ class BlockTables:
         """The longest run of leading full blocks that every group can still read from, short of the last token."""
         most = (len(sequence.tokens) - 1) // self.block_tokens
         self._digest(sequence, most)
-        for g, cache in enumerate(self.groups):
-            if cache.window is None:
-                allocator, found = self.allocators[g], 0
-                while found < most and allocator.find(sequence.digests[found]) is not None:
-                    found += 1
-                most = found
-        windowed = [g for g, cache in enumerate(self.groups) if cache.window is not None]
-        while most and not all(self._window_is_held(sequence, g, most) for g in windowed):
+        for g, cache in enumerate(self.groups):  # what is read for ever must be there from the beginning on
+            allocator, found = self.allocators[g], 0
+            while found < most and (
+                not cache.reads.keeps(found, self.block_tokens) or allocator.find(sequence.digests[found]) is not None
+            ):
+                found += 1
+            most = found
+        passing = [g for g, cache in enumerate(self.groups) if not cache.reads.everything]
+        while most and not all(self._near_is_held(sequence, g, most) for g in passing):
             most -= 1
         return most
 
-    def _window_is_held(self, sequence: Sequence, group: int, num_blocks: int) -> bool:
+    def _near_is_held(self, sequence: Sequence, group: int, num_blocks: int) -> bool:
         allocator = self.allocators[group]
-        first = self._first_read(group, num_blocks * self.block_tokens)
+        first = self._near_entry(group, num_blocks * self.block_tokens)
         return all(allocator.find(digest) is not None for digest in sequence.digests[first:num_blocks])

@@ -10,11 +10,12 @@ start over; if it raises after that (an interrupt, say), the engine is left empt
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,9 @@ from pipeline.errors import RowError
 from pipeline.model_path import resolve_model
 from pipeline.tokenizer import Tokenizer, load_tokenizer
 from pipeline.tokenizers.checkpoint import directory_facts
+from workers.decoder.attention_choice import with_attention
+from workers.decoder.attention_rules import AttentionRule
+from workers.decoder.checkpoint import load_checkpoint
 from workers.decoder.model import Decoder
 from workers.engine import offline
 from workers.engine.block_tables import BlockTables
@@ -105,7 +109,7 @@ class Engine:
         )
         self._reuse_prefixes = reuse_prefixes
         needs = [
-            GroupNeed(block_bytes=decoder.block_bytes(g, block_tokens), window=group.spec.window)
+            GroupNeed(block_bytes=decoder.block_bytes(g, block_tokens), reads=group.spec.reads)
             for g, group in enumerate(decoder.groups)
         ]
         budget = (
@@ -137,15 +141,20 @@ class Engine:
         sharers: int = 1,
         experts: Items[Items[int]] | None = None,
         dispatcher: Dispatcher | None = None,
+        attention: Items[AttentionRule | Mapping[str, Any]] = (),
     ) -> Engine:
         """Load decoder and tokenizer from what `model:` may be in a job. A checkpoint without a tokenizer is fine.
 
-        `experts` and `dispatcher` are for one rank of a gang: see `Decoder.load`.
+        `experts` and `dispatcher` are for one rank of a gang: see `Decoder.load`. `attention` is as in a job file:
+        rules that give layers other patterns than the model's own.
         """
         found = resolve_model(str(path))
+        checkpoint = load_checkpoint(found)
+        if attention:
+            checkpoint = with_attention(checkpoint, attention)
         context = None if max_context == "auto" else max_context
         decoder = Decoder.load(
-            found, device=device, dtype=dtype, experts=experts, dispatcher=dispatcher, max_context=context
+            checkpoint, device=device, dtype=dtype, experts=experts, dispatcher=dispatcher, max_context=context
         )
         tokenizer, eos_ids = _vocabulary(found)
         return cls(

@@ -20,7 +20,8 @@ import torch
 
 from workers.decoder.attention import KVPool
 from workers.decoder.model import Decoder
-from workers.engine.block_tables import GroupCache, blocks_needed
+from workers.decoder.patterns import EVERYTHING, Reads
+from workers.engine.block_tables import GroupCache
 
 TYPICAL_TOKENS = 1024
 HOST_SHARE = 0.25
@@ -32,7 +33,7 @@ class GroupNeed:
     """What a layer group's blocks cost: `block_bytes` is a block in all of its layers."""
 
     block_bytes: int
-    window: int | None = None
+    reads: Reads = EVERYTHING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +46,7 @@ class CacheShape:
     max_sequences: int
 
     def blocks(self, need: GroupNeed, num_tokens: int) -> int:
-        return blocks_needed(
-            num_tokens, window=need.window, block_tokens=self.block_tokens, step_tokens=self.step_tokens
-        )
+        return need.reads.most_entries(num_tokens, block_tokens=self.block_tokens, step_tokens=self.step_tokens)
 
     def most_bytes(self, needs: Sequence[GroupNeed]) -> int:
         """What max_sequences sequences that fill their context take: more could not be used."""
@@ -61,7 +60,7 @@ def split_budget(needs: Sequence[GroupNeed], budget_bytes: int, shape: CacheShap
     groups = []
     for blocks, need in zip(typical, needs, strict=True):
         most = shape.max_sequences * shape.blocks(need, shape.max_context)
-        groups.append(GroupCache(num_blocks=min(most, budget_bytes * blocks // together), window=need.window))
+        groups.append(GroupCache(num_blocks=min(most, budget_bytes * blocks // together), reads=need.reads))
     if any(group.num_blocks < 1 for group in groups):
         least = max(-(-together // blocks) for blocks in typical)
         raise ValueError(

@@ -115,7 +115,7 @@ class Scheduler:
             num_prompt=len(request.token_ids),
             max_tokens=self._max_tokens(request),
             tables=self.tables.new_tables(),
-            first_kept=[0] * len(self.tables.groups),
+            num_trimmed=[0] * len(self.tables.groups),
             # Pooling over all positions needs all of them computed, and blocks that nobody will look for are not kept.
             reuses_prefix=generates or (isinstance(request, EmbedRequest) and request.pooling == "last"),
             takes_argmax=isinstance(request, GenerateRequest) and request.takes_argmax,
@@ -299,7 +299,7 @@ class Scheduler:
                 num_prompt=first.num_prompt,
                 max_tokens=first.max_tokens,
                 tables=self.tables.new_tables(),
-                first_kept=[0] * len(self.tables.groups),
+                num_trimmed=[0] * len(self.tables.groups),
                 reuses_prefix=True,
                 takes_argmax=first.takes_argmax,
                 elder=first,

@@ -21,7 +21,7 @@ class Sequence:
 
     `order` is (arrival of the request, sample): older sequences are served first. `tokens` are the prompt's and then
     the generated ones; positions below `num_computed` have their keys and values in the blocks of `tables` (one table a
-    layer group; -1 where the block lies before every window and was given back). `digests` are those of its leading
+    layer group; -1 where no later position reads the block and it was given back). `digests` are those of its leading
     full blocks, as far as they were needed.
     """
 
@@ -31,7 +31,7 @@ class Sequence:
     num_prompt: int
     max_tokens: int  # prompt and generated; the sequence ends when it is this long
     tables: list[array[int]]
-    first_kept: list[int]  # a group's table entries before this one are -1
+    num_trimmed: list[int]  # of a group's table: leading entries of which those that nobody reads any more are -1
     reuses_prefix: bool
     takes_argmax: bool
     num_computed: int = 0

@@ -17,7 +17,7 @@ from workers.decoder.model import Decoder
 
 
 class PagedSequences:
-    """Steps a decoder over many sequences at once; frees blocks that a window has left behind."""
+    """Steps a decoder over many sequences at once; frees blocks that no later query reads."""
 
     def __init__(self, decoder: Decoder, *, num_blocks: int = 64, block_tokens: int = 16, seed: int = 0) -> None:
         self.decoder = decoder
@@ -39,11 +39,11 @@ class PagedSequences:
             for g, group in enumerate(self.decoder.groups):
                 while len(tables[g]) * self.block_tokens < length + len(new):
                     tables[g].append(self._free[g].pop())
-                if group.spec.window is not None:
-                    for gone in range(max(0, length - group.spec.window + 1) // self.block_tokens):
-                        if tables[g][gone] >= 0:
-                            self._free[g].append(tables[g][gone])
-                            tables[g][gone] = -1
+                in_use = set(group.spec.reads.entries(length, len(tables[g]), self.block_tokens))
+                for gone, block in enumerate(tables[g]):
+                    if block >= 0 and gone not in in_use:
+                        self._free[g].append(block)
+                        tables[g][gone] = -1
             ids.extend(new)
             positions.extend(range(length, length + len(new)))
             starts.append(starts[-1] + len(new))

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from workers.decoder.patterns import Reads
 from workers.engine.kv_cache import CacheShape, GroupNeed, auto_budget_bytes, available_bytes, split_budget
 
 SHAPE = CacheShape(block_tokens=16, step_tokens=512, max_context=4096, max_sequences=256)
@@ -20,7 +21,7 @@ def test_one_group_gets_all_the_blocks_that_the_budget_buys() -> None:
     st.integers(0, 10**10),
 )
 def test_the_budget_is_never_exceeded(needs: list[tuple[int, int | None]], budget: int) -> None:
-    groups = [GroupNeed(block_bytes=block_bytes, window=window) for block_bytes, window in needs]
+    groups = [GroupNeed(block_bytes=block_bytes, reads=Reads(window=window)) for block_bytes, window in needs]
     try:
         split = split_budget(groups, budget, SHAPE)
     except ValueError:
@@ -30,7 +31,7 @@ def test_the_budget_is_never_exceeded(needs: list[tuple[int, int | None]], budge
 
 
 def test_groups_are_filled_at_the_same_time_by_typical_sequences() -> None:
-    needs = [GroupNeed(block_bytes=100), GroupNeed(block_bytes=100, window=128)]
+    needs = [GroupNeed(block_bytes=100), GroupNeed(block_bytes=100, reads=Reads(window=128))]
     full, windowed = split_budget(needs, 10**6, SHAPE)
     sequences = [
         cache.num_blocks // SHAPE.blocks(need, 1024) for cache, need in zip((full, windowed), needs, strict=True)
@@ -45,7 +46,7 @@ def test_more_than_all_sequences_could_use_is_not_taken() -> None:
 
 
 def test_the_least_budget_that_is_named_is_enough() -> None:
-    needs = [GroupNeed(block_bytes=700), GroupNeed(block_bytes=100, window=128)]
+    needs = [GroupNeed(block_bytes=700), GroupNeed(block_bytes=100, reads=Reads(window=128))]
     with pytest.raises(ValueError, match="kv_cache_bytes is 100") as refused:
         split_budget(needs, 100, SHAPE)
     least = int(str(refused.value).split()[-1])

@@ -38,7 +38,7 @@ def sequence(
         num_prompt=len(prompt),
         max_tokens=10_000,
         tables=[],
-        first_kept=[],
+        num_trimmed=[],
         reuses_prefix=True,
         takes_argmax=request.takes_argmax,
     )

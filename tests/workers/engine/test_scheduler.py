@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pipeline.errors import RowError
-from workers.engine.block_tables import BlockTables, GroupCache, blocks_needed
+from workers.decoder.patterns import EVERYTHING, Reads
+from workers.engine.block_tables import BlockTables, GroupCache
 from workers.engine.blocks import ROOT, chain
 from workers.engine.request import EmbedRequest, GenerateRequest, SamplingParams
 from workers.engine.scheduler import Scheduler, StepBatch
@@ -38,6 +39,21 @@ def alone(prompt: list[int], sample: int, max_tokens: int) -> list[int]:
         if tokens[-1] == STOP_TOKEN:
             break
     return tokens[len(prompt) :]
+
+
+def read_by(reads: Reads, start: int, end: int) -> set[int]:
+    """Positions that queries start..end-1 read, a query at a time."""
+    read: set[int] = set()
+    for query in range(start, end):
+        for key in range(query + 1):
+            near = reads.everything
+            if reads.window is not None:
+                near = key > query - reads.window
+            if reads.block is not None:
+                near = key // reads.block == query // reads.block
+            if near or (reads.period is not None and reads.summary[0] <= key % reads.period < reads.summary[1]):
+                read.add(key)
+    return read
 
 
 class SimulatedRun:
@@ -120,8 +136,7 @@ class SimulatedRun:
                     written.add(cell)
                     cells[cell] = (position, checksum(sequence.tokens[: position + 1]))
             for sequence, start, count, table in rows:
-                first = 0 if group.window is None else max(0, start - group.window + 1)
-                for position in range(first, start + count):
+                for position in sorted(read_by(group.reads, start, start + count)):
                     assert table[position // width] >= 0, "a block that is still read was given back"
                     cell = table[position // width] * width + position % width
                     key = (position, checksum(sequence.tokens[: position + 1]))
@@ -300,7 +315,7 @@ def test_requests_start_in_the_order_in_which_they_came_even_if_a_later_one_woul
 
 
 def test_blocks_behind_the_window_serve_other_sequences() -> None:
-    windowed = (GroupCache(num_blocks=5, window=4),)
+    windowed = (GroupCache(num_blocks=5, reads=Reads(window=4)),)
     run = SimulatedRun(windowed, step_tokens=4, max_context=60)
     run.add(0, [1, 2, 3], max_new_tokens=50)  # 13 blocks, were none given back
     run.run()
@@ -308,7 +323,7 @@ def test_blocks_behind_the_window_serve_other_sequences() -> None:
 
 
 def test_groups_with_and_without_a_window_find_a_common_prefix() -> None:
-    groups = (GroupCache(num_blocks=40), GroupCache(num_blocks=40, window=6))
+    groups = (GroupCache(num_blocks=40), GroupCache(num_blocks=40, reads=Reads(window=6)))
     run = SimulatedRun(groups)
     run.add(0, list(range(1, 15)), max_new_tokens=1)
     run.run()
@@ -377,26 +392,47 @@ def test_nobody_looks_for_the_blocks_of_a_mean_so_they_are_not_kept() -> None:
     assert run.found_tokens == 0
 
 
-@given(st.integers(1, 60), st.none() | st.integers(1, 20), st.integers(1, 6), st.integers(1, 20))
-def test_blocks_needed_is_what_a_lone_sequence_comes_to_hold(
-    num_tokens: int, window: int | None, block_tokens: int, step_tokens: int
-) -> None:
-    needed = blocks_needed(num_tokens, window=window, block_tokens=block_tokens, step_tokens=step_tokens)
-    most = 0  # over chunks of every size, beginning anywhere
-    for start in range(num_tokens):
-        end = min(start + step_tokens, num_tokens)
-        first = 0 if window is None else max(0, start - window + 1)
-        most = max(most, -(-end // block_tokens) - first // block_tokens)
-    assert most <= needed <= most + 1
+WINDOW = st.builds(Reads, window=st.integers(1, 9))
+FIXED = st.builds(
+    lambda block, summary, near: Reads(
+        block=block if near else None,
+        window=None if near else 1,
+        period=block,
+        summary=(max(0, block - summary), block),
+    ),
+    st.integers(1, 10),
+    st.integers(1, 10),
+    st.booleans(),
+)
+READS = st.just(EVERYTHING) | WINDOW | FIXED | st.builds(Reads, block=st.integers(1, 10))
 
+
+@given(st.integers(1, 60), READS, st.integers(1, 6), st.integers(1, 20))
+def test_a_lone_sequence_is_served_by_as_many_blocks_as_it_needs(
+    num_tokens: int, reads: Reads, block_tokens: int, step_tokens: int
+) -> None:
+    needed = reads.most_entries(num_tokens, block_tokens=block_tokens, step_tokens=step_tokens)
     run = SimulatedRun(
-        (GroupCache(num_blocks=needed, window=window),),
+        (GroupCache(num_blocks=needed, reads=reads),),
         block_tokens=block_tokens,
         step_tokens=step_tokens,
         max_context=100,
     )
     run.add(0, [1] * num_tokens, embed="mean")
     run.run()
+    assert list(run.finished) == [(0, 0)]
+
+
+def test_blocks_without_summaries_serve_other_sequences_from_the_middle_of_a_table() -> None:
+    fixed = Reads(block=16, period=16, summary=(14, 16))
+    run = SimulatedRun((GroupCache(num_blocks=8, reads=fixed),), step_tokens=4, max_context=70)
+    run.add(0, [1] * 60, embed="last")  # 15 blocks, were none given back
+    while run.scheduler.has_work:
+        run.step()
+        run.check_nothing_leaked()
+        for sequence in run.scheduler._running:
+            past = sequence.tables[0][: sequence.num_trimmed[0]]
+            assert [block >= 0 for block in past] == [index % 4 == 3 for index in range(len(past))]
     assert list(run.finished) == [(0, 0)]
 
 
@@ -408,10 +444,9 @@ class Scheduling(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def begin(self, data: st.DataObject) -> None:
-        window = st.none() | st.integers(1, 9)
-        shapes = data.draw(st.lists(st.tuples(st.integers(1, 12), window), min_size=1, max_size=2))
+        shapes = data.draw(st.lists(st.tuples(st.integers(1, 12), READS), min_size=1, max_size=2))
         self.run = SimulatedRun(
-            tuple(GroupCache(num_blocks=blocks, window=window) for blocks, window in shapes),
+            tuple(GroupCache(num_blocks=blocks, reads=reads) for blocks, reads in shapes),
             block_tokens=data.draw(st.integers(1, 4)),
             step_tokens=data.draw(st.integers(1, 12)),
             max_sequences=data.draw(st.integers(1, 4)),
@@ -498,7 +533,7 @@ TestScheduling = Scheduling.TestCase
 
 
 def test_most_tokens_is_what_just_fits() -> None:
-    groups = (GroupCache(num_blocks=12), GroupCache(num_blocks=3, window=4))
+    groups = (GroupCache(num_blocks=12), GroupCache(num_blocks=3, reads=Reads(window=4)))
     tables = BlockTables(groups, block_tokens=4, step_tokens=4)
     most = tables.most_tokens()
     assert tables.could_ever_hold(most)
