@@ -88,6 +88,18 @@ def gpt_neox_keys(writer: GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_layer_norm_eps(config["layer_norm_eps"])
 
 
+def phi2_keys(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    head_width = config["hidden_size"] // config["num_attention_heads"]
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(4 * config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_attention_heads"])
+    writer.add_layer_norm_eps(config["layer_norm_eps"])
+    writer.add_rope_dimension_count(int(config["rope_parameters"]["partial_rotary_factor"] * head_width))
+
+
 def bloom_keys(writer: GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_context_length(2048)
     writer.add_embedding_length(config["hidden_size"])
@@ -153,6 +165,10 @@ CASES: dict[str, tuple[MODEL_ARCH, Any, Any, str, dict[str, Any]]] = {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             },
         },
+    ),
+    "Phi-2": (
+        *(MODEL_ARCH.PHI2, phi2_keys, as_they_are, "phi"),
+        {"num_key_value_heads": 6, "intermediate_size": 240},
     ),
     "Phi-3, partial rotary, window": (
         *(MODEL_ARCH.PHI3, phi3_keys, as_they_are, "phi3"),
