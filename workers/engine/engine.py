@@ -138,10 +138,7 @@ class Engine:
         experts: Items[Items[int]] | None = None,
         dispatcher: Dispatcher | None = None,
     ) -> Engine:
-        """Load decoder and tokenizer from what `model:` may be in a job. A checkpoint without a tokenizer is fine.
-
-        `experts` and `dispatcher` are for one rank of a gang: see `Decoder.load`.
-        """
+        """Load what `model:` may be in a job; it may lack a tokenizer. `experts`, `dispatcher`: see `Decoder.load`."""
         found = resolve_model(str(path))
         context = None if max_context == "auto" else max_context
         decoder = Decoder.load(
