@@ -183,7 +183,11 @@ class Replica:
         """The ranks meet on the loopback where all are on this process's node, else where this node is reached."""
         here = ray.get_runtime_context().get_node_id()
         is_local = set(self._nodes) == {here}
-        self._rendezvous = Rendezvous("127.0.0.1" if is_local else own_node_address())
+        host = "127.0.0.1" if is_local else own_node_address()
+        try:
+            self._rendezvous = Rendezvous(host)
+        except OSError as error:
+            raise JobError(f"the ranks of {self.name} can't meet at {host}, this node's address: {error}") from error
         placement = place(tuple(self._nodes))
         for shard, seat in zip(
             self._shards, self._rendezvous.seats(self.name, self._nodes, placement.to_json()), strict=True

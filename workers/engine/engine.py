@@ -143,10 +143,9 @@ class Engine:
         dispatcher: Dispatcher | None = None,
         attention: Items[AttentionRule | Mapping[str, Any]] = (),
     ) -> Engine:
-        """Load decoder and tokenizer from what `model:` may be in a job. A checkpoint without a tokenizer is fine.
+        """Load what `model:` may be in a job; it may lack a tokenizer. `experts`, `dispatcher`: see `Decoder.load`.
 
-        `experts` and `dispatcher` are for one rank of a gang: see `Decoder.load`. `attention` is as in a job file:
-        rules that give layers other patterns than the model's own.
+        `attention` is as in a job file: rules that give layers other patterns than the model's own.
         """
         found = resolve_model(str(path))
         checkpoint = load_checkpoint(found)
