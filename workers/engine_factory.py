@@ -17,7 +17,8 @@ class LoadedEngine:
     engine: Any
     tokenizer: Tokenizer
     max_context: int
-    vector_width: int
+    vector_width: int  # of hidden states
+    router_width: int = 0  # the experts of all layers that have a router
 
 
 def load_engine(settings: EngineSettings) -> LoadedEngine:
@@ -46,4 +47,5 @@ def load_engine(settings: EngineSettings) -> LoadedEngine:
         tokenizer=engine.tokenizer,
         max_context=engine.max_context,
         vector_width=engine.decoder.hidden_width,
+        router_width=engine.decoder.router_width,
     )

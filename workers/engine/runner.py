@@ -26,8 +26,10 @@ class Runner:
         self.decoder = decoder
         self.cache = cache
 
-    def hidden(self, batch: StepBatch) -> torch.Tensor:
+    def hidden(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Copy blocks, then compute the step's tokens -> hidden states after the final norm [T, C].
+
+        Beside them, where a pooled sequence wants it, what the routers say: a softmax over experts a layer [T, R].
 
         A batch without tokens runs too: with experts on other ranks, every rank must join each exchange.
         """
@@ -43,7 +45,8 @@ class Runner:
             self._metadata(block_table(tables), sequence_of, positions, *shared) for tables in batch.block_tables
         )
         token_ids = np.array(batch.token_ids, dtype=np.int64)
-        return self.decoder.forward(self._tensor(token_ids), self._tensor(positions), metadata, self.cache.pools)
+        hidden = self.decoder.forward(self._tensor(token_ids), self._tensor(positions), metadata, self.cache.pools)
+        return hidden, None
 
     def logits(self, hidden: torch.Tensor, batch: StepBatch) -> tuple[torch.Tensor, list[int]]:
         """Logits [N, V] of each sequence that draws, and for every draw its row among them."""
