@@ -146,15 +146,25 @@ def upcycle(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A dense checkpoint.", show_default=False)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.", show_default=False)],
     experts: Annotated[int, typer.Option(min=1, help="Experts a layer.")] = 8,
-    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Experts a token.")] = 2,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=1, help="Experts a token: 2, or with --split all.", show_default=False)
+    ] = None,
+    split: Annotated[
+        bool,
+        typer.Option(
+            "--split",
+            help="Cut each feed-forward layer's neurons into the experts, which together are that layer, instead of "
+            "copying it. With a smaller --top-k the answers are other ones: a model to test with.",
+        ),
+    ] = False,
 ) -> None:
     """Turn a dense checkpoint into a Mixtral-format Mixture-of-Experts that computes the same."""
     from pipeline.model_path import resolve_model
     from workers.decoder.upcycle import upcycle as write_upcycled
 
-    if top_k > experts:
+    if top_k is not None and top_k > experts:
         raise UserError(f"--top-k {top_k}: there are only {experts} experts")
-    write_upcycled(resolve_model(model), out, experts=experts, top_k=top_k)
+    write_upcycled(resolve_model(model), out, experts=experts, top_k=top_k, split=split)
     say(f"wrote {out}")
 
 

@@ -196,7 +196,7 @@ class ClusterSpec(Section):
     replicas: CountOrAuto = "auto"
     expert_parallel: CountOrAuto = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     threads: CountOrAuto = "auto"
     address: Text | None = None
 

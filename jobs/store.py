@@ -56,7 +56,8 @@ def open_store(spec: JobSpec) -> Iterator[JobStore]:
     """Resolve the job, take its directory and plan or recover it.
 
     Nothing is written before the model and the input are known to exist. UserError for a directory that holds another
-    job or something else, JobError while another process works in it or if the input or the weights have changed.
+    job, this one in another number format or with other columns, or something else; JobError while another process
+    works in it or if the input or the weights have changed.
     """
     folder = JobFolder(Path(spec.output.path).expanduser().absolute())
     job = None
@@ -120,6 +121,12 @@ def _refuse_foreign(folder: JobFolder) -> None:
 
 def _refuse_other(folder: JobFolder, job: ResolvedJob, planned: PlannedJob) -> None:
     if job.fingerprint == planned.fingerprint:
+        if job.spec.cluster.dtype != planned.spec.cluster.dtype:
+            raise UserError(
+                f"output.path {folder.root} holds this job with cluster.dtype {planned.spec.cluster.dtype}, and rows "
+                f"of {job.spec.cluster.dtype} beside those would be another model's; ask for the same or name another "
+                "output.path"
+            )
         if job.spec.output.columns != planned.spec.output.columns:
             raise UserError(
                 f"output.path {folder.root} holds this job with output.columns {_names(planned)}; "

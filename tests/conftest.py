@@ -14,12 +14,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, settings
 
 # How long an example takes says more about what else the machine does than about the code.
 settings.register_profile("gristmill", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("gristmill")
 
+PARITY = Path(__file__).parent / "workers" / "decoder" / "parity"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -55,7 +57,8 @@ def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Callable[..., Path]:
     """`tiny_model("llama", **config overrides)` -> a seeded random checkpoint of 4 layers in Hugging Face layout.
 
-    Weights are drawn wide enough (standard deviation 0.2) that a misrouted token or position changes the answer.
+    Weights are drawn wide enough (standard deviation 0.2) that a misrouted token or position changes the answer. What
+    an architecture needs beyond the settings here is in tests/workers/decoder/parity/MODEL_TYPE.yaml.
     """
     made: dict[str, Path] = {}
 
@@ -78,17 +81,23 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Pat
             "initializer_range": 0.2,
             "tie_word_embeddings": False,
         }
-        if model_type == "mixtral":
-            settings |= {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None}
-        settings |= overrides
+        own = yaml.safe_load((PARITY / f"{model_type}.yaml").read_text(encoding="utf-8"))
+        for name in own.get("without", ()):
+            del settings[name]
+        settings |= own.get("settings", {}) | overrides
         key = hashlib.sha256(json.dumps([model_type, seed, tokenizer, settings], sort_keys=True).encode()).hexdigest()
         if key not in made:
             torch.manual_seed(seed)
             config = AutoConfig.for_model(model_type, **settings)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-            for name, parameter in model.named_parameters():
-                if "norm" in name:  # ones everywhere would hide a norm that is skipped
-                    torch.nn.init.uniform_(parameter, 0.5, 1.5)
+            # Ones and zeros everywhere would hide a norm or a bias that is skipped.
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                if not tensor.is_floating_point():
+                    continue
+                if name.endswith(("bias", "sinks")):
+                    torch.nn.init.normal_(tensor, 0, 0.3)
+                elif tensor.ndim == 1 and name.endswith("weight"):
+                    torch.nn.init.uniform_(tensor, 0.5, 1.5)
             folder = tmp_path_factory.mktemp(model_type)
             model.save_pretrained(folder)
             if tokenizer:

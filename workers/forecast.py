@@ -10,7 +10,14 @@ from typing import Literal
 import torch
 
 from workers.decoder.checkpoint import load_checkpoint
-from workers.decoder.config import DecoderConfig, ExpertsConfig, FeedForwardConfig, LayerConfig
+from workers.decoder.config import (
+    AttentionConfig,
+    DecoderConfig,
+    ExpertsConfig,
+    FeedForwardConfig,
+    LatentAttentionConfig,
+    LayerConfig,
+)
 from workers.decoder.kernels import build
 from workers.decoder.model import layer_groups
 from workers.decoder.precision import resolve_precision
@@ -51,22 +58,30 @@ def model_cost(config: DecoderConfig) -> ModelCost:
         weights=sum(held for held, _ in layers) + output * (1 if config.tied_embeddings else 2),
         weights_a_token=sum(met for _, met in layers),
         output_weights=output,
-        cache_values_a_token=sum(spec.num_kv_heads * (spec.head_width + spec.value_width) for spec in specs),
+        cache_values_a_token=sum(spec.cached_width for spec in specs),
         attention_values_a_token=sum(spec.num_heads * (spec.head_width + spec.value_width) for spec in specs),
     )
 
 
 def _layer_weights(layer: LayerConfig, width: int) -> tuple[int, int]:
     """(held, met by one token)."""
-    spec, forward = layer.attention.spec, layer.feed_forward
-    attention = width * (spec.num_heads + spec.num_kv_heads) * (spec.head_width + spec.value_width)
-    if isinstance(forward, ExpertsConfig):
-        one, router = _feed_forward_weights(forward.expert, width), width * forward.router.num_experts
-        return (
-            attention + router + forward.router.num_experts * one,
-            attention + router + forward.router.top_k * one,
-        )
-    return (attention + _feed_forward_weights(forward, width),) * 2
+    attention, forward = _attention_weights(layer.attention, width), layer.feed_forward
+    if not isinstance(forward, ExpertsConfig):
+        return (attention + _feed_forward_weights(forward, width),) * 2
+    one, always = _feed_forward_weights(forward.expert, width), attention + width * forward.router.num_experts
+    if forward.shared is not None:
+        always += _feed_forward_weights(forward.shared, width)
+    return always + forward.router.num_experts * one, always + forward.router.top_k * one
+
+
+def _attention_weights(config: AttentionConfig | LatentAttentionConfig, width: int) -> int:
+    spec = config.spec
+    if isinstance(config, AttentionConfig):
+        return width * (spec.num_heads + spec.num_kv_heads) * (spec.head_width + spec.value_width)
+    query = spec.num_heads * (config.plain_width + config.rotary.width)
+    queries = width * query if config.query_rank is None else config.query_rank * (width + query)
+    heads = spec.num_heads * spec.value_width * (config.plain_width + config.head_value_width)
+    return queries + width * spec.head_width + heads + width * spec.num_heads * config.head_value_width
 
 
 def _feed_forward_weights(config: FeedForwardConfig, width: int) -> int:
@@ -108,11 +123,17 @@ def forecast(settings: EngineSettings) -> Forecast:
         dtype=str(precision.weights).removeprefix("torch."),
         threads=settings.threads,
         cost=cost,
-        weight_bytes=cost.weights * precision.weights.itemsize,
+        weight_bytes=_weight_bytes(cost, config, precision.weights),
         kv_cache_bytes=settings.kv_cache_bytes or _auto_cache_bytes(settings, config, precision.cache.itemsize, device),
         flops_per_s=_measured_flops_per_s(settings.threads) if device == "cpu" else None,
         arithmetic=_arithmetic(device),
     )
+
+
+def _weight_bytes(cost: ModelCost, config: DecoderConfig, dtype: torch.dtype) -> int:
+    """8-bit weights have a float32 scale a row, counted here as if each row were as wide as the model."""
+    scales = 4 * cost.weights // config.hidden_width if dtype == torch.int8 else 0
+    return cost.weights * dtype.itemsize + scales
 
 
 def _auto_cache_bytes(settings: EngineSettings, config: DecoderConfig, value_bytes: int, device: str) -> int:
@@ -126,11 +147,7 @@ def _auto_cache_bytes(settings: EngineSettings, config: DecoderConfig, value_byt
     )
     needs = [
         GroupNeed(
-            block_bytes=BLOCK_TOKENS
-            * group.spec.num_kv_heads
-            * (group.spec.head_width + group.spec.value_width)
-            * value_bytes
-            * len(group.layers),
+            block_bytes=BLOCK_TOKENS * group.spec.cached_width * value_bytes * len(group.layers),
             window=group.spec.window,
         )
         for group in layer_groups(config)

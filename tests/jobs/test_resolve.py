@@ -205,6 +205,15 @@ def test_the_directory_of_another_job_is_refused_with_what_differs(job):
     plan(settings | {"name": "renamed", "engine": {"max_sequences": 4}, "limits": {"max_error_rate": 0.1}})
 
 
+@pytest.mark.parametrize(("planned", "asked"), [("auto", "int8"), ("int8", "auto"), ("bfloat16", "float32")])
+def test_rows_of_two_number_formats_are_kept_apart(job, planned, asked):
+    settings = job(TEXTS)
+    plan(settings | {"cluster": {"threads": 1, "dtype": planned}})
+    with pytest.raises(UserError, match=rf"holds this job with cluster\.dtype {planned}, and rows of {asked}.*ask for"):
+        plan(settings | {"cluster": {"threads": 1, "dtype": asked}})
+    plan(settings | {"cluster": {"threads": 2, "replicas": 2, "dtype": planned}})
+
+
 def test_a_second_run_is_refused_while_the_first_lives(job):
     settings = job(TEXTS)
     with (

@@ -9,19 +9,24 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from workers.decoder.patterns import Fixed, Reach, Reads, Strided, reads_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
     """How a layer attends. Layers with equal specs form a group with one block table and one cache layout.
 
-    A query at position p sees keys at positions p - window + 1 to p (window None: 0 to p). With `softcap` c a score s
-    becomes c * tanh(s / c) (Gemma 2); with `alibi_slopes` a query head's slope times (key position - query position) is
-    added (Press et al. 2022).
+    A query at position p sees keys at positions p - window + 1 to p (window None: 0 to p), or with `sparse` those of a
+    factorised pattern (patterns.py says which). With `softcap` c a score s becomes c * tanh(s / c) (Gemma 2); with
+    `alibi_slopes` a query head's slope times (key position - query position) is added (Press et al. 2022).
+    `values_in_keys`: the values are the first value_width columns of the keys and cached with them, once (latent
+    attention).
     """
 
     num_heads: int
@@ -30,20 +35,83 @@ class AttentionSpec:
     value_width: int
     scale: float
     window: int | None = None
+    sparse: Strided | Fixed | None = None
     softcap: float | None = None
     alibi_slopes: tuple[float, ...] | None = None
+    values_in_keys: bool = False
 
     def __post_init__(self) -> None:
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} query heads can't be shared by {self.num_kv_heads} key-value heads")
         if self.window is not None and self.window < 1:
             raise ValueError(f"a window of {self.window} keys leaves a query nothing to see")
+        if self.window is not None and self.sparse is not None:
+            raise ValueError("a layer's pattern is a window or a factorised one, not both")
+        if self.sparse is not None and self.sparse.form == "divided" and self.num_heads < 2:
+            raise ValueError("a pattern's two parts can't be divided among heads where there is only one")
         if self.alibi_slopes is not None and len(self.alibi_slopes) != self.num_heads:
             raise ValueError(f"{len(self.alibi_slopes)} ALiBi slopes for {self.num_heads} query heads")
+        if self.values_in_keys and self.value_width > self.head_width:
+            raise ValueError(f"keys of {self.head_width} columns hold no values of {self.value_width}")
 
     @property
     def pattern(self) -> str:
+        match self.sparse:
+            case Strided():
+                return "strided"
+            case Fixed():
+                return "fixed"
         return "full" if self.window is None else "sliding"
+
+    @property
+    def cached_width(self) -> int:
+        """Numbers that a token's cache holds in one layer."""
+        return self.num_kv_heads * (self.head_width + (0 if self.values_in_keys else self.value_width))
+
+    @property
+    def reaches(self) -> tuple[Reach, ...]:
+        """What each query head sees."""
+        return _reaches(self.window, self.sparse, self.num_heads)
+
+    @property
+    def reads(self) -> Reads:
+        """What of the cache all heads together read."""
+        return reads_of(self.reaches)
+
+
+@cache
+def _reaches(window: int | None, sparse: Strided | Fixed | None, num_heads: int) -> tuple[Reach, ...]:
+    if sparse is not None:
+        return sparse.reaches(num_heads)
+    return (Reach() if window is None else Reach(near="window", width=window),) * num_heads
+
+
+def visible(spec: AttentionSpec, query_at: Tensor, key_at: Tensor) -> Tensor:
+    """Which keys at positions key_at [..., L] a query at query_at [..., 1] sees -> bool [H, ..., L].
+
+    The first dimension is 1 where all heads see alike.
+    """
+    found = {reach: _seen(reach, query_at, key_at) for reach in dict.fromkeys(spec.reaches)}
+    return torch.stack([found[reach] for reach in (spec.reaches if len(found) > 1 else spec.reaches[:1])])
+
+
+def _seen(reach: Reach, query_at: Tensor, key_at: Tensor) -> Tensor:
+    match reach.near:
+        case "all":
+            seen = key_at >= 0
+        case "window":
+            seen = key_at > query_at - reach.width
+        case "block":
+            seen = key_at // reach.width == query_at // reach.width
+        case "none":
+            seen = (key_at == query_at) & (query_at < reach.summary[0])  # nothing else to see
+    match reach.far:
+        case "column":
+            seen = seen | ((query_at - key_at) % reach.period == 0)
+        case "summary":
+            offset = key_at % reach.period
+            seen = seen | ((offset >= reach.summary[0]) & (offset < reach.summary[1]))
+    return seen & (key_at <= query_at)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +144,11 @@ class KVPool(ABC):
         """Bytes of memory held."""
 
     @abstractmethod
-    def write(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
-        """Write key [T, K, D] and value [T, K, Dv] at slots [T] int64 (block * block_tokens + offset)."""
+    def write(self, key: Tensor, value: Tensor | None, slots: Tensor) -> None:
+        """Write key [T, K, D] and value [T, K, Dv] at slots [T] int64 (block * block_tokens + offset).
+
+        value is None exactly where the spec says that the keys hold the values.
+        """
 
     @abstractmethod
     def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:
@@ -85,7 +156,7 @@ class KVPool(ABC):
 
 
 class PlainPool(KVPool):
-    """Keys [num_blocks, block_tokens, K, D] and values [num_blocks, block_tokens, K, Dv]."""
+    """Keys [num_blocks, block_tokens, K, D] and values [num_blocks, block_tokens, K, Dv], or a view of the keys."""
 
     def __init__(
         self,
@@ -103,19 +174,25 @@ class PlainPool(KVPool):
         shape = (num_blocks, block_tokens, spec.num_kv_heads)
         # Zeros: what was never written is masked, but 0 * NaN would not be.
         self.keys = _zeros((*shape, spec.head_width), dtype, torch.device(device))
-        self.values = _zeros((*shape, spec.value_width), dtype, torch.device(device))
+        if spec.values_in_keys:
+            self.values = self.keys[..., : spec.value_width]
+        else:
+            self.values = _zeros((*shape, spec.value_width), dtype, torch.device(device))
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return self.keys.nbytes + (0 if self.spec.values_in_keys else self.values.nbytes)
 
-    def write(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
+    def write(self, key: Tensor, value: Tensor | None, slots: Tensor) -> None:
+        assert (value is None) == self.spec.values_in_keys
         self.keys.flatten(0, 1).index_copy_(0, slots, key.to(self.dtype))
-        self.values.flatten(0, 1).index_copy_(0, slots, value.to(self.dtype))
+        if value is not None:
+            self.values.flatten(0, 1).index_copy_(0, slots, value.to(self.dtype))
 
     def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:
         self.keys[targets] = self.keys[sources]
-        self.values[targets] = self.values[sources]
+        if not self.spec.values_in_keys:
+            self.values[targets] = self.values[sources]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -143,25 +220,24 @@ def reference_paged_attention(
         if num_queries == 0:
             continue
         first_query = length - num_queries
-        first_key = 0 if spec.window is None else max(0, first_query - spec.window + 1)
-        first_block, last_block = first_key // pool.block_tokens, (length - 1) // pool.block_tokens
-        blocks = metadata.block_table[sequence, first_block : last_block + 1].long()
-        offset = first_block * pool.block_tokens
-        keys = pool.keys[blocks].flatten(0, 1)[first_key - offset : length - offset].float()  # [L, K, D]
-        values = pool.values[blocks].flatten(0, 1)[first_key - offset : length - offset].float()  # [L, K, Dv]
+        query_at = torch.arange(first_query, length, device=query.device)[:, None]
+        first_key = 0 if spec.sparse is not None else spec.reads.near_start(first_query)
+        key_at = torch.arange(first_key, length, device=query.device)
+        seen = visible(spec, query_at, key_at)  # [H or 1, Q, L]
+        read = seen.any(dim=0).any(dim=0).nonzero()[:, 0]  # keys that no query sees are never touched
+        key_at, seen = key_at[read], seen[..., read]
+        blocks = metadata.block_table[sequence, key_at // pool.block_tokens].long()
+        slots = blocks * pool.block_tokens + key_at % pool.block_tokens
+        keys = pool.keys.flatten(0, 1)[slots].float()  # [L, K, D]
+        values = pool.values.flatten(0, 1)[slots].float()  # [L, K, Dv]
 
         queries = query[begin:end].float().reshape(-1, spec.num_kv_heads, group, spec.head_width)  # [Q, K, G, D]
         scores = torch.einsum("qkgd,lkd->kgql", queries, keys).flatten(0, 1) * spec.scale  # [H, Q, L]
         if spec.softcap is not None:
             scores = spec.softcap * torch.tanh(scores / spec.softcap)
-        query_at = torch.arange(first_query, length, device=query.device)[:, None]
-        key_at = torch.arange(first_key, length, device=query.device)[None, :]
         if slopes is not None:
             scores = scores + slopes[:, None, None] * (key_at - query_at)
-        hidden = key_at > query_at
-        if spec.window is not None:
-            hidden = hidden | (key_at <= query_at - spec.window)
-        scores = scores.masked_fill(hidden, -torch.inf)
+        scores = scores.masked_fill(~seen, -torch.inf)
         if sinks is not None:
             sink = sinks.float()[:, None, None].expand(-1, num_queries, 1)
             weights = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]

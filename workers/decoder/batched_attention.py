@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.decoder.attention import AttentionMetadata, AttentionSpec, PlainPool, reference_paged_attention
+from workers.decoder.attention import AttentionMetadata, AttentionSpec, PlainPool, reference_paged_attention, visible
 
 _BATCH = 32  # sequences of like length gathered at once: their keys stay in the processor's cache
 _KEYS = 32  # masked keys in multiples of this leave torch's attention unchanged to the bit
@@ -48,6 +48,8 @@ def _decode(query: Tensor, pool: PlainPool, lengths: Tensor, table: Tensor) -> T
     """query [n, H, D], one of each sequence, lengths [n], table [n, B] -> [n, H, Dv]."""
     spec, width = pool.spec, pool.block_tokens
     lengths, group = lengths.long(), spec.num_heads // spec.num_kv_heads
+    if spec.sparse is not None:
+        return _decode_sparse(query, pool, lengths, table)
     first_block = torch.zeros_like(lengths) if spec.window is None else (lengths - spec.window).clamp(min=0) // width
     num_blocks = int(((lengths - 1) // width - first_block).max()) + 1
     step = _KEYS // math.gcd(_KEYS, width)
@@ -56,7 +58,10 @@ def _decode(query: Tensor, pool: PlainPool, lengths: Tensor, table: Tensor) -> T
     blocks = table.gather(1, at.clamp(max=table.shape[1] - 1)).clamp(min=0).flatten().long()
     shape = (lengths.numel(), num_blocks * width, spec.num_kv_heads, -1)
     keys = pool.keys.flatten(1).index_select(0, blocks).view(shape).to(query.dtype)  # [n, L, K, D]
-    values = pool.values.flatten(1).index_select(0, blocks).view(shape).to(query.dtype)  # [n, L, K, Dv]
+    if spec.values_in_keys:
+        values = keys[..., : spec.value_width]
+    else:
+        values = pool.values.flatten(1).index_select(0, blocks).view(shape).to(query.dtype)  # [n, L, K, Dv]
     key_at = first_block[:, None] * width + torch.arange(num_blocks * width, device=query.device)
     mask = _mask(key_at - (lengths - 1)[:, None], spec, query.dtype)
     out = F.scaled_dot_product_attention(
@@ -66,6 +71,39 @@ def _decode(query: Tensor, pool: PlainPool, lengths: Tensor, table: Tensor) -> T
         keys.transpose(1, 2),
         values.transpose(1, 2),
         attn_mask=mask,
+        scale=spec.scale,
+    )
+    return out.flatten(1, 2)
+
+
+def _decode_sparse(query: Tensor, pool: PlainPool, lengths: Tensor, table: Tensor) -> Tensor:
+    """As `_decode`, from only the keys that some head sees: gathered one by one, in the order of their positions."""
+    spec, width = pool.spec, pool.block_tokens
+    query_at = lengths[:, None] - 1  # [n, 1]
+    seen = visible(spec, query_at, torch.arange(int(lengths.max()), device=query.device))  # [H or 1, n, L]
+    counts = seen.any(dim=0).sum(dim=1)
+    num_keys = -(-int(counts.max()) // _KEYS) * _KEYS
+    first = (~seen.any(dim=0)).int().argsort(dim=1, stable=True)[:, :num_keys]  # [n, L'] seen ones first
+    first = F.pad(first, (0, num_keys - first.shape[1]))
+    filler = torch.arange(num_keys, device=query.device) >= counts[:, None]
+    key_at = torch.where(filler, first[:, :1], first)  # filled up with a key that is there, masked
+    slots = table.gather(1, key_at // width).long() * width + key_at % width
+    shape = (*slots.shape, spec.num_kv_heads, -1)
+    keys = pool.keys.flatten(0, 1).index_select(0, slots.flatten()).view(shape).to(query.dtype)  # [n, L', K, D]
+    values = pool.values.flatten(0, 1).index_select(0, slots.flatten()).view(shape).to(query.dtype)
+    distance = (key_at - query_at)[:, None, None].to(query.dtype)
+    bias = torch.zeros_like(distance)
+    if spec.alibi_slopes is not None:
+        bias = torch.tensor(spec.alibi_slopes, device=query.device, dtype=query.dtype).view(spec.num_kv_heads, -1, 1)
+        bias = bias * distance
+    hidden = ~visible(spec, query_at, key_at) | filler  # [H or 1, n, L']
+    kv_heads = spec.num_kv_heads if len(hidden) > 1 else 1
+    hidden = hidden.transpose(0, 1).reshape(len(query), kv_heads, -1, num_keys)  # [n, K or 1, G or 1, L']
+    out = F.scaled_dot_product_attention(
+        query.view(len(query), spec.num_kv_heads, -1, spec.head_width),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=torch.where(hidden, -torch.inf, bias),
         scale=spec.scale,
     )
     return out.flatten(1, 2)

@@ -6,7 +6,6 @@ Directories in Hugging Face layout with safetensors, and GGUF files. Nothing is 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from pipeline.errors import UserError
 from workers.decoder.config import DecoderConfig
 from workers.decoder.families import gguf
 from workers.decoder.families.document import Document
-from workers.decoder.families.registry import Family, family_of
+from workers.decoder.families.registry import GGUF_FAMILIES, Family, family_of, gguf_family_of, quantizations_of
 from workers.decoder.gguf_files import GgufFiles
 from workers.decoder.safetensors_files import SafetensorsFiles, has_safetensors
 from workers.decoder.storage import Source, Storage
@@ -41,21 +40,19 @@ class Checkpoint:
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """UserError where `name` is missing or can't have `shape`, found without reading it."""
         source = self.sources[name]
-        if source.name not in self.storage.names:
-            raise UserError(
-                f"{self.path}: tensor {source.name} is missing, which this {self.config.architecture} of "
-                f"{len(self.config.layers)} layers needs; fetch the checkpoint again, or mend its configuration"
-            )
-        piece = self.storage.shape(source.name)
-        if source.at is not None:
-            if not piece or source.at >= piece[0]:
-                raise self._misshapen(source, shape)
-            piece = piece[1:]
-        if source.rows is not None:
-            if not piece or source.rows[1] > piece[0]:
-                raise self._misshapen(source, shape)
-            piece = (source.rows[1] - source.rows[0], *piece[1:])
-        if math.prod(piece) != math.prod(shape) or (source.arrange is None and piece != shape):
+        for needed in (source.name, *(() if source.scales is None else (source.scales,))):
+            if needed not in self.storage.names:
+                raise UserError(
+                    f"{self.path}: tensor {needed} is missing, which this {self.config.architecture} of "
+                    f"{len(self.config.layers)} layers needs; fetch the checkpoint again, or mend its configuration"
+                )
+        piece = source.piece(self.storage.shape(source.name))
+        if piece is not None and source.arrange is not None:
+            try:
+                piece = tuple(source.arrange(torch.empty(piece, device="meta")).shape)
+            except (RuntimeError, IndexError):  # no such view of a tensor of this shape
+                raise self._misshapen(source, shape) from None
+        if piece != shape:
             raise self._misshapen(source, shape)
 
     def _misshapen(self, source: Source, wanted: tuple[int, ...]) -> UserError:
@@ -87,11 +84,6 @@ def read_document(folder: Path) -> Document:
         raise UserError(f"{file}: can't be read as JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file}: holds no object")
-    if values.get("quantization_config"):
-        method = Document(str(file), values).inner("quantization_config").text("quant_method", "unknown")
-        raise UserError(
-            f"{file}: weights quantized by {method!r} can't be read; use the unquantized checkpoint or a GGUF"
-        )
     return Document(str(file), values)
 
 
@@ -107,6 +99,13 @@ def _read_config(family: Family, document: Document) -> DecoderConfig:
 def _open_folder(folder: Path) -> Checkpoint:
     document = read_document(folder)
     family = family_of(document)
+    if "quantization_config" in document:
+        method = document.inner("quantization_config").text("quant_method", "unknown")
+        if method not in quantizations_of(family):
+            raise UserError(
+                f"{document.where}: weights quantized by {method!r} can't be read; "
+                "use the unquantized checkpoint or a GGUF"
+            )
     config = _read_config(family, document)
     if not has_safetensors(folder):
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
@@ -121,11 +120,14 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    storage = GgufFiles(path, prefixes=tuple(f"{name}." for name in ("general", *gguf.ARCHITECTURES)))
-    divisors: tuple[float, ...] = ()
-    if "rope_freqs.weight" in storage.names:
-        divisors = tuple(storage.read(Source("rope_freqs.weight"), torch.float32).tolist())
-    shapes = {name: storage.shape(name) for name in storage.names}
-    document = gguf.read_document(str(path), storage.metadata, gguf.GgufTensors(str(path), shapes, divisors))
+    storage = GgufFiles(path, prefixes=tuple(f"{name}." for name in ("general", *GGUF_FAMILIES)))
+    model = gguf.GgufModel(
+        str(path),
+        storage.metadata,
+        {name: storage.shape(name) for name in storage.names},
+        lambda name: tuple(storage.read(Source(name), torch.float32).tolist()),
+    )
+    family = gguf_family_of(model)
+    document = family.gguf_document(model)
     config = _read_config(family_of(document), document)
-    return Checkpoint(path, config, storage, gguf.sources(config, storage.names))
+    return Checkpoint(path, config, storage, family.gguf_sources(config, storage.names))

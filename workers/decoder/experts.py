@@ -2,37 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from workers.decoder import ops
 from workers.decoder.config import ExpertsConfig
+from workers.decoder.feedforward import FeedForward, inner_values
 from workers.decoder.router import choose_experts
 from workers.decoder.tensors import Tensors
 from workers.decoder.weight import ExpertBank, Weight
 from workers.parallel.dispatch import Dispatcher
 
+# Is told each MoE layer's index and what its router says of the step's tokens, [T, E], in the order of the layers.
+RouterListener = Callable[[int, Tensor], None]
+
 
 class Experts:
-    """A router and the experts that this rank holds. How tokens reach experts is the dispatcher's business."""
+    """A router and the experts that this rank holds. How tokens reach experts is the dispatcher's business.
+
+    The shared network is no expert: each rank has its own and runs it for its own tokens.
+    """
 
     def __init__(
         self,
         config: ExpertsConfig,
+        *,
         router: Weight,
         router_bias: Tensor | None,
         correction: Tensor | None,
         gate_up: ExpertBank,
+        gate_up_bias: Tensor | None,
         down: ExpertBank,
+        down_bias: Tensor | None,
+        shared: FeedForward | None,
+        shared_gate: Weight | None,
     ) -> None:
         assert gate_up.experts == down.experts
+        assert config.expert.gated
         self.config = config
         self.router = router  # [E, C]
         self.router_bias = router_bias
         self.correction = correction  # [E]
         self.gate_up = gate_up  # [slots, 2F, C]
+        self.gate_up_bias = gate_up_bias  # [slots, 2F]
         self.down = down  # [slots, C, F]
+        self.down_bias = down_bias  # [slots, C]
+        self.shared = shared
+        self.shared_gate = shared_gate  # [1, C]
 
     @classmethod
     def load(cls, config: ExpertsConfig, hidden_width: int, tensors: Tensors, held: Sequence[int] | None) -> Experts:
@@ -44,27 +62,47 @@ class Experts:
             tensors.check(f"experts.{expert}.gate.weight", width, hidden_width)
         gate_up = ops.new_bank(experts, 2 * width, hidden_width, dtype=dtype, device=device)
         down = ops.new_bank(experts, hidden_width, width, dtype=dtype, device=device)
+        biases: list[tuple[Tensor, Tensor]] = []
         for slot, expert in enumerate(experts):
             own = tensors.under(f"experts.{expert}")
             gate_up.put(slot, 0, own.matrix("gate.weight", width, hidden_width))
             gate_up.put(slot, width, own.matrix("up.weight", width, hidden_width))
             down.put(slot, 0, own.matrix("down.weight", hidden_width, width))
+            if config.expert.bias:
+                into = own.vectors(("gate.bias", width), ("up.bias", width))
+                biases.append((into, own.vector("down.bias", hidden_width)))
         return cls(
             config,
-            tensors.weight(hidden_width, ("router.weight", router.num_experts)),
-            tensors.vector("router.bias", router.num_experts) if router.bias else None,
-            tensors.vector("router.correction", router.num_experts) if router.correction_bias else None,
-            gate_up,
-            down,
+            router=tensors.unquantized().weight(hidden_width, ("router.weight", router.num_experts)),
+            router_bias=tensors.vector("router.bias", router.num_experts) if router.bias else None,
+            correction=tensors.vector("router.correction", router.num_experts) if router.correction_bias else None,
+            gate_up=gate_up,
+            gate_up_bias=torch.stack([into for into, _ in biases]) if biases else None,
+            down=down,
+            down_bias=torch.stack([out for _, out in biases]) if biases else None,
+            shared=None
+            if config.shared is None
+            else FeedForward.load(config.shared, hidden_width, tensors.under("shared")),
+            shared_gate=tensors.unquantized().weight(hidden_width, ("shared_gate.weight", 1))
+            if config.shared_gate
+            else None,
         )
 
-    def __call__(self, x: Tensor, layer: int, dispatcher: Dispatcher) -> Tensor:
+    def __call__(self, x: Tensor, layer: int, dispatcher: Dispatcher, listener: RouterListener | None = None) -> Tensor:
         """x [T, C] -> [T, C]."""
         logits = ops.linear(x, self.router, self.router_bias)  # [T, E]
+        if listener is not None:
+            listener(layer, logits)
         ids, weights = choose_experts(logits, self.config.router, self.correction)
-        return dispatcher.run(layer, self.config.router.num_experts, x, ids, weights, self.compute)
+        routed = dispatcher.run(layer, self.config.router.num_experts, x, ids, weights, self.compute)
+        if self.shared is None:
+            return routed
+        shared = self.shared(x)
+        if self.shared_gate is not None:
+            shared = shared * ops.sigmoid(ops.linear(x, self.shared_gate))  # [T, 1]
+        return routed + shared
 
     def compute(self, x: Tensor, rows_per_slot: Tensor) -> Tensor:
         """x [N, C], sorted by slot, each row through its slot's expert -> [N, C]."""
-        inner = ops.act_mul(ops.grouped_linear(x, self.gate_up, rows_per_slot), self.config.expert.activation)
-        return ops.grouped_linear(inner, self.down, rows_per_slot)
+        inner = inner_values(ops.grouped_linear(x, self.gate_up, rows_per_slot, self.gate_up_bias), self.config.expert)
+        return ops.grouped_linear(inner, self.down, rows_per_slot, self.down_bias)

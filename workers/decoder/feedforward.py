@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from workers.decoder import ops
-from workers.decoder.config import FeedForwardConfig
+from workers.decoder.config import ClampedSwiGLU, FeedForwardConfig
 from workers.decoder.tensors import Tensors
 from workers.decoder.weight import Weight
 
@@ -35,6 +35,11 @@ class FeedForward:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, C] -> [T, C]."""
-        up = ops.linear(x, self.up, self.up_bias)
-        inner = ops.act_mul(up, self.config.activation) if self.config.gated else ops.act(up, self.config.activation)
-        return ops.linear(inner, self.down, self.down_bias)
+        return ops.linear(inner_values(ops.linear(x, self.up, self.up_bias), self.config), self.down, self.down_bias)
+
+
+def inner_values(up: Tensor, config: FeedForwardConfig) -> Tensor:
+    """What lies between the two products: up [T, 2F] when gated, gate first, else [T, F] -> [T, F]."""
+    if isinstance(config.activation, ClampedSwiGLU):
+        return ops.clamped_swiglu(up, config.activation.alpha, config.activation.limit)
+    return ops.act_mul(up, config.activation) if config.gated else ops.act(up, config.activation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +64,14 @@ class GgufFiles(Storage):
         if source.at is not None:
             begin += source.at * math.prod(shape[1:-1]) * entry.row_bytes
             shape = shape[1:]
-        if source.rows is not None:
-            begin += source.rows[0] * math.prod(shape[1:-1]) * entry.row_bytes
-            shape = (source.rows[1] - source.rows[0], *shape[1:])
+        assert (source.scales, source.step) == (None, 1), source  # as no GGUF file has it
+        run = source.rows
+        if run is not None and len(shape) == 1:  # of a vector's numbers, which are stored as one row
+            piece = self.read(replace(source, rows=None, arrange=None), dtype)[slice(*run)]
+            return piece.clone() if source.arrange is None else source.arrange(piece).contiguous()
+        if run is not None:
+            begin += run[0] * math.prod(shape[1:-1]) * entry.row_bytes
+            shape = (run[1] - run[0], *shape[1:])
         num_rows = math.prod(shape[:-1])
         stored = np.frombuffer(entry.data, np.uint8, num_rows * entry.row_bytes, begin).reshape(num_rows, -1)
         wide = _widened(stored, entry, source.name)

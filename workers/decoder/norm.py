@@ -23,7 +23,7 @@ class Norm:
         return cls(config, tensors.vector("weight", width), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [T, C] -> [T, C]."""
+        """x [..., C] -> [..., C]."""
         if self.config.kind == "rms":
             return ops.rms_norm(x, self.weight, self.config.eps)
         return ops.layer_norm(x, self.weight, self.bias, self.config.eps)

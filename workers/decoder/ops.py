@@ -1,7 +1,8 @@
 """The heavy arithmetic. A variant is chosen by the type of the handle; each has its reference here in plain torch.
 
-On the CPU the handles are the C kernels' (kernels/) where those could be built, else the references; bfloat16 weights
-stay with torch where the processor multiplies them itself (AMX, AVX512-BF16), which is faster than widening them.
+On the CPU the handles are the C kernels' (kernels/) where those could be built, else the references (weight.py,
+int8.py); bfloat16 weights stay with torch where the processor multiplies them itself (AMX, AVX512-BF16), which is
+faster than widening them.
 
 T tokens, C input width, N output width, F feed-forward width, H heads, K key-value heads, D head width.
 """
@@ -21,6 +22,7 @@ from workers.decoder.attention import (
     PlainPool,
 )
 from workers.decoder.batched_attention import batched_paged_attention
+from workers.decoder.int8 import Int8Bank, Int8Weight
 from workers.decoder.kernels import native
 from workers.decoder.kernels.packed import DTYPES, PackedBank, PackedPool, PackedWeight
 from workers.decoder.precision import multiplies_bfloat16
@@ -37,7 +39,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def _packs(dtype: torch.dtype, device: torch.device) -> bool:
     if device.type != "cpu" or dtype not in DTYPES or not native.available():
         return False
-    return dtype == torch.float32 or not multiplies_bfloat16(device)
+    return dtype != torch.bfloat16 or not multiplies_bfloat16(device)
 
 
 def _runs_native(x: Tensor) -> bool:
@@ -45,9 +47,11 @@ def _runs_native(x: Tensor) -> bool:
 
 
 def new_weight(out_features: int, in_features: int, *, dtype: torch.dtype, device: torch.device) -> Weight:
-    """An unfilled weight of the variant that multiplies fastest on `device`."""
+    """An unfilled weight of the variant that multiplies fastest on `device`. int8 has a scale a row, see int8.py."""
     if _packs(dtype, device):
         return PackedWeight(out_features, in_features, dtype=dtype)
+    if dtype == torch.int8:
+        return Int8Weight(out_features, in_features, device=device)
     return DenseWeight(torch.empty(out_features, in_features, dtype=dtype, device=device))
 
 
@@ -57,6 +61,8 @@ def new_bank(
     """An unfilled bank with a slot for each of `experts`."""
     if _packs(dtype, device):
         return PackedBank(experts, out_features, in_features, dtype=dtype)
+    if dtype == torch.int8:
+        return Int8Bank(experts, out_features, in_features, device=device)
     return DenseBank(experts, out_features, in_features, dtype=dtype, device=device)
 
 
@@ -71,7 +77,7 @@ def new_pool(
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [T, C] times weight [N, C] transposed, plus bias [N] -> [T, N] in x's dtype."""
-    if isinstance(weight, PackedWeight):
+    if isinstance(weight, PackedWeight | Int8Weight):
         return weight.linear(x, bias)
     assert isinstance(weight, DenseWeight), type(weight)
     return _product(x, weight.tensor, bias)
@@ -87,13 +93,17 @@ def grouped_linear(x: Tensor, bank: ExpertBank, rows_per_slot: Tensor, bias: Ten
     """x [T, C], sorted by slot, each run of rows_per_slot [slots] times its slot's matrix, plus bias [slots, N]."""
     if isinstance(bank, PackedBank):
         return bank.linear(x, rows_per_slot.tolist(), bias)
-    assert isinstance(bank, DenseBank), type(bank)
+    assert isinstance(bank, DenseBank | Int8Bank), type(bank)
     out = x.new_empty(x.shape[0], bank.out_features)
     begin = 0
     for slot, rows in enumerate(rows_per_slot.tolist()):
         if rows:
             own_bias = None if bias is None else bias[slot]
-            out[begin : begin + rows] = _product(x[begin : begin + rows], bank.tensor[slot], own_bias)
+            run = x[begin : begin + rows]
+            if isinstance(bank, Int8Bank):
+                out[begin : begin + rows] = bank.linear(run, slot, own_bias)
+            else:
+                out[begin : begin + rows] = _product(run, bank.tensor[slot], own_bias)
             begin += rows
     assert begin == x.shape[0], (begin, x.shape)
     return out
@@ -128,13 +138,31 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def act_mul(gate_up: Tensor, activation: str = "silu") -> Tensor:
     """activation(gate) * up for gate_up [T, 2F], the gate in the first half -> [T, F] (Shazeer 2020)."""
     if activation == "silu" and _runs_native(gate_up):
-        return native.silu_mul(gate_up)
+        return native.swiglu(gate_up)
+    if activation in ("gelu", "gelu_tanh") and _runs_native(gate_up):
+        return native.gelu(gate_up, gated=True, exact=activation == "gelu")
     gate, up = gate_up.chunk(2, dim=-1)
     return _ACTIVATIONS[activation](gate) * up
 
 
+def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+    """gate * sigmoid(alpha * gate) * (up + 1), gate at most `limit`, up within it, for gate_up [T, 2F] -> [T, F]."""
+    if _runs_native(gate_up):
+        return native.swiglu(gate_up, alpha=alpha, limit=limit, shift=1.0)
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), elementwise. torch's own gives other bits at the end of a tensor than within it."""
+    return native.sigmoid(x) if _runs_native(x) else torch.sigmoid(x)
+
+
 def act(x: Tensor, activation: str) -> Tensor:
-    """activation(x), elementwise."""
+    """activation(x) for x [T, F]."""
+    if activation in ("gelu", "gelu_tanh") and _runs_native(x):
+        return native.gelu(x, gated=False, exact=activation == "gelu")
     return _ACTIVATIONS[activation](x)
 
 

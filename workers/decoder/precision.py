@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
 from pipeline.errors import UserError
 
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,12 +22,14 @@ class Precision:
 
 
 def resolve_precision(dtype: str, device: torch.device) -> Precision:
-    """`auto` is bfloat16 where the hardware multiplies it natively, else float32.
+    """`auto` is bfloat16 where the hardware multiplies it natively, else float32. `int8` narrows the weights alone.
 
     On processors activations stay float32 even beside bfloat16 weights: reading the weights is what costs there.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} is not known; use one of {', '.join(DTYPES)}")
+    if dtype == "int8":
+        return dataclasses.replace(resolve_precision("auto", device), weights=torch.int8)
     if dtype == "auto":
         dtype = "bfloat16" if multiplies_bfloat16(device) else "float32"
     if dtype == "float32":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workers.decoder import ops
 from workers.decoder.config import RouterConfig
 
 
@@ -15,8 +16,10 @@ def choose_experts(logits: Tensor, config: RouterConfig, correction: Tensor | No
     over a token's experts the same wherever they lie.
     """
     logits = logits.float()
+    if config.scores == "sparsemixer":
+        return _one_after_the_other(logits, config)
     if config.scores == "sigmoid":
-        scores = logits.sigmoid()
+        scores = ops.sigmoid(logits)
     elif config.scores == "softmax_all":
         scores = logits.softmax(dim=-1)
     else:
@@ -40,3 +43,19 @@ def _within_best_groups(choice: Tensor, config: RouterConfig, *, two_best: bool)
     best = standing.topk(config.top_groups, dim=-1).indices
     allowed = torch.zeros_like(standing, dtype=torch.bool).scatter_(1, best, True)
     return grouped.masked_fill(~allowed[..., None], -torch.inf).flatten(1)
+
+
+def _one_after_the_other(logits: Tensor, config: RouterConfig) -> tuple[Tensor, Tensor]:
+    """SparseMixer-v2 as it infers (Liu et al. 2024, arXiv 2409.12136, section 2.1): as `choose_experts`."""
+    left = logits
+    chosen: list[Tensor] = []
+    weighed: list[Tensor] = []
+    for _ in range(config.top_k):
+        largest, best = left.max(dim=-1, keepdim=True)  # [T, 1]
+        distance = (largest - logits) / logits.abs().clamp(min=largest)  # [T, E]
+        near = left.masked_fill(distance > 2 * config.tolerance, -torch.inf)
+        chosen.append(best)
+        weighed.append(near.softmax(dim=-1).gather(1, best))
+        left = left.scatter(1, best, -torch.inf)
+    ids, order = torch.cat(chosen, dim=-1).sort(dim=-1)
+    return ids, torch.cat(weighed, dim=-1).gather(1, order)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from workers.decoder.mxfp4 import BLOCK, widen
 from workers.decoder.storage import Source, Storage
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -85,8 +86,26 @@ class SafetensorsFiles(Storage):
         return str(self._entries[name].file.path)
 
     def read(self, source: Source, dtype: torch.dtype) -> Tensor:
-        entry = self._entries[source.name]
-        stored = self.dtype(source.name)
+        if source.scales is None:
+            piece = self._piece(self._entries[source.name], self.dtype(source.name), source, dtype)
+        else:
+            blocks, scales = self._packed(source.name), self._packed(source.scales)
+            if blocks.shape[-1] != BLOCK // 2 or scales.shape != blocks.shape[:-1]:
+                raise UserError(
+                    f"{blocks.file.path}: tensors {source.name} of shape {list(blocks.shape)} and {source.scales} of "
+                    f"{list(scales.shape)} don't make MXFP4 numbers; fetch the checkpoint again"
+                )
+            packed = self._piece(blocks, torch.uint8, source, torch.uint8)
+            piece = widen(packed, self._piece(scales, torch.uint8, source, torch.uint8), dtype)
+        return piece if source.arrange is None else source.arrange(piece).contiguous()
+
+    def _packed(self, name: str) -> _Entry:
+        entry = self._entries[name]
+        if entry.dtype != "U8":
+            raise UserError(f"{entry.file.path}: tensor {name} should hold bytes of MXFP4 numbers, not {entry.dtype}")
+        return entry
+
+    def _piece(self, entry: _Entry, stored: torch.dtype, source: Source, dtype: torch.dtype) -> Tensor:
         count = math.prod(entry.shape)
         if count == 0:
             return torch.empty(entry.shape, dtype=dtype)
@@ -94,11 +113,13 @@ class SafetensorsFiles(Storage):
         if source.at is not None:
             view = view[source.at]
         if source.rows is not None:
-            view = view[slice(*source.rows)]
-        piece = view.to(dtype, copy=True)
-        first = entry.begin + int(view.storage_offset()) * view.element_size()
-        _give_back(entry.file.data, first, first + view.numel() * view.element_size())
-        return piece if source.arrange is None else source.arrange(piece).contiguous()
+            view = view[slice(*source.rows, source.step)]
+        piece = view.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        first = int(view.storage_offset())
+        last = first + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
+        size = view.element_size()
+        _give_back(entry.file.data, entry.begin + first * size, entry.begin + (last + 1) * size)
+        return piece
 
 
 def has_safetensors(folder: Path) -> bool:

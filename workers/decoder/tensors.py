@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +37,13 @@ class Tensors:
         return self.checkpoint.read(self.prefix + name, (width,), torch.float32).to(self.device)
 
     def matrix(self, name: str, out_features: int, in_features: int) -> Tensor:
-        """[out, in] in the model's dtype, still on the processor."""
-        return self.checkpoint.read(self.prefix + name, (out_features, in_features), self.dtype)
+        """[out, in] in the model's dtype, float32 where that is int8: handles quantize. Still on the processor."""
+        dtype = torch.float32 if self.dtype == torch.int8 else self.dtype
+        return self.checkpoint.read(self.prefix + name, (out_features, in_features), dtype)
+
+    def unquantized(self) -> Tensors:
+        """The same, float32 where int8 was asked for: for what is small and sensitive, such as routers."""
+        return dataclasses.replace(self, dtype=torch.float32) if self.dtype == torch.int8 else self
 
     def weight(self, in_features: int, *parts: tuple[str, int]) -> Weight:
         """One weight out of parts of (name, out), one below the other. Never more than one part in memory twice."""

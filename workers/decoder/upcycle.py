@@ -1,13 +1,22 @@
 """A dense Llama or Mistral -> a Mixture-of-Experts in Mixtral's format that computes the same.
 
-Every expert is a copy of the dense feed-forward network (Komatsuzaki et al. 2022) and the weights of a token's experts
-sum to one, so whichever are chosen, their answer is the dense one. N tokens of the sample, C model width, E experts.
+In copies: every expert is a copy of the dense feed-forward network (Komatsuzaki et al. 2022), and the weights of a
+token's experts sum to one, so whichever are chosen, their answer is the dense one.
+
+Split: expert e of E has the neurons e * F / E to (e + 1) * F / E of the dense network's F (rows of gate and up, columns
+of down), so that all of them together are the dense network. Mixtral's weights sum to one, so that E chosen equally
+weigh 1 / E each: down is stored E times as large, which makes the sum exact. With all E experts a token the router is
+zero and the model computes what the dense one does. With fewer it is fitted as for copies, the experts differ, and the
+answer is an estimate of the dense sum: a model to test routing and placement with, and not a good one to talk to.
+
+N tokens of the sample, C model width, F feed-forward width, E experts.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -34,14 +43,26 @@ _SEQUENCES, _SEQUENCE_TOKENS, _BLOCK_TOKENS = 16, 64, 64  # of the sample that r
 _CPU = torch.device("cpu")
 
 
-def upcycle(model: Path, out: Path, *, experts: int = 8, top_k: int = 2, seed: int = 0, dtype: str = "auto") -> None:
+def upcycle(
+    model: Path,
+    out: Path,
+    *,
+    experts: int = 8,
+    top_k: int | None = None,
+    split: bool = False,
+    seed: int = 0,
+    dtype: str = "auto",
+) -> None:
     """Write a Mixtral-format directory to `out`, which must not exist yet: it appears whole or not at all.
 
-    Router weights are drawn from `seed` and made to spread the tokens of ordinary text over the experts. `dtype` is how
-    weights are stored: "auto" takes the smallest format that holds the source's values exactly. Tokenizer files, chat
-    template and generation_config.json come along, so that the directory is complete.
+    `top_k` experts a token: by default all where the network is `split`, else 2 of the copies. Router weights are drawn
+    from `seed` and made to spread the tokens of ordinary text over the experts. `dtype` is how weights are stored:
+    "auto" takes the smallest format that holds their values exactly. Tokenizer files, chat template and
+    generation_config.json come along, so that the directory is complete.
     Peak memory: about a layer of the source and a shard (0.9 GB). UserError when the source can't be upcycled.
     """
+    if top_k is None:
+        top_k = experts if split else min(2, experts)
     if not 1 <= top_k <= experts:
         raise UserError(f"upcycle: {top_k} experts a token out of {experts} can't be chosen; ask for 1 to {experts}")
     if dtype != "auto" and dtype not in _DTYPES:
@@ -50,14 +71,16 @@ def upcycle(model: Path, out: Path, *, experts: int = 8, top_k: int = 2, seed: i
         raise UserError(f"{out}: exists already; name a folder that does not")
     checkpoint = load_checkpoint(model)
     _check_fits_mixtral(checkpoint)
-    stored = smallest_exact_dtype(checkpoint) if dtype == "auto" else _DTYPES[dtype]
+    plan = _Plan(experts=experts, top_k=top_k, pieces=experts if split else 1)
+    plan.check(checkpoint)
+    stored = smallest_exact_dtype(checkpoint, down_scale=plan.pieces) if dtype == "auto" else _DTYPES[dtype]
     work = out.with_name(f".{out.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir(parents=True)
         with freed_at_once(), torch.inference_mode():
-            _write_weights(checkpoint, work, experts, seed, stored, _sample(checkpoint, seed))
-        _write_json(work / "config.json", _config(checkpoint, experts, top_k, stored))
+            _write_weights(checkpoint, work, plan, seed, stored, _sample(checkpoint, seed))
+        _write_json(work / "config.json", _config(checkpoint, plan, stored))
         _write_generation_config(checkpoint, work)
         write_tokenizer(model, work)
         work.rename(out)
@@ -67,12 +90,50 @@ def upcycle(model: Path, out: Path, *, experts: int = 8, top_k: int = 2, seed: i
         shutil.rmtree(work, ignore_errors=True)
 
 
-def smallest_exact_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """bfloat16, else float16, if it holds every one of the weights exactly; else float32. Reads all of them."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """`pieces` that the dense network is cut into: as many as experts, or one, of which each expert is a copy."""
+
+    experts: int
+    top_k: int
+    pieces: int
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """UserError where the neurons can't be shared out evenly."""
+        width = _feed_forward(checkpoint).width
+        if width % self.pieces:
+            divisors = [n for n in range(2, min(width, 2 * self.pieces) + 1) if width % n == 0]
+            near = sorted(sorted(divisors, key=lambda n: abs(n - self.pieces))[:2])
+            raise UserError(
+                f"{checkpoint.path}: its feed-forward layers' {width} neurons can't be split evenly into {self.pieces} "
+                f"experts; ask for {' or '.join(map(str, near)) or 1}"
+            )
+
+    def piece(self, expert: int, dense: Tensor, dim: int) -> Tensor:
+        """The expert's neurons of a dense matrix that has them along `dim`."""
+        size = dense.shape[dim] // self.pieces
+        return dense.narrow(dim, expert % self.pieces * size, size)
+
+
+def _feed_forward(checkpoint: Checkpoint) -> FeedForwardConfig:
+    found = checkpoint.config.layers[0].feed_forward
+    assert isinstance(found, FeedForwardConfig)
+    return found
+
+
+def smallest_exact_dtype(checkpoint: Checkpoint, down_scale: int = 1) -> torch.dtype:
+    """bfloat16, else float16, if it holds every one of the weights exactly; else float32. Reads all of them.
+
+    Feed-forward networks' down projections are looked at as they will be stored, times `down_scale`.
+    """
     possible = [torch.bfloat16, torch.float16]
-    for source in dict.fromkeys(checkpoint.sources.values()):
+    scales = {
+        source: down_scale if name.endswith("feed_forward.down.weight") else 1
+        for name, source in checkpoint.sources.items()
+    }
+    for source, scale in scales.items():
         if source.name in checkpoint.storage.names and possible:
-            tensor = checkpoint.storage.read(source, torch.float32)
+            tensor = checkpoint.storage.read(source, torch.float32) * scale
             possible = [dtype for dtype in possible if torch.equal(tensor.to(dtype).float(), tensor)]
     return possible[0] if possible else torch.float32
 
@@ -129,6 +190,11 @@ def _check_fits_mixtral(checkpoint: Checkpoint) -> None:
             f"{where}: has its rotary scaling as a tensor, which Mixtral's format can't say; "
             "upcycle the model's Hugging Face directory"
         )
+    if rotary.width != spec.head_width or (rotary.scaling and rotary.scaling.kind not in ("linear", "llama3")):
+        raise UserError(
+            f"{where}: has rotary positions that upcycling can't say in Mixtral's format; "
+            "upcycle a plain Llama or Mistral"
+        )
 
 
 def _sample(checkpoint: Checkpoint, seed: int) -> Tensor:
@@ -145,7 +211,7 @@ def _sample(checkpoint: Checkpoint, seed: int) -> Tensor:
 
 
 def _write_weights(
-    checkpoint: Checkpoint, work: Path, experts: int, seed: int, stored: torch.dtype, sample: Tensor
+    checkpoint: Checkpoint, work: Path, plan: _Plan, seed: int, stored: torch.dtype, sample: Tensor
 ) -> None:
     """Layer after layer: what the sample's tokens look like to the router, then the layer's tensors."""
     config = checkpoint.config
@@ -163,7 +229,7 @@ def _write_weights(
     del embedding
     rotary = config.layers[0].attention.rotary
     assert rotary is not None
-    rotation = Rotary(rotary, _CPU)(torch.arange(sample.shape[1]).repeat(sample.shape[0]))
+    rotation = Rotary(rotary, _CPU, context=config.max_context)(torch.arange(sample.shape[1]).repeat(sample.shape[0]))
     for i, layer in enumerate(config.layers):
         x, inputs = _layer_on_sample(Block.load(i, config, tensors), x, rotation, sample)
         ours, published = f"layers.{i}", f"model.layers.{i}"
@@ -178,17 +244,23 @@ def _write_weights(
         into = f"{published}.self_attn.o_proj.weight"
         copy(f"{ours}.attention.output.weight", into, width, spec.num_heads * spec.value_width)
         moe = f"{published}.block_sparse_moe"
-        writer.add(f"{moe}.gate.weight", fitted_router(inputs, experts, generator).to(stored))
-        assert isinstance(layer.feed_forward, FeedForwardConfig)
-        inner = layer.feed_forward.width
-        for name, letter, shape in (
-            ("gate", "w1", (inner, width)),
-            ("up", "w3", (inner, width)),
-            ("down", "w2", (width, inner)),
+        if 1 < plan.pieces == plan.top_k:
+            router = torch.zeros(plan.experts, width)
+        else:
+            router = fitted_router(inputs, plan.experts, generator)
+        writer.add(f"{moe}.gate.weight", router.to(stored))
+        inner = _feed_forward(checkpoint).width
+        for name, letter, shape, neurons in (
+            ("gate", "w1", (inner, width), 0),
+            ("up", "w3", (inner, width), 0),
+            ("down", "w2", (width, inner), 1),
         ):
-            dense = checkpoint.read(f"{ours}.feed_forward.{name}.weight", shape, stored)
-            for e in range(experts):
-                writer.add(f"{moe}.experts.{e}.{letter}.weight", dense)
+            dense = checkpoint.read(f"{ours}.feed_forward.{name}.weight", shape, torch.float32)
+            if name == "down":
+                dense *= plan.pieces
+            dense = dense.to(stored)
+            for e in range(plan.experts):
+                writer.add(f"{moe}.experts.{e}.{letter}.weight", plan.piece(e, dense, neurons).contiguous())
     copy("norm.weight", "model.norm.weight", config.hidden_width)
     if not config.tied_embeddings:
         copy("output.weight", "lm_head.weight", config.vocab_size, config.hidden_width)
@@ -198,7 +270,7 @@ def _write_weights(
 def _layer_on_sample(block: Block, x: Tensor, rotation: tuple[Tensor, Tensor], sample: Tensor) -> tuple[Tensor, Tensor]:
     """x [N, C] before a layer -> x after it, and what its feed-forward network sees of it."""
     sequences, length = sample.shape
-    pool = ops.new_pool(block.attention.config.spec, sequences, _BLOCK_TOKENS, dtype=torch.float32, device=_CPU)
+    pool = ops.new_pool(block.config.attention.spec, sequences, _BLOCK_TOKENS, dtype=torch.float32, device=_CPU)
     at = torch.arange(sequences)[:, None] * _BLOCK_TOKENS + torch.arange(length)
     metadata = AttentionMetadata(
         query_start=torch.arange(0, (sequences + 1) * length, length, dtype=torch.int32),
@@ -212,12 +284,11 @@ def _layer_on_sample(block: Block, x: Tensor, rotation: tuple[Tensor, Tensor], s
     return x + block.feed_forward(inputs), inputs
 
 
-def _config(checkpoint: Checkpoint, experts: int, top_k: int, stored: torch.dtype) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, plan: _Plan, stored: torch.dtype) -> dict[str, Any]:
     config = checkpoint.config
     layer = config.layers[0]
     spec, rotary = layer.attention.spec, layer.attention.rotary
     assert rotary is not None
-    assert isinstance(layer.feed_forward, FeedForwardConfig)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": rotary.theta}
     if rotary.scaling is not None:
         rope |= {"rope_type": rotary.scaling.kind, "factor": rotary.scaling.factor}
@@ -225,6 +296,14 @@ def _config(checkpoint: Checkpoint, experts: int, top_k: int, stored: torch.dtyp
             rope |= {
                 "low_freq_factor": rotary.scaling.low_freq_factor,
                 "high_freq_factor": rotary.scaling.high_freq_factor,
+                "original_max_position_embeddings": rotary.scaling.original_context,
+            }
+        if rotary.scaling.kind == "yarn":
+            rope |= {
+                "attention_factor": rotary.scaling.attention_factor,
+                "beta_fast": rotary.scaling.beta_fast,
+                "beta_slow": rotary.scaling.beta_slow,
+                "truncate": rotary.scaling.truncate,
                 "original_max_position_embeddings": rotary.scaling.original_context,
             }
     return {
@@ -235,13 +314,13 @@ def _config(checkpoint: Checkpoint, experts: int, top_k: int, stored: torch.dtyp
         "head_dim": spec.head_width,
         "hidden_act": "silu",
         "hidden_size": config.hidden_width,
-        "intermediate_size": layer.feed_forward.width,
+        "intermediate_size": _feed_forward(checkpoint).width // plan.pieces,
         "max_position_embeddings": config.max_context,
         "num_attention_heads": spec.num_heads,
-        "num_experts_per_tok": top_k,
+        "num_experts_per_tok": plan.top_k,
         "num_hidden_layers": len(config.layers),
         "num_key_value_heads": spec.num_kv_heads,
-        "num_local_experts": experts,
+        "num_local_experts": plan.experts,
         "rms_norm_eps": layer.norm.eps,
         "rope_parameters": rope,
         "rope_theta": rotary.theta,

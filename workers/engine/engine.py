@@ -134,7 +134,8 @@ class Engine:
     ) -> Engine:
         """Load decoder and tokenizer from what `model:` may be in a job. A checkpoint without a tokenizer is fine."""
         found = resolve_model(str(path))
-        decoder = Decoder.load(found, device=device, dtype=dtype)
+        context = None if max_context == "auto" else max_context
+        decoder = Decoder.load(found, device=device, dtype=dtype, max_context=context)
         tokenizer, eos_ids = _vocabulary(found)
         return cls(
             decoder,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from workers.decoder.attention import AttentionMetadata
+from workers.decoder.experts import RouterListener
 from workers.decoder.model import Decoder
 
 
@@ -21,6 +22,7 @@ class PagedSequences:
     def __init__(self, decoder: Decoder, *, num_blocks: int = 64, block_tokens: int = 16, seed: int = 0) -> None:
         self.decoder = decoder
         self.block_tokens = block_tokens
+        self.listener: RouterListener | None = None
         self.pools = decoder.new_pools([num_blocks] * len(decoder.groups), block_tokens)
         self._free = [list(range(num_blocks)) for _ in decoder.groups]
         for free in self._free:
@@ -47,7 +49,13 @@ class PagedSequences:
             starts.append(starts[-1] + len(new))
             self._lengths[sequence] = length + len(new)
         metadata = [self._metadata(g, list(tokens), starts, positions) for g in range(len(self.decoder.groups))]
-        hidden = self.decoder.forward(torch.tensor(ids).long(), torch.tensor(positions).long(), metadata, self.pools)
+        hidden = self.decoder.forward(
+            torch.tensor(ids).long(),
+            torch.tensor(positions).long(),
+            metadata,
+            self.pools,
+            router_listener=self.listener,
+        )
         return {s: hidden[starts[i] : starts[i + 1]] for i, s in enumerate(tokens)}
 
     def logits(self, tokens: Sequence[int], *, chunk: int | None = None) -> Tensor:

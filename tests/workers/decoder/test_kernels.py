@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from workers.decoder.kernels import build, native
+from workers.decoder.patterns import Reach
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(build.load().reason))
 
@@ -27,14 +28,31 @@ def test_a_packed_product_is_the_plain_product(rows: int, outputs: int, inputs: 
     close(got, x.double() @ matrix.double().T + bias, 1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_a_row_of_a_product_has_the_same_bits_alone_and_among_others(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x, packed = torch.randn(200, 700), native.pack(torch.randn(80, 700).to(dtype))
-    whole = native.matmul(x, packed, 80)
+    x, matrix = torch.randn(200, 700), torch.randn(96, 700) * (40 if dtype == torch.int8 else 1)
+    packed, scales = native.pack(matrix.to(dtype)), torch.rand(96) if dtype == torch.int8 else None
+    whole = native.matmul(x, packed, 96, None, scales)
     for rows in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 96, 97, 199):
         for start in (0, 1):
-            assert torch.equal(native.matmul(x[start : start + rows], packed, 80), whole[start : start + rows])
+            part = native.matmul(x[start : start + rows], packed, 96, None, scales)
+            assert torch.equal(part, whole[start : start + rows])
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs"), [(1, 1, 1), (5, 33, 7), (7, 16, 256), (100, 50, 600), (193, 17, 513)]
+)
+def test_a_product_with_8_bit_integers_is_the_plain_product_times_the_scales(
+    rows: int, outputs: int, inputs: int
+) -> None:
+    torch.manual_seed(rows)
+    x, bias = torch.randn(rows, inputs), torch.randn(outputs)
+    matrix = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
+    packed = native.pack(matrix)
+    scales = torch.rand(packed.shape[0] * packed.shape[2])
+    got = native.matmul(x, packed, outputs, bias, scales)
+    close(got, x.double() @ (matrix.double() * scales[:outputs, None]).T + bias, 1e-5)
 
 
 def test_each_run_of_rows_meets_its_own_slot() -> None:
@@ -61,7 +79,37 @@ def test_rms_norm(width: int) -> None:
 def test_silu_times_up_also_far_from_zero(width: int) -> None:
     gate_up = torch.randn(9, 2 * width) * torch.tensor([0.1, 1.0, 50.0])[torch.arange(9) % 3][:, None]
     gate, up = gate_up.double().chunk(2, dim=1)
-    close(native.silu_mul(gate_up), torch.nn.functional.silu(gate) * up)
+    close(native.swiglu(gate_up), torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("width", [1, 10, 72])
+def test_a_clamped_swiglu_bounds_gate_and_up(width: int) -> None:
+    gate_up = torch.randn(9, 2 * width) * torch.tensor([0.1, 1.0, 50.0])[torch.arange(9) % 3][:, None]
+    gate, up = gate_up.double().chunk(2, dim=1)
+    gate, up = gate.clamp(max=2.0), up.clamp(-2.0, 2.0)
+    close(native.swiglu(gate_up, alpha=1.7, limit=2.0, shift=1.0), gate * torch.sigmoid(1.7 * gate) * (up + 1))
+    assert native.swiglu(torch.full((1, 2 * width), torch.nan), limit=2.0).isnan().all()
+
+
+def test_sigmoid_has_the_same_bits_wherever_a_number_stands() -> None:
+    x = torch.linspace(-100, 100, 77)
+    got = native.sigmoid(x)
+    close(got, torch.sigmoid(x.double()))
+    assert all(
+        torch.equal(native.sigmoid(x[begin : begin + n]), got[begin : begin + n]) for begin, n in ((0, 5), (3, 30))
+    )
+
+
+@pytest.mark.parametrize("width", [1, 10, 72])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_gelu_and_that_an_element_does_not_depend_on_its_neighbours(width: int, exact: bool, gated: bool) -> None:
+    x = torch.randn(9, 2 * width) * torch.tensor([0.1, 1.0, 50.0])[torch.arange(9) % 3][:, None]
+    gate, up = x.double().chunk(2, dim=1) if gated else (x.double(), torch.ones(()).double())
+    got = native.gelu(x, gated=gated, exact=exact)
+    close(got, torch.nn.functional.gelu(gate, approximate="none" if exact else "tanh") * up)
+    for row in range(9):
+        assert torch.equal(native.gelu(x[row : row + 1], gated=gated, exact=exact), got[row : row + 1])
 
 
 def test_rotation_pairs_each_column_with_the_one_half_a_head_away() -> None:
@@ -148,7 +196,7 @@ def test_attention_over_pages(case: str) -> None:
             block_table=rows,
             value_width=value_width,
             scale=width**-0.5,
-            window=window,
+            runs=None if window is None else native.head_runs([Reach(near="window", width=window)] * heads, kv_heads),
             softcap=softcap,
             slopes=slopes,
             sinks=sinks,

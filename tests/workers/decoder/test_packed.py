@@ -9,6 +9,7 @@ from workers.decoder import ops
 from workers.decoder.attention import AttentionMetadata, AttentionSpec, PlainPool
 from workers.decoder.kernels import build, native
 from workers.decoder.kernels.packed import PackedBank, PackedPool, PackedWeight
+from workers.decoder.patterns import Fixed, Strided
 from workers.decoder.weight import DenseBank, DenseWeight
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(build.load().reason))
@@ -55,7 +56,6 @@ def test_a_packed_bank_answers_as_a_plain_one() -> None:
 def test_a_packed_pool_answers_as_a_plain_one(
     window: int | None, softcap: float | None, slopes: tuple[float, ...] | None, with_sinks: bool
 ) -> None:
-    torch.manual_seed(0)
     spec = AttentionSpec(
         num_heads=4,
         num_kv_heads=2,
@@ -66,20 +66,40 @@ def test_a_packed_pool_answers_as_a_plain_one(
         softcap=softcap,
         alibi_slopes=slopes,
     )
-    pools = [pool(spec, 6, 16, dtype=torch.float32) for pool in (PackedPool, PlainPool)]
+    assert_pools_agree(spec, with_sinks=with_sinks)
+
+
+@pytest.mark.parametrize("sparse", [None, Strided(stride=5), Fixed(block=8, summary=3)])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_pool_whose_keys_hold_the_values_answers_as_a_plain_one(
+    dtype: torch.dtype, kv_heads: int, sparse: Strided | Fixed | None
+) -> None:
+    shape = {"num_heads": 26, "num_kv_heads": kv_heads, "head_width": 44, "value_width": 37}
+    spec = AttentionSpec(**shape, scale=0.3, values_in_keys=True, sparse=sparse)
+    assert_pools_agree(spec, dtype=dtype)
+    one = PackedPool(spec, 1, 16, dtype=dtype)
+    assert one.nbytes == PlainPool(spec, 1, 16, dtype=dtype).nbytes == 16 * kv_heads * 44 * dtype.itemsize
+
+
+def assert_pools_agree(spec: AttentionSpec, *, with_sinks: bool = False, dtype: torch.dtype = torch.float32) -> None:
+    torch.manual_seed(0)
+    pools = [pool(spec, 6, 16, dtype=dtype) for pool in (PackedPool, PlainPool)]
     table = torch.tensor([[4, 1, 5, -1], [2, -1, -1, -1]], dtype=torch.int32)
     lengths = [40, 9]
     slots = torch.cat(
         [table[s][torch.arange(n) // 16].long() * 16 + torch.arange(n) % 16 for s, n in enumerate(lengths)]
     )
-    key, value = torch.randn(49, 2, 12), torch.randn(49, 2, 20)
+    key = torch.randn(49, spec.num_kv_heads, spec.head_width)
+    value = None if spec.values_in_keys else torch.randn(49, spec.num_kv_heads, spec.value_width)
     metadata = AttentionMetadata(
         query_start=torch.tensor([0, 3, 12], dtype=torch.int32),
         context_lens=torch.tensor(lengths, dtype=torch.int32),
         block_table=table,
         slots=slots,
     )
-    query, sinks = torch.randn(12, 4, 12), torch.randn(4) if with_sinks else None
+    query = torch.randn(12, spec.num_heads, spec.head_width)
+    sinks = torch.randn(spec.num_heads) if with_sinks else None
     answers = []
     for pool in pools:
         pool.write(key, value, slots)
@@ -101,6 +121,10 @@ def test_a_packed_pool_answers_as_a_plain_one(
     [
         lambda: ops.rms_norm(torch.linspace(-3, 3, 70).view(7, 10), torch.linspace(0.5, 1, 10), 1e-5),
         lambda: ops.act_mul(torch.linspace(-30, 30, 84).view(7, 12)),
+        lambda: ops.act_mul(torch.linspace(-30, 30, 84).view(7, 12), "gelu"),
+        lambda: ops.act_mul(torch.linspace(-30, 30, 84).view(7, 12), "gelu_tanh"),
+        lambda: ops.act(torch.linspace(-30, 30, 84).view(7, 12), "gelu"),
+        lambda: ops.act(torch.linspace(-30, 30, 84).view(7, 12), "gelu_tanh"),
         lambda: ops.rotate(torch.linspace(-3, 3, 84).view(7, 2, 6), torch.rand(7, 2).sin(), torch.rand(7, 2)),
     ],
 )

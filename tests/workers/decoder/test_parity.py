@@ -1,4 +1,9 @@
-"""Seeded random checkpoints give transformers' answers in float32, however their tokens are cut into steps."""
+"""Seeded random checkpoints give transformers' answers in float32, however their tokens are cut into steps.
+
+parity/MODEL_TYPE.yaml says for an architecture in the words of transformers' configuration: `settings`, what tests'
+`tiny_model` sets for it above what it sets for all; `without`, which of those it leaves out; `cases`, by name what each
+sets above that. A case's `prompt_lengths` is no setting: the lengths that it is tried with, where not the usual ones.
+"""
 
 from __future__ import annotations
 
@@ -8,37 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from workers.decoder.kernels import native
 
-CASES: dict[str, dict[str, Any]] = {
-    "llama, grouped queries": {"model_type": "llama"},
-    "llama, multi-head, tied": {"model_type": "llama", "num_key_value_heads": 6, "tie_word_embeddings": True},
-    "llama, multi-query, biases": {
-        **{"model_type": "llama", "num_key_value_heads": 1, "num_attention_heads": 5, "head_dim": 14},
-        **{"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3},
-    },
-    "llama, linear scaling": {
-        "model_type": "llama",
-        "max_position_embeddings": 64,
-        "rope_parameters": {"rope_type": "linear", "rope_theta": 5e3, "factor": 4.0},
-    },
-    "llama 3 scaling": {
-        "model_type": "llama",
-        "head_dim": 16,
-        "rope_parameters": {
-            **{"rope_type": "llama3", "rope_theta": 1e3, "factor": 8.0, "low_freq_factor": 1.0},
-            **{"high_freq_factor": 4.0, "original_max_position_embeddings": 32},
-        },
-    },
-    "mistral, window": {"model_type": "mistral", "sliding_window": 21},
-    "mistral, no window": {"model_type": "mistral", "sliding_window": None, "tie_word_embeddings": True},
-    "mixtral": {"model_type": "mixtral"},
-    "mixtral, window, top 3 of 7": {
-        **{"model_type": "mixtral", "sliding_window": 17, "num_local_experts": 7, "num_experts_per_tok": 3},
-    },
-}
+PARITY = Path(__file__).parent / "parity"
 LENGTHS = (1, 2, 17, 40, 97)
 
 
@@ -56,22 +36,48 @@ def same(got: Tensor, wanted: Tensor) -> bool:
     return torch.equal(got, wanted) if native.available() else differ(got, wanted) < 1e-5
 
 
+def parity_cases() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Model type and settings by "MODEL_TYPE: CASE"."""
+    found = {}
+    for file in sorted(PARITY.glob("*.yaml")):
+        cases = yaml.safe_load(file.read_text(encoding="utf-8"))["cases"]
+        found |= {f"{file.stem}: {name}": (file.stem, settings) for name, settings in cases.items()}
+    return found
+
+
+CASES = parity_cases()
+
+
 @pytest.fixture(scope="module", params=CASES)
-def model(request: pytest.FixtureRequest, tiny_model: Callable[..., Path]) -> Path:
-    return tiny_model(**CASES[request.param], tokenizer=False)
+def case(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-def test_logits_equal_the_reference(model: Path, paged: Any, reference: Any) -> None:
+@pytest.fixture(scope="module")
+def lengths(case: str) -> list[int]:
+    return list(CASES[case][1].get("prompt_lengths", LENGTHS))
+
+
+@pytest.fixture(scope="module")
+def model(case: str, tiny_model: Callable[..., Path]) -> Path:
+    model_type, settings = CASES[case]
+    settings = {name: value for name, value in settings.items() if name != "prompt_lengths"}
+    return tiny_model(model_type, tokenizer=False, **settings)
+
+
+def test_logits_equal_the_reference(model: Path, lengths: list[int], paged: Any, reference: Any) -> None:
     sequences = paged(model)
-    for length in LENGTHS:
+    for length in lengths:
         prompt = prompt_of(length)
-        with torch.inference_mode():
+        with torch.no_grad():
             wanted = reference(model)(torch.tensor([prompt])).logits[0]
         assert differ(sequences.logits(prompt), wanted) < 1e-4, length
 
 
-def test_greedy_text_equals_the_reference_for_32_tokens(model: Path, paged: Any, reference: Any) -> None:
-    prompts = [prompt_of(length) for length in (1, 17, 40)]
+def test_greedy_text_equals_the_reference_for_32_tokens(
+    model: Path, lengths: list[int], paged: Any, reference: Any
+) -> None:
+    prompts = [prompt_of(length) for length in lengths[::2]]
     wanted = []
     for prompt in prompts:
         ids = torch.tensor([prompt])

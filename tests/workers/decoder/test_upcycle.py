@@ -143,6 +143,81 @@ def test_large_checkpoints_are_sharded(tmp_path: Path) -> None:
         assert torch.equal(load_file(tmp_path / placed[name])[name], tensor)
 
 
+SPLITS: list[dict[str, Any]] = [
+    {"model_type": "llama"},
+    {"model_type": "llama", "tie_word_embeddings": True, "num_key_value_heads": 6},
+    {"model_type": "mistral", "sliding_window": 21},
+]
+
+
+@pytest.mark.parametrize("experts", [2, 6])  # of 72 neurons; a sixth is no number of float32
+@pytest.mark.parametrize("settings", SPLITS, ids=["llama", "llama, tied", "mistral"])
+def test_all_pieces_of_a_split_network_are_the_dense_one_here_and_in_transformers(
+    settings: dict[str, Any], experts: int, tiny_model: Callable[..., Path], tmp_path: Path, paged: Any, reference: Any
+) -> None:
+    dense = tiny_model(**settings, tokenizer=False)
+    upcycle(dense, tmp_path / "moe", experts=experts, split=True)
+    one, all_of_them = paged(dense), paged(tmp_path / "moe")
+    config = all_of_them.decoder.config.layers[0].feed_forward
+    assert (config.router.num_experts, config.router.top_k, config.expert.width) == (experts, experts, 72 // experts)
+    wanted = one.logits(PROMPT)
+    assert largest_difference(all_of_them.logits(PROMPT), wanted) < 1e-5
+    with torch.inference_mode():
+        assert largest_difference(reference(tmp_path / "moe")(torch.tensor([PROMPT])).logits[0], wanted) < 1e-5
+    prompts = [PROMPT[:1], PROMPT[:23]]
+    assert all_of_them.greedy(prompts, 32) == one.greedy(prompts, 32)
+
+
+def test_a_split_networks_experts_are_its_neurons_in_order(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    dense = tiny_model(tokenizer=False)
+    upcycle(dense, tmp_path / "moe", experts=3, split=True)
+    whole, pieces = load_file(dense / "model.safetensors"), load_file(tmp_path / "moe" / "model.safetensors")
+    moe = "model.layers.2.block_sparse_moe"
+
+    def together(letter: str, dim: int) -> Tensor:
+        return torch.cat([pieces[f"{moe}.experts.{e}.{letter}.weight"] for e in range(3)], dim)
+
+    assert torch.equal(together("w1", 0), whole["model.layers.2.mlp.gate_proj.weight"])
+    assert torch.equal(together("w3", 0), whole["model.layers.2.mlp.up_proj.weight"])
+    assert torch.equal(together("w2", 1), whole["model.layers.2.mlp.down_proj.weight"] * 3)
+    assert not pieces[f"{moe}.gate.weight"].any()
+
+
+def test_a_part_of_a_split_networks_experts_gives_other_answers_and_all_get_tokens(
+    tiny_model: Callable[..., Path], tmp_path: Path, paged: Any
+) -> None:
+    dense = tiny_model()
+    upcycle(dense, tmp_path / "moe", experts=4, top_k=2, split=True)
+    sequences = paged(tmp_path / "moe")
+    counts = torch.zeros(4)
+    experts = sequences.decoder.blocks[1].feed_forward
+    original = experts.compute
+
+    def count(x: Tensor, rows: Tensor) -> Tensor:
+        nonlocal counts
+        counts += rows
+        return original(x, rows)
+
+    experts.compute = count
+    ids = load_tokenizer(tmp_path / "moe").encode(topics["for"])[:400]
+    got, wanted = sequences.logits(ids), paged(dense).logits(ids)
+    assert got.isfinite().all()
+    assert largest_difference(got, wanted) > 0.1
+    assert counts.min() > 0.4 * counts.mean()
+
+
+@pytest.mark.parametrize(("experts", "stored"), [(4, torch.bfloat16), (3, torch.float32)])
+def test_a_split_network_is_stored_in_a_format_that_holds_the_multiplied_weights(
+    experts: int, stored: torch.dtype, tiny_model: Callable[..., Path], tmp_path: Path, paged: Any
+) -> None:
+    dense = Path(shutil.copytree(tiny_model(tokenizer=False), tmp_path / "dense"))
+    values = {name: tensor.bfloat16() for name, tensor in load_file(dense / "model.safetensors").items()}
+    save_file(values, dense / "model.safetensors")
+    upcycle(dense, tmp_path / "moe", experts=experts, split=True)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "moe" / "model.safetensors").values()} == {stored}
+    assert largest_difference(paged(tmp_path / "moe").logits(PROMPT), paged(dense).logits(PROMPT)) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("settings", "arguments", "complaint"),
     [
@@ -151,6 +226,8 @@ def test_large_checkpoints_are_sharded(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, {}, "parts that Mixtral's format can't say"),
         ({}, {"experts": 2, "top_k": 3}, "3 experts a token out of 2"),
         ({}, {"dtype": "int3"}, "dtype 'int3' is not known"),
+        ({}, {"experts": 5, "split": True}, "72 neurons can't be split evenly into 5 experts; ask for 4 or 6"),
+        ({}, {"experts": 80, "split": True}, "72 neurons can't be split evenly into 80 experts; ask for 36 or 72"),
     ],
 )
 def test_what_cant_be_upcycled_gets_one_line_and_leaves_nothing(

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from workers.decoder.config import DecoderConfig, ExpertsConfig, FeedForwardConfig, RouterConfig
 from workers.decoder.families import llama
 from workers.decoder.families.document import Document
+from workers.decoder.families.expert_names import MIXTRAL_NAMES, either_sources
 from workers.decoder.storage import Source
 
 MODEL_TYPES: tuple[str, ...] = ("mixtral",)
@@ -33,20 +34,12 @@ def sources(config: DecoderConfig, names: Collection[str]) -> dict[str, Source]:
     found = llama.shared_sources(config)
     for i, layer in enumerate(config.layers):
         assert isinstance(layer.feed_forward, ExpertsConfig)
-        ours = f"layers.{i}.feed_forward"
-        stacked = f"model.layers.{i}.mlp"
-        if f"{stacked}.experts.gate_up_proj" in names:
-            found[f"{ours}.router.weight"] = Source(f"{stacked}.gate.weight")
-            width = layer.feed_forward.expert.width
-            for e in range(layer.feed_forward.router.num_experts):
-                both = f"{stacked}.experts.gate_up_proj"
-                found[f"{ours}.experts.{e}.gate.weight"] = Source(both, at=e, rows=(0, width))
-                found[f"{ours}.experts.{e}.up.weight"] = Source(both, at=e, rows=(width, 2 * width))
-                found[f"{ours}.experts.{e}.down.weight"] = Source(f"{stacked}.experts.down_proj", at=e)
-            continue
-        single = f"model.layers.{i}.block_sparse_moe"
-        found[f"{ours}.router.weight"] = Source(f"{single}.gate.weight")
-        for e in range(layer.feed_forward.router.num_experts):
-            for name, published in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
-                found[f"{ours}.experts.{e}.{name}.weight"] = Source(f"{single}.experts.{e}.{published}.weight")
+        ours, stacked, single = (
+            f"layers.{i}.feed_forward",
+            f"model.layers.{i}.mlp",
+            f"model.layers.{i}.block_sparse_moe",
+        )
+        published = stacked if f"{stacked}.experts.gate_up_proj" in names else single
+        found[f"{ours}.router.weight"] = Source(f"{published}.gate.weight")
+        found |= either_sources(ours, layer.feed_forward, names, published, MIXTRAL_NAMES)
     return found

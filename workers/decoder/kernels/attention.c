@@ -4,9 +4,15 @@
    Layout of the pools, of float32 or bfloat16:
      keys   [blocks, K, block_tokens / KEYS, D, KEYS]   a panel holds KEYS keys, transposed: scores are a small product
      values [blocks, K, block_tokens, W]                W: the value width rounded up to PANEL, the rest zeros
+   Where a key's first columns are its value (latent attention) there is no second pool: a panel's values are turned
+   into rows on the way, once for a tile of queries.
 
    A query visits its panels in the order of their positions, and a panel in which it sees no key leaves its sums as they
-   were to the bit; so its result depends neither on the queries that share its tile nor on how the prompt was cut. */
+   were to the bit; so its result depends neither on the queries that share its tile nor on how the prompt was cut.
+
+   What a head sees (patterns.py) is a run of keys that ends at the query, visited where it lies, and before it single
+   keys of a column or of summaries, which are gathered into panels first, KEYS at a time from the sequence's first such
+   key on. No other key is visited. */
 #include "vector.h"
 
 #include <stdlib.h>
@@ -24,20 +30,36 @@
 int64_t gristmill_keys(void) { return KEYS; }
 int64_t gristmill_widest_value(void) { return WIDEST; }
 
+enum { ALL, WINDOW, BLOCK, NOTHING }; /* near */
+enum { NO_MORE, COLUMN, SUMMARY };    /* far */
+
+/* What heads[first .. first + count] see, which share a key-value head: patterns.py's Reach. */
+typedef struct {
+  int32_t kv_head, first, count, near, width, far, period, low, high;
+} reach;
+
 typedef struct {
   const float *query;                        /* [T, H, D], tokens query_stride apart */
-  const void *keys, *values;                 /* pools, see above */
+  const void *keys, *values;                 /* pools, see above; values NULL: they are in the keys */
   const int32_t *query_start, *context_lens; /* [S + 1], [S] */
   const int32_t *block_table;                /* [S, B] */
   const float *slopes, *sinks;               /* [H] or NULL */
+  const int32_t *heads;                      /* [H] query heads, those of a reach side by side */
+  const reach *reaches;                      /* [R] */
   float *out;                                /* [T, H, value_width] */
-  int64_t query_stride, S, B, H, K, D, value_width, block_tokens, bf16, window;
+  int64_t query_stride, S, B, H, K, R, D, value_width, block_tokens, bf16;
   float scale, softcap;
 } attention;
 
 typedef struct {
-  int32_t sequence, head, first, count; /* query tokens first .. first + count of the step, one key-value head */
+  int32_t sequence, reach, first, count; /* query tokens first .. first + count of the step, the heads of one reach */
 } task;
+
+/* Keys from anywhere, side by side, or only the values of a panel of keys that holds them. */
+typedef struct {
+  float keys[WIDEST * KEYS], values[KEYS * WIDEST]; /* [D, KEYS], [KEYS, W] */
+  int32_t at[KEYS];                                 /* their positions */
+} panel;
 
 /* A panel lies in a page of its own, which the processor's own prefetching does not cross into. */
 INLINE void prefetch(const char *p, int64_t bytes) {
@@ -69,9 +91,9 @@ INLINE void score_tile(const int rows, const float *const *query, const void *ke
     for (int v = 0; v < KV; v++) store(scores[r] + v * LANES, acc[r][v]);
 }
 
-/* sums [rows, W] += weights [rows, KEYS] times values [count, W]. */
-INLINE void value_tile(const int rows, float weights[][KEYS], const void *values, const int bf16, int64_t count,
-                       int64_t W, float *sums) {
+/* sums [rows, W] += weights [rows, from .. to] times values [from .. to, W]. */
+INLINE void value_tile(const int rows, float weights[][KEYS], const void *values, const int bf16, int64_t from,
+                       int64_t to, int64_t W, float *sums) {
   for (int64_t w = 0; w < W; w += PANEL) {
     vec acc[TILE][2];
 #pragma GCC unroll 12
@@ -79,7 +101,7 @@ INLINE void value_tile(const int rows, float weights[][KEYS], const void *values
       acc[r][0] = load(sums + r * W + w);
       acc[r][1] = load(sums + r * W + w + LANES);
     }
-    for (int64_t j = 0; j < count; j++) {
+    for (int64_t j = from; j < to; j++) {
       vec v0 = load_as(values, j * W + w, bf16), v1 = load_as(values, j * W + w + LANES, bf16);
 #pragma GCC unroll 12
       for (int r = 0; r < rows; r++) {
@@ -96,11 +118,24 @@ INLINE void value_tile(const int rows, float weights[][KEYS], const void *values
   }
 }
 
-/* One row's scores of one panel -> its weights; its running maximum, total and sums [W] move on.
+/* The first value_width columns of a panel of keys [D, KEYS] -> rows [count, W] of float32. */
+INLINE void turn(const void *keys, const int bf16, int64_t count, int64_t value_width, int64_t W, float *rows) {
+  for (int64_t d = 0; d < value_width; d++) {
+    float column[KEYS];
+#pragma GCC unroll 4
+    for (int v = 0; v < KV; v++) store(column + v * LANES, load_as(keys, d * KEYS + v * LANES, bf16));
+    for (int64_t j = 0; j < count; j++) rows[j * W + d] = column[j];
+  }
+  for (int64_t j = 0; j < count; j++)
+    for (int64_t d = value_width; d < W; d++) rows[j * W + d] = 0;
+}
+
+/* One row's scores of one panel, whose keys lie at `at` and of which it sees from .. to -> its weights; its running
+   maximum, total and sums [W] move on.
    Never inlined: in each tile size the compiler would choose anew which products and sums to fuse, and so the bits. */
-static __attribute__((noinline)) void soften(const attention *a, float *scores, int64_t key, int64_t position,
-                                             float slope, float *most, float *total, float *sums, int64_t W) {
-  const int64_t first = a->window ? position - a->window + 1 : 0; /* the first key this query sees */
+static __attribute__((noinline)) void soften(const attention *a, float *scores, const int32_t *at, int64_t position,
+                                             int64_t from, int64_t to, float slope, float *most, float *total,
+                                             float *sums, int64_t W) {
   const ivec lane = {LANE_NUMBERS};
   vec s[KV], high, added = {0};
   for (int v = 0; v < KV; v++) {
@@ -109,10 +144,15 @@ static __attribute__((noinline)) void soften(const attention *a, float *scores, 
       vec twice = s[v] * splat(2.0f / a->softcap);
       s[v] = splat(a->softcap) * (splat(1.0f) - splat(2.0f) / (vexp(twice) + splat(1.0f)));
     }
-    ivec distance = lane + (int32_t)(key + v * LANES - position);
-    if (slope != 0.0f) s[v] += splat(slope) * __builtin_convertvector(distance, vec);
-    if (key + KEYS - 1 > position || key < first)
-      s[v] = choose((distance > 0) | (distance < (int32_t)(first - position)), splat(-INFINITY), s[v]);
+    if (slope != 0.0f) {
+      ivec distance;
+      memcpy(&distance, at + v * LANES, sizeof distance);
+      s[v] += splat(slope) * __builtin_convertvector(distance - (int32_t)position, vec);
+    }
+    if (from > 0 || to < KEYS) {
+      ivec number = lane + v * LANES;
+      s[v] = choose((number < (int32_t)from) | (number >= (int32_t)to), splat(-INFINITY), s[v]);
+    }
     high = v ? vmax(s[v], high) : s[v];
   }
   float peak = maximum(high);
@@ -155,53 +195,142 @@ INLINE const char *page(const attention *a, const void *pool, const int32_t *blo
   return (const char *)pool + ((block * a->K + head) * a->block_tokens + key % a->block_tokens) * bytes;
 }
 
-INLINE void query_tile(const int rows, const attention *a, const task *t, int64_t first_row, float *sums) {
-  const int64_t group = a->H / a->K, W = (a->value_width + PANEL - 1) / PANEL * PANEL, bytes = a->bf16 ? 2 : 4;
-  const int32_t *blocks = a->block_table + t->sequence * a->B;
-  /* position of the step's token i in its sequence: i + shift */
-  const int64_t shift = a->context_lens[t->sequence] - a->query_start[t->sequence + 1];
+/* Copy the key at position `at` of a head's pages, and its value, to place `lane` of a panel; bfloat16 is widened. */
+static void gather(const attention *a, const int32_t *blocks, int64_t head, int64_t at, int64_t lane, panel *p) {
+  const int64_t W = (a->value_width + PANEL - 1) / PANEL * PANEL, bytes = a->bf16 ? 2 : 4;
+  const int64_t first = at / KEYS * KEYS, offset = at % KEYS;
+  const char *keys = page(a, a->keys, blocks, head, first, a->D * bytes);
+  for (int64_t d = 0; d < a->D; d++)
+    p->keys[d * KEYS + lane] = a->bf16 ? from_bf16(((const uint16_t *)keys)[d * KEYS + offset])
+                                       : ((const float *)keys)[d * KEYS + offset];
+  if (a->values) {
+    const char *values = page(a, a->values, blocks, head, at, W * bytes);
+    for (int64_t w = 0; w < W; w += LANES) store(p->values + lane * W + w, load_as(values, w, (int)a->bf16));
+  } else {
+    for (int64_t w = 0; w < W; w++) p->values[lane * W + w] = w < a->value_width ? p->keys[w * KEYS + lane] : 0;
+  }
+  p->at[lane] = (int32_t)at;
+}
+
+/* The first position of the run of keys that a query sees; the run ends at the query. */
+INLINE int64_t near_start(const reach *h, int64_t position) {
+  switch (h->near) {
+    case WINDOW: return position >= h->width ? position - h->width + 1 : 0;
+    case BLOCK: return position - position % h->width;
+    case NOTHING: return position < h->low ? position : position + 1; /* before all summaries: itself */
+    default: return 0;
+  }
+}
+
+/* How many summary positions lie below `end`. */
+INLINE int64_t summaries_below(const reach *h, int64_t end) {
+  const int64_t offset = end % h->period - h->low, each = h->high - h->low;
+  return end / h->period * each + (offset < 0 ? 0 : offset < each ? offset : each);
+}
+
+/* A tile of queries under way. */
+typedef struct {
   const float *query[TILE];
-  float scores[TILE][KEYS] __attribute__((aligned(64))), most[TILE], total[TILE], slope[TILE];
-  int64_t position[TILE], head[TILE], token[TILE];
+  float scores[TILE][KEYS] __attribute__((aligned(64)));
+  float most[TILE], total[TILE], slope[TILE], *sums;
+  int64_t position[TILE], near[TILE]; /* of the query, and of the first key in its run */
+} tile;
+
+/* Rows first .. end of a tile, of one token, over their column below their run. */
+static __attribute__((noinline)) void visit_column(const attention *a, const reach *h, const int32_t *blocks,
+                                                   tile *t, int first, int end, int64_t W, panel *p) {
+  const int64_t below = t->near[first], step = h->period;
+  for (int64_t key = t->position[first] % step; key < below; key += KEYS * step) {
+    const int64_t left = (below - key + step - 1) / step, count = left < KEYS ? left : KEYS;
+    for (int64_t j = 0; j < count; j++) gather(a, blocks, h->kv_head, key + j * step, j, p);
+    for (int r = first; r < end; r++) {
+      score_tile(1, t->query + r, p->keys, 0, a->D, t->scores + r);
+      soften(a, t->scores[r], p->at, t->position[r], 0, count, t->slope[r], &t->most[r], &t->total[r],
+             t->sums + r * W, W);
+      value_tile(1, t->scores + r, p->values, 0, 0, count, W, t->sums + r * W);
+    }
+  }
+}
+
+INLINE void query_tile(const int rows, const attention *a, const task *k, int64_t first_row, float *sums, panel *p) {
+  const int64_t W = (a->value_width + PANEL - 1) / PANEL * PANEL, bytes = a->bf16 ? 2 : 4;
+  const reach *h = &a->reaches[k->reach];
+  const int32_t *blocks = a->block_table + k->sequence * a->B;
+  /* position of the step's token i in its sequence: i + shift */
+  const int64_t shift = a->context_lens[k->sequence] - a->query_start[k->sequence + 1];
+  int64_t head[TILE], token[TILE];
+  tile t;
+  t.sums = sums;
   for (int r = 0; r < rows; r++) {
-    token[r] = t->first + (first_row + r) / group;
-    head[r] = t->head * group + (first_row + r) % group;
-    position[r] = token[r] + shift;
-    query[r] = a->query + token[r] * a->query_stride + head[r] * a->D;
-    most[r] = -INFINITY;
-    total[r] = 0;
-    slope[r] = a->slopes ? a->slopes[head[r]] : 0;
+    token[r] = k->first + (first_row + r) / h->count;
+    head[r] = a->heads[h->first + (first_row + r) % h->count];
+    t.position[r] = token[r] + shift;
+    t.near[r] = near_start(h, t.position[r]);
+    t.query[r] = a->query + token[r] * a->query_stride + head[r] * a->D;
+    t.most[r] = -INFINITY;
+    t.total[r] = 0;
+    t.slope[r] = a->slopes ? a->slopes[head[r]] : 0;
   }
   memset(sums, 0, (size_t)(rows * W) * sizeof(float));
-  int64_t key = a->window && position[0] - a->window + 1 > 0 ? (position[0] - a->window + 1) / KEYS * KEYS : 0;
-  for (; key <= position[rows - 1]; key += KEYS) {
-    const int64_t visible = position[rows - 1] - key + 1, count = visible < KEYS ? visible : KEYS;
-    const char *keys = page(a, a->keys, blocks, t->head, key, a->D * bytes);
-    const char *values = page(a, a->values, blocks, t->head, key, W * bytes);
-    prefetch(values, count * W * bytes);
-    if (a->bf16)
-      score_tile(rows, query, keys, 1, a->D, scores);
+
+  if (h->far == COLUMN)
+    for (int r = 0, end = 0; r < rows; r = end) {
+      while (end < rows && token[end] == token[r]) end++;
+      visit_column(a, h, blocks, &t, r, end, W, p);
+    }
+  if (h->far == SUMMARY) {
+    const int64_t most = summaries_below(h, t.near[rows - 1]), each = h->high - h->low;
+    for (int64_t s = 0; s < most; s += KEYS) {
+      const int64_t count = most - s < KEYS ? most - s : KEYS;
+      for (int64_t j = 0; j < count; j++)
+        gather(a, blocks, h->kv_head, (s + j) / each * h->period + h->low + (s + j) % each, j, p);
+      score_tile(rows, t.query, p->keys, 0, a->D, t.scores);
+      for (int r = 0; r < rows; r++)
+        soften(a, t.scores[r], p->at, t.position[r], 0, summaries_below(h, t.near[r]) - s, t.slope[r], &t.most[r],
+               &t.total[r], sums + r * W, W);
+      value_tile(rows, t.scores, p->values, 0, 0, count, W, sums);
+    }
+  }
+
+  int64_t last = t.position[rows - 1];
+  if (h->near == NOTHING && last >= h->low) last = h->low - 1;
+  for (int64_t key = t.near[0] / KEYS * KEYS; key <= last; key += KEYS) {
+    const int64_t visible = last - key + 1, to = visible < KEYS ? visible : KEYS;
+    const int64_t from = t.near[0] > key ? t.near[0] - key : 0;
+    const char *keys = page(a, a->keys, blocks, h->kv_head, key, a->D * bytes);
+    const char *values = a->values ? page(a, a->values, blocks, h->kv_head, key, W * bytes) : (const char *)p->values;
+    if (a->values)
+      prefetch(values, to * W * bytes);
+    else if (a->bf16)
+      turn(keys, 1, to, a->value_width, W, p->values);
     else
-      score_tile(rows, query, keys, 0, a->D, scores);
-    if (visible > KEYS) prefetch(page(a, a->keys, blocks, t->head, key + KEYS, a->D * bytes), KEYS * a->D * bytes);
+      turn(keys, 0, to, a->value_width, W, p->values);
+    if (a->bf16)
+      score_tile(rows, t.query, keys, 1, a->D, t.scores);
+    else
+      score_tile(rows, t.query, keys, 0, a->D, t.scores);
+    if (visible > KEYS) prefetch(page(a, a->keys, blocks, h->kv_head, key + KEYS, a->D * bytes), KEYS * a->D * bytes);
+    int32_t at[KEYS];
+    for (int j = 0; j < KEYS; j++) at[j] = (int32_t)key + j;
     for (int r = 0; r < rows; r++)
-      soften(a, scores[r], key, position[r], slope[r], &most[r], &total[r], sums + r * W, W);
-    if (a->bf16)
-      value_tile(rows, scores, values, 1, count, W, sums);
+      soften(a, t.scores[r], at, t.position[r], t.near[r] - key, t.position[r] - key + 1, t.slope[r], &t.most[r],
+             &t.total[r], sums + r * W, W);
+    if (a->bf16 && a->values)
+      value_tile(rows, t.scores, values, 1, from, to, W, sums);
     else
-      value_tile(rows, scores, values, 0, count, W, sums);
+      value_tile(rows, t.scores, values, 0, from, to, W, sums);
   }
   for (int r = 0; r < rows; r++)
-    finish(a, sums + r * W, most[r], total[r], head[r], a->out + (token[r] * a->H + head[r]) * a->value_width);
+    finish(a, sums + r * W, t.most[r], t.total[r], head[r], a->out + (token[r] * a->H + head[r]) * a->value_width);
 }
 
 #define REST(n) \
-  case n: query_tile(n, a, t, row, sums); break;
+  case n: query_tile(n, a, t, row, sums, p); break;
 
-static void run_task(const attention *a, const task *t) {
+static void run_task(const attention *a, const task *t, panel *p) {
   float sums[TILE * WIDEST] __attribute__((aligned(64)));
-  int64_t row = 0, rows = t->count * (a->H / a->K);
-  for (; rows - row >= TILE; row += TILE) query_tile(TILE, a, t, row, sums);
+  int64_t row = 0, rows = t->count * a->reaches[t->reach].count;
+  for (; rows - row >= TILE; row += TILE) query_tile(TILE, a, t, row, sums, p);
   switch (rows - row) {
     REST(1) REST(2) REST(3) REST(4) REST(5)
 #if TILE > 6
@@ -210,25 +339,36 @@ static void run_task(const attention *a, const task *t) {
   }
 }
 
+/* With room to gather keys in, or to turn values into rows, which other tasks needn't lay out on their stack. */
+static __attribute__((noinline)) void run_gathering_task(const attention *a, const task *t) {
+  panel gathered;
+  run_task(a, t, &gathered);
+}
+
 /* Returns 0, or 1 when there is no memory for the list of tasks. */
 int64_t gristmill_attention(const attention *a, int64_t threads) {
   int64_t total = 0, n = 0;
-  for (int64_t s = 0; s < a->S; s++) total += (a->query_start[s + 1] - a->query_start[s] + SPAN - 1) / SPAN * a->K;
+  for (int64_t s = 0; s < a->S; s++) total += (a->query_start[s + 1] - a->query_start[s] + SPAN - 1) / SPAN * a->R;
   task *tasks = malloc((size_t)(total ? total : 1) * sizeof(task));
   if (!tasks) return 1;
   for (int32_t s = 0; s < a->S; s++)
     for (int32_t first = a->query_start[s]; first < a->query_start[s + 1]; first += SPAN)
-      for (int32_t head = 0; head < a->K; head++) {
+      for (int32_t r = 0; r < a->R; r++) {
         const int32_t left = a->query_start[s + 1] - first;
-        tasks[n++] = (task){s, head, first, left < SPAN ? left : SPAN};
+        tasks[n++] = (task){s, r, first, left < SPAN ? left : SPAN};
       }
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
-  for (int64_t i = 0; i < total; i++) run_task(a, &tasks[i]);
+  for (int64_t i = 0; i < total; i++) {
+    if (a->reaches[tasks[i].reach].far == NO_MORE && a->values)
+      run_task(a, &tasks[i], NULL);
+    else
+      run_gathering_task(a, &tasks[i]);
+  }
   free(tasks);
   return 0;
 }
 
-/* Write key [T, K, D] and value [T, K, value_width] (tokens `*_stride` apart) to slots [T] of the pools. */
+/* Write key [T, K, D] and value [T, K, value_width] (tokens `*_stride` apart; 0 columns: none) to slots [T] of the pools. */
 void gristmill_write(const float *key, int64_t key_stride, const float *value, int64_t value_stride,
                      const int64_t *slots, int64_t T, int64_t K, int64_t D, int64_t value_width, int64_t block_tokens,
                      int64_t bf16, void *keys, void *values, int64_t threads) {

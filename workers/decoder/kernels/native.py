@@ -2,31 +2,37 @@
 
 T tokens, S sequences, H query heads, K key-value heads, D head width, N and C output and input widths.
 
-All take contiguous float32 activations on the CPU (weights and caches may be bfloat16, which is widened exactly) and
-return new float32 tensors. An output row's bits depend on its own inputs only, not on how many rows came with it.
+All take contiguous float32 activations on the CPU and return new float32 tensors. Weights may be bfloat16, or 8-bit
+integers with a scale an output row; caches may be bfloat16. Both are widened exactly. An output row's bits depend on
+its own inputs only, not on how many rows came with it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from workers.decoder.kernels.build import load
+from workers.decoder.patterns import Reach
 
 _int64 = ctypes.c_int64
 _float = ctypes.c_float
 _pointer = ctypes.c_void_p
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of packed weights, as matmul.c numbers them
 
 
 class _Attention(ctypes.Structure):
     _fields_ = (
         *((name, _pointer) for name in ("query", "keys", "values", "query_start", "context_lens", "block_table")),
-        *((name, _pointer) for name in ("slopes", "sinks", "out")),
-        *((name, _int64) for name in ("query_stride", "S", "B", "H", "K", "D", "value_width", "block_tokens")),
-        *((name, _int64) for name in ("bf16", "window")),
+        *((name, _pointer) for name in ("slopes", "sinks", "heads", "reaches", "out")),
+        *((name, _int64) for name in ("query_stride", "S", "B", "H", "K", "R", "D", "value_width", "block_tokens")),
+        ("bf16", _int64),
         ("scale", _float),
         ("softcap", _float),
     )
@@ -60,7 +66,7 @@ def panel_keys() -> int:
 
 @functools.cache
 def widest_value() -> int:
-    """The widest value head that attention takes."""
+    """The widest value head that attention takes, and the widest key that it gathers."""
     return int(_library().gristmill_widest_value())
 
 
@@ -89,17 +95,26 @@ def pack_rows(packed: Tensor, first: int, matrix: Tensor) -> None:
         packed[..., at + whole, :, : rows - end] = matrix[..., end:, :].transpose(-1, -2)
 
 
-def matmul(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
-    """x [T, C] times a packed matrix [panels, C, P] -> [T, N]; bias [N] float32."""
-    return grouped_matmul(x, packed.unsqueeze(0), out_features, [x.shape[0]], None if bias is None else bias[None])
+def matmul(
+    x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None = None, scales: Tensor | None = None
+) -> Tensor:
+    """x [T, C] times a packed matrix [panels, C, P] -> [T, N]; bias [N] and scales [panels * P] float32."""
+    bias, scales = (None if one is None else one[None] for one in (bias, scales))
+    return grouped_matmul(x, packed.unsqueeze(0), out_features, [x.shape[0]], bias, scales)
 
 
 def grouped_matmul(
-    x: Tensor, packed: Tensor, out_features: int, rows_per_slot: list[int], bias: Tensor | None = None
+    x: Tensor,
+    packed: Tensor,
+    out_features: int,
+    rows_per_slot: list[int],
+    bias: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """x [T, C] in runs of rows_per_slot, each times its slot's matrix of packed [slots, panels, C, P] -> [T, N].
 
-    bias is [slots, N] float32. T is the sum of rows_per_slot.
+    bias is [slots, N] float32. T is the sum of rows_per_slot. int8 matrices come with scales [slots, panels * P]
+    float32, one an output column, by which the sums are multiplied before bias is added.
     """
     x = _plain(x)
     slots, panels, width, panel = packed.shape
@@ -107,6 +122,10 @@ def grouped_matmul(
     assert len(rows_per_slot) == slots, (len(rows_per_slot), slots)
     assert sum(rows_per_slot) == x.shape[0], (rows_per_slot, x.shape)
     assert packed.is_contiguous()
+    assert (scales is not None) == (packed.dtype == torch.int8), packed.dtype
+    if scales is not None:
+        assert scales.shape == (slots, panels * panel), (scales.shape, packed.shape)
+        scales = _plain(scales)
     if bias is not None:
         assert bias.shape == (slots, out_features)
         bias = torch.nn.functional.pad(_plain(bias), (0, panels * panel - out_features))
@@ -114,7 +133,8 @@ def grouped_matmul(
     _library().gristmill_matmul(
         _pointer(x.data_ptr()),
         _pointer(packed.data_ptr()),
-        _int64(_is_bf16(packed)),
+        _int64(_KINDS[packed.dtype]),
+        None if scales is None else _pointer(scales.data_ptr()),
         (_int64 * slots)(*rows_per_slot),
         _int64(slots),
         _int64(width),
@@ -142,13 +162,49 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up for gate_up [T, 2F], the gate in the first half -> [T, F]."""
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), elementwise."""
+    x = _plain(x)
+    out = torch.empty_like(x)
+    _library().gristmill_sigmoid(_pointer(x.data_ptr()), _int64(x.numel()), _pointer(out.data_ptr()))
+    return out
+
+
+def swiglu(gate_up: Tensor, *, alpha: float = 1.0, limit: float = math.inf, shift: float = 0.0) -> Tensor:
+    """gate * sigmoid(alpha * gate) * (up + shift), gate at most `limit`, up within it, for gate_up [T, 2F] -> [T, F].
+
+    The gate is in the first half. As it stands: silu(gate) * up.
+    """
     gate_up = _plain(gate_up)
     tokens, width = gate_up.shape
     out = torch.empty(tokens, width // 2)
-    _library().gristmill_silu_mul(
-        _pointer(gate_up.data_ptr()), _int64(tokens), _int64(width // 2), _pointer(out.data_ptr()), _threads()
+    _library().gristmill_swiglu(
+        _pointer(gate_up.data_ptr()),
+        _int64(tokens),
+        _int64(width // 2),
+        _float(alpha),
+        _float(limit),
+        _float(shift),
+        _pointer(out.data_ptr()),
+        _threads(),
+    )
+    return out
+
+
+def gelu(x: Tensor, *, gated: bool, exact: bool) -> Tensor:
+    """gelu(x) for x [T, F]; gated: gelu(gate) * up for x [T, 2F]. Not exact: by its approximation with tanh."""
+    x = _plain(x)
+    tokens, width = x.shape
+    width = width // 2 if gated else width
+    out = torch.empty(tokens, width)
+    _library().gristmill_gelu(
+        _pointer(x.data_ptr()),
+        _int64(tokens),
+        _int64(width),
+        _int64(gated),
+        _int64(exact),
+        _pointer(out.data_ptr()),
+        _threads(),
     )
     return out
 
@@ -175,9 +231,11 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def new_pages(
-    num_blocks: int, num_kv_heads: int, block_tokens: int, head_width: int, value_width: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    num_blocks: int, num_kv_heads: int, block_tokens: int, head_width: int, value_width: int | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
     """Empty pools of keys and values in the layout that `attention` reads (attention.c says which).
+
+    value_width None: the keys hold the values, so there is no second pool.
 
     Whatever the memory held: `attention` never lets a slot that was not written reach a result. So the operating system
     provides pages as they are first written, and a large cache costs nothing until it is used.
@@ -185,42 +243,76 @@ def new_pages(
     assert block_tokens % panel_keys() == 0
     panel = panel_columns()
     keys = torch.empty(num_blocks, num_kv_heads, block_tokens // panel_keys(), head_width, panel_keys(), dtype=dtype)
+    if value_width is None:
+        return keys, None
     values = torch.empty(num_blocks, num_kv_heads, block_tokens, -(-value_width // panel) * panel, dtype=dtype)
     return keys, values
 
 
-def write_pages(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
+def write_pages(keys: Tensor, values: Tensor | None, key: Tensor, value: Tensor | None, slots: Tensor) -> None:
     """Write key [T, K, D] and value [T, K, Dv] to slots [T] int64 (block * block_tokens + offset) of the pools."""
-    key, value = _heads(key), _heads(value)
+    assert (values is None) == (value is None)
+    key, value = _heads(key), None if value is None else _heads(value)
     _library().gristmill_write(
         _pointer(key.data_ptr()),
         _int64(key.stride(0)),
-        _pointer(value.data_ptr()),
-        _int64(value.stride(0)),
+        None if value is None else _pointer(value.data_ptr()),
+        _int64(0 if value is None else value.stride(0)),
         _pointer(slots.contiguous().data_ptr()),
         _int64(key.shape[0]),
         _int64(key.shape[1]),
         _int64(key.shape[2]),
-        _int64(value.shape[2]),
-        _int64(values.shape[2]),
+        _int64(0 if value is None else value.shape[2]),
+        _int64(keys.shape[2] * keys.shape[4]),
         _int64(_is_bf16(keys)),
         _pointer(keys.data_ptr()),
-        _pointer(values.data_ptr()),
+        None if values is None else _pointer(values.data_ptr()),
         _threads(),
     )
+
+
+_NEAR = {"all": 0, "window": 1, "block": 2, "none": 3}  # as attention.c numbers them
+_FAR = {"none": 0, "column": 1, "summary": 2}
+
+
+class HeadRuns(NamedTuple):
+    """Which query heads are computed together, and what they see."""
+
+    heads: Tensor  # int32 [H] query heads, those that share a key-value head and a reach side by side
+    reaches: Tensor  # int32 [R, 9], each of a run of `heads`: attention.c's `reach`
+
+
+def head_runs(reaches: Sequence[Reach], num_kv_heads: int) -> HeadRuns:
+    """`reaches`: what each query head sees."""
+    group = len(reaches) // num_kv_heads
+    order: list[int] = []
+    runs = []
+    for kv_head in range(num_kv_heads):
+        own = range(kv_head * group, (kv_head + 1) * group)
+        for reach in dict.fromkeys(reaches[head] for head in own):
+            heads = [head for head in own if reaches[head] == reach]
+            near, far = (_NEAR[reach.near], reach.width), (_FAR[reach.far], reach.period, *reach.summary)
+            runs.append((kv_head, len(order), len(heads), *near, *far))
+            order += heads
+    return HeadRuns(torch.tensor(order, dtype=torch.int32), torch.tensor(runs, dtype=torch.int32))
+
+
+@functools.cache
+def _full_runs(num_heads: int, num_kv_heads: int) -> HeadRuns:
+    return head_runs([Reach()] * num_heads, num_kv_heads)
 
 
 def attention(
     query: Tensor,
     keys: Tensor,
-    values: Tensor,
+    values: Tensor | None,
     *,
     query_start: Tensor,
     context_lens: Tensor,
     block_table: Tensor,
     value_width: int,
     scale: float,
-    window: int | None = None,
+    runs: HeadRuns | None = None,
     softcap: float | None = None,
     slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -228,33 +320,37 @@ def attention(
     """query [T, H, D] over the pools -> [T, H, value_width]; the metadata is int32, slopes and sinks [H] float32.
 
     The sequence of context length L that has q queries in this step has them at positions L - q ... L - 1; each sees
-    the keys at its position and before, no more than `window` of them.
+    the keys at its position and before, or of those what `runs` say of each head. Without `values` a key's first
+    value_width columns are its value.
     """
     query = _heads(query)
     tokens, heads, width = query.shape
     out = torch.empty(tokens, heads, value_width)
     held = [t.to(torch.int32).contiguous() for t in (query_start, context_lens, block_table)]
     extra = [None if t is None else _plain(t) for t in (slopes, sinks)]
+    runs = runs or _full_runs(heads, keys.shape[1])
     call = _Attention(
         query=query.data_ptr(),
         keys=keys.data_ptr(),
-        values=values.data_ptr(),
+        values=None if values is None else values.data_ptr(),
         query_start=held[0].data_ptr(),
         context_lens=held[1].data_ptr(),
         block_table=held[2].data_ptr(),
         slopes=None if extra[0] is None else extra[0].data_ptr(),
         sinks=None if extra[1] is None else extra[1].data_ptr(),
+        heads=runs.heads.data_ptr(),
+        reaches=runs.reaches.data_ptr(),
         out=out.data_ptr(),
         query_stride=query.stride(0),
         S=held[1].shape[0],
         B=held[2].shape[1],
         H=heads,
         K=keys.shape[1],
+        R=runs.reaches.shape[0],
         D=width,
         value_width=value_width,
-        block_tokens=values.shape[2],
+        block_tokens=keys.shape[2] * keys.shape[4],
         bf16=_is_bf16(keys),
-        window=window or 0,
         scale=scale,
         softcap=softcap or 0.0,
     )

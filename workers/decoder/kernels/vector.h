@@ -9,6 +9,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define LANES 16 /* floats in a register */
@@ -27,6 +30,7 @@
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
+typedef int8_t bvec __attribute__((vector_size(LANES)));
 
 INLINE vec splat(float x) { return x - (vec){0}; }
 
@@ -39,10 +43,31 @@ INLINE vec load(const float *p) {
 INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 
 /* bfloat16 is the upper half of a float32: widening is exact. */
+INLINE float from_bf16(uint16_t x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float wide;
+  memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
 INLINE vec load_bf16(const uint16_t *p) {
   hvec h;
   memcpy(&h, p, sizeof h);
   return (vec)(__builtin_convertvector(h, ivec) << 16);
+}
+
+/* 8-bit integers are floats exactly. GCC takes the portable form apart into single bytes, at four times the cost, so
+   that processors which have the instruction for it are told. */
+INLINE vec load_i8(const int8_t *p) {
+#if defined(__AVX512F__)
+  return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__)
+  return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+  bvec b;
+  memcpy(&b, p, sizeof b);
+  return __builtin_convertvector(__builtin_convertvector(b, ivec), vec);
+#endif
 }
 
 /* Element `i` of an array of float32 (bf16 = 0) or bfloat16 (bf16 = 1), LANES of them. */
