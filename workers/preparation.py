@@ -52,6 +52,7 @@ class TextKind:
 
     builder: PromptBuilder | TextBuilder
     max_tokens: int  # more than these are too many
+    counted: str = ""  # what people should know about how its tokens were counted
     shortened_tokens: int | None = None  # a text of too many is cut down to these; None: it is refused
 
 
@@ -151,7 +152,9 @@ class Preparation:
     ) -> _Encoded | RowError:
         """What becomes of a text that has too many tokens."""
         if kind.shortened_tokens is None:
-            return RowError("prompt_too_long", f"{num_tokens:,} tokens, and at most {kind.max_tokens:,} fit")
+            return RowError(
+                "prompt_too_long", f"{num_tokens:,} tokens{kind.counted}, and at most {kind.max_tokens:,} fit"
+            )
         limit = kind.shortened_tokens
 
         def count(prompt: Prompt) -> int:

@@ -169,5 +169,6 @@ def _passages(settings: ShardSettings, source: Source, loaded: LoadedEngine) -> 
     return TextKind(
         builder=TextBuilder(row_text),
         max_tokens=most,
+        counted=" (embed.echo says the text twice)" if embed.text.echo else "",
         shortened_tokens=most if settings.on_too_long == "truncate" else None,
     )

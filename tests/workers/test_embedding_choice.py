@@ -23,14 +23,19 @@ def test_what_a_job_says_stays(tmp_path):
 
 def test_a_model_without_instructions_gets_what_was_measured_to_be_best(tmp_path, monkeypatch):
     assert settle_embedding(OPEN, tmp_path, num_rows=MANY) == BEST
-    monkeypatch.setattr(embedding_choice, "BEST", replace(BEST, pooling="weighted_mean", echo=True, center=True))
+    monkeypatch.setattr(embedding_choice, "BEST", replace(BEST, pooling="weighted_mean", center=True))
     assert settle_embedding(OPEN, tmp_path, num_rows=MANY) == embedding_choice.BEST
     few = settle_embedding(OPEN, tmp_path, num_rows=MANY - 1)
     assert few == replace(embedding_choice.BEST, center=False), "a mean of few rows says little about the model"
 
 
+def test_a_job_that_names_its_pooling_gets_no_more_than_that(tmp_path):
+    asked = replace(OPEN, pooling="mean")
+    assert settle_embedding(asked, tmp_path, num_rows=MANY) == replace(BEST, pooling="mean", echo=False, center=False)
+
+
 def test_a_model_with_instructions_gets_what_they_say(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding_choice, "BEST", replace(BEST, echo=True, center=True))
+    monkeypatch.setattr(embedding_choice, "BEST", replace(BEST, center=True))
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text(
         json.dumps({"pooling_mode_lasttoken": True, "include_prompt": False})
