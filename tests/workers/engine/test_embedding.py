@@ -87,7 +87,7 @@ def as_sentence_transformers(folder: Path, texts: list[str], prompt: str, poolin
     ("family", "pooling", "include_prompt", "after"),
     [
         ("mistral", "lasttoken", True, "<|im_start|> <|im_end|>"),  # as E5-Mistral
-        ("llama", "lasttoken", True, "<|endoftext|>"),  # as Qwen3-Embedding
+        ("qwen3", "lasttoken", True, "<|endoftext|>"),  # as Qwen3-Embedding
         ("llama", "mean_tokens", False, "<|im_start|> <|im_end|>"),  # as INSTRUCTOR models
         ("llama", "weightedmean_tokens", True, "<|endoftext|>"),  # as SGPT
     ],
@@ -162,18 +162,18 @@ def finish(engine: Engine) -> list[Finished]:
     return finished
 
 
-MANY = [[5 + (7 * i + j) % 590 for j in range(8 + 5 * i)] for i in range(6)]
+MANY = [[5 + (7 * i + j) % 590 for j in range(8 + 9 * i)] for i in range(4)]
 
 
 @pytest.mark.parametrize(("pooling", "n"), [("mean", 1), ("last", 2), ("weighted_mean", 2)])
 def test_a_generation_and_its_prompts_vector_come_from_one_pass(
     tiny_engine: Callable[..., Engine], block_bytes: int, pooling: str, n: int
 ) -> None:
-    params = SamplingParams(max_new_tokens=36, temperature=1.0, n=n, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=40, temperature=1.0, n=n, ignore_eos=True)
     expected = tiny_engine().generate(MANY, params, keys=range(len(MANY)))
     vectors = tiny_engine().embed(MANY, pooling)
-    crowded = {"kv_cache_bytes": 7 * block_bytes}
-    for options, new_tokens in (({}, 3), ({"step_tokens": 16}, 3), (crowded, 36)):
+    crowded = {"kv_cache_bytes": 5 * block_bytes}
+    for options, new_tokens in (({}, 3), ({"step_tokens": 16}, 3), (crowded, 40)):
         engine = tiny_engine(**options)
         params = replace(params, max_new_tokens=new_tokens)
         for i, prompt in enumerate(MANY):
@@ -186,7 +186,7 @@ def test_a_generation_and_its_prompts_vector_come_from_one_pass(
         np.testing.assert_allclose(found, vectors, atol=1e-6)
         if options is crowded:
             assert engine.stats.preemptions > 0
-        else:
+        elif not options:
             assert engine.stats.prefill_tokens == sum(map(len, MANY)), "each prompt was computed once"
 
 
@@ -205,7 +205,7 @@ def test_a_step_that_fails_after_its_vectors_leaves_them_to_be_made_again(
     def failing(hidden: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        if calls in (2, 4):
+        if calls in (1, 3):
             raise RuntimeError("out of memory")
         return logits(hidden)
 
@@ -216,7 +216,7 @@ def test_a_step_that_fails_after_its_vectors_leaves_them_to_be_made_again(
             answers |= {answer.request_id: answer for answer in engine.step()}
         except RuntimeError:
             continue
-    assert calls > 4
+    assert calls > 3
     for i in range(len(MANY)):
         for request_id in (i, 100 + i):
             found = answers[request_id].vector
