@@ -23,12 +23,11 @@ import torch
 from pipeline.embedding import EmbeddedText, TextForm, VectorForm
 from pipeline.errors import RowError
 from pipeline.model_path import resolve_model
-from pipeline.tokenizer import Tokenizer, load_tokenizer
-from pipeline.tokenizers.checkpoint import directory_facts
+from pipeline.tokenizer import Tokenizer
 from workers.decoder.model import Decoder
 from workers.engine import offline
 from workers.engine.block_tables import BlockTables
-from workers.engine.endings import Ending, Endings
+from workers.engine.endings import Ending, Endings, read_vocabulary
 from workers.engine.kv_cache import CacheShape, GroupNeed, KVCache, auto_budget_bytes, split_budget
 from workers.engine.request import EmbedRequest, Finished, GenerateRequest, Output, Request, SamplingParams
 from workers.engine.runner import Runner
@@ -136,7 +135,7 @@ class Engine:
         found = resolve_model(str(path))
         context = None if max_context == "auto" else max_context
         decoder = Decoder.load(found, device=device, dtype=dtype, max_context=context)
-        tokenizer, eos_ids = _vocabulary(found)
+        tokenizer, eos_ids = read_vocabulary(found)
         return cls(
             decoder,
             tokenizer,
@@ -399,14 +398,6 @@ class Engine:
             return None
         strange = next(token for token in token_ids if not 0 <= token < vocabulary)
         return RowError("internal", f"token id {strange} is outside the model's vocabulary of {vocabulary}")
-
-
-def _vocabulary(path: Path) -> tuple[Tokenizer | None, frozenset[int]]:
-    """The checkpoint's tokenizer, if it has one, and the tokens that end a text."""
-    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        return None, directory_facts(path, {}, lambda token: None, digest="").eos_ids
-    tokenizer = load_tokenizer(path)
-    return tokenizer, tokenizer.eos_ids
 
 
 def _failed(request: Request, error: RowError) -> Finished:
