@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jobs.embedding import provenance_settings
 from jobs.report import write_report
 from jobs.spec import JsonObject
 from jobs.store import JobStore
@@ -43,11 +44,13 @@ class Finisher:
     def _index_arguments(self) -> dict[str, Any]:
         spec = self._store.job.spec
         assert spec.index is not None
+        assert spec.embed is not None
         return {
             "job": spec.name,
             "provenance": self._provenance(),
             "kind": spec.index.kind,
             "shards": 1 if spec.index.shards == "auto" else spec.index.shards,
+            "center": spec.embed.center is True,
         }
 
     def _provenance(self) -> Provenance:
@@ -59,4 +62,5 @@ class Finisher:
             tokenizer=load_tokenizer(job.model_path).digest,
             pooling=job.spec.embed.pooling,
             query_template=job.spec.embed.query_template,
+            settings=provenance_settings(job.spec.embed),
         )

@@ -13,13 +13,15 @@ from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
 
+from jobs.embedding import embedding_forms
 from jobs.fleet import this_machine
 from jobs.layout import Layout, choose_layout
 from jobs.resolve import ResolvedJob, resolve
-from jobs.spec import JobSpec
+from jobs.spec import EmbedSpec, JobSpec
 from jobs.status import job_status
 from jobs.terminal import human_bytes, human_seconds
-from pipeline.errors import RowError
+from pipeline.embedding import EmbeddedText, TextEncoder, TextForm
+from pipeline.errors import RowError, UserError
 from pipeline.prompts import Example, ModelText, PromptBuilder, PromptSettings, TextBuilder
 from pipeline.row_text import RowText
 from pipeline.source import Rows, Split
@@ -54,6 +56,7 @@ class Plan:
     tokens: TokenEstimate
     max_new_tokens: int  # a row, all of its samples together
     embeds_generation: bool
+    dimension: int  # of a vector; 0 where nothing is embedded
     seconds: float | None  # None: not estimated
     output: str  # what is at output.path
 
@@ -114,7 +117,7 @@ class Plan:
         if spec.embed is not None:
             samples = spec.generate.n if spec.generate is not None and spec.embed.of != "prompt" else 1
             vectors = self.job.source.num_rows * (samples + (1 if spec.embed.of == "both" else 0))
-            text += f"; index: {human_bytes(vectors * shard.hidden_width * 4)} of vectors"
+            text += f"; index: {human_bytes(vectors * self.dimension * 4)} of vectors"
         return text
 
     def _where(self) -> str:
@@ -173,6 +176,7 @@ def make_plan(spec: JobSpec) -> Plan:
         tokens=tokens,
         max_new_tokens=new_tokens,
         embeds_generation=embeds_generation,
+        dimension=_dimension(settled.embed, shard) if settled.embed is not None else 0,
         seconds=None
         if layout is None
         else _seconds(job, shard, tokens, new_tokens, embeds_generation, num_shards=layout.num_shards),
@@ -180,9 +184,17 @@ def make_plan(spec: JobSpec) -> Plan:
     )
 
 
+def _dimension(embed: EmbedSpec, shard: Forecast) -> int:
+    try:
+        return embedding_forms(embed)[0].width(shard.hidden_width, shard.router_width)
+    except ValueError as error:
+        raise UserError(f"embed.{error}") from None
+
+
 def estimate_tokens(job: ResolvedJob, max_context: int) -> TokenEstimate:
     tokenizer = load_tokenizer(job.model_path)
     prompts, passages = _builders(job, tokenizer)
+    embeds = TextEncoder(tokenizer, embedding_forms(job.spec.embed)[1] if job.spec.embed is not None else TextForm())
     columns = list(dict.fromkeys(column for builder in (prompts, passages) if builder for column in builder.columns))
     read, embedded, errors = list[list[int]](), list[list[int]](), Counter[str]()
     sampled = 0
@@ -192,9 +204,11 @@ def estimate_tokens(job: ResolvedJob, max_context: int) -> TokenEstimate:
             if builder is None:
                 continue
             built = builder.build(rows)
-            encoded = iter(tokenizer.encode_batch([one for one in built if not isinstance(one, RowError)]))
+            sound = [one for one in built if not isinstance(one, RowError)]
+            encoded = iter(tokenizer.encode_batch(sound) if builder is prompts else embeds.encode(sound))
             for one in built:
-                ids = one if isinstance(one, RowError) else next(encoded)
+                found = one if isinstance(one, RowError) else next(encoded)
+                ids = found.ids if isinstance(found, EmbeddedText) else found
                 if isinstance(ids, RowError):
                     errors[ids.code] += 1
                 elif len(ids) > max_context - (builder is prompts) and job.spec.prompt.on_too_long == "error":
@@ -206,7 +220,7 @@ def estimate_tokens(job: ResolvedJob, max_context: int) -> TokenEstimate:
         errors=errors,
         prompt=_mean(read),
         shared=common_prefix(read) // _BLOCK_TOKENS * _BLOCK_TOKENS,
-        passage=_mean(embedded),
+        passage=0.0 if embedded == read else _mean(embedded),  # a prompt that is the passage too is read once
     )
 
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from jobs.found_rows import FoundRow, FoundRows
 from jobs.spec import JobSpec
 from jobs.status import open_job
+from pipeline.embedding import EmbeddedText, TextEncoder, query_forms
 from pipeline.errors import RowError, UserError
 from pipeline.index.manifest import Provenance
 from pipeline.index.search import VectorIndex
@@ -93,10 +94,16 @@ def embed_queries(texts: Sequence[str], made: Provenance, spec: JobSpec) -> npt.
             f"model {made.model}: changed since the index was made ({difference}); put the old one back or embed anew"
         )
     query_text = QueryText(made.query_template)
-    tokens = tokenizer.encode_batch([query_text.build(text) for text in texts])
-    for text, ids in zip(texts, tokens, strict=True):
-        if isinstance(ids, RowError):
-            raise UserError(f"query {_shown(text)}: {ids.message}")
+    try:
+        form, text_form = query_forms(made.pooling, made.settings)
+    except ValueError as error:
+        raise UserError(f"query: {error}") from None
+    encoded = TextEncoder(tokenizer, text_form).encode([query_text.build(text) for text in texts])
+    tokens: list[EmbeddedText] = []
+    for text, one in zip(texts, encoded, strict=True):
+        if isinstance(one, RowError):
+            raise UserError(f"query {_shown(text)}: {one.message}")
+        tokens.append(one)
     loaded = load_engine(
         EngineSettings(
             model_path=str(model_path),
@@ -108,7 +115,9 @@ def embed_queries(texts: Sequence[str], made: Provenance, spec: JobSpec) -> npt.
         )
     )
     try:
-        vectors: npt.NDArray[np.float32] = loaded.engine.embed(tokens, pooling=made.pooling)
+        vectors: npt.NDArray[np.float32] = loaded.engine.embed(
+            tokens, form.pooling, dimensions=form.dimensions, routing_weight=form.routing_weight
+        )
     except ValueError as error:
         raise UserError(f"query: {error}") from None
     return vectors

@@ -5,16 +5,17 @@ Nothing is written, and neither torch nor Ray is loaded, but for torch in a job 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from jobs.output_path import refuse_output_in_input
-from jobs.spec import JobSpec, JsonObject, fingerprint, fingerprint_parts
+from jobs.spec import EmbedSpec, JobSpec, JsonObject, fingerprint, fingerprint_parts
 from pipeline.errors import UserError
 from pipeline.model_path import model_digest, resolve_model
 from pipeline.row_text import RowText
 from pipeline.source import Source, Split, auto_rows_per_split
-from workers.pooling_choice import resolve_pooling
+from workers.embedding_choice import EmbeddingChoice, settle_embedding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,7 @@ class PlannedJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedJob:
-    """`spec` has no `auto` left where the model or the input decide: prompt.column, embed.pooling, output.*."""
+    """`spec` has no `auto` left where the model or the input decide: prompt.column, embed.*, output.*."""
 
     spec: JobSpec
     model_path: Path
@@ -117,8 +118,25 @@ def _settle(spec: JobSpec, source: Source, model_path: Path, planned: PlannedJob
     output = spec.output.model_copy(update={"columns": carried, "rows_per_split": rows_per_split})
     embed = spec.embed
     if embed is not None:
-        embed = embed.model_copy(update={"pooling": resolve_pooling(embed.pooling, model_path)})
+        embed = _settle_embed(embed, model_path, source.num_rows)
     return settled.model_copy(update={"output": output, "embed": embed}), rows_per_split
+
+
+def _settle_embed(embed: EmbedSpec, model_path: Path, num_rows: int) -> EmbedSpec:
+    """A query_template is written for the model: its own prompt for queries is then left to it."""
+    choice = settle_embedding(
+        EmbeddingChoice(
+            pooling=embed.pooling,
+            include_prompt=embed.include_prompt,
+            passage_prompt=embed.passage_prompt,
+            query_prompt="" if embed.query_template != "{{ text }}" else embed.query_prompt,
+            echo=embed.echo,
+            center=embed.center,
+        ),
+        model_path,
+        num_rows=num_rows,
+    )
+    return embed.model_copy(update=dataclasses.asdict(choice))
 
 
 def _reads_prompt(spec: JobSpec) -> bool:

@@ -75,6 +75,17 @@ CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
 BytesOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_bytes_or_auto)]
 
 
+# Settings of `embed` that came later, as they are where they change nothing: they are then no part of a fingerprint.
+_WITHOUT_EFFECT = {
+    "dimensions": None,
+    "passage_prompt": "",
+    "query_prompt": "",
+    "include_prompt": True,
+    "echo": False,
+    "center": False,
+}
+
+
 class Section(BaseModel):
     """Frozen; unknown keys and wrong types are refused, nothing is coerced but a whole number to a float."""
 
@@ -139,14 +150,20 @@ class EmbedSpec(Section):
     template: Text | None = None
     query_template: Text = "{{ text }}"
     pooling: Literal["auto", "mean", "last", "weighted_mean"] = "auto"
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    passage_prompt: str = "auto"
+    query_prompt: str = "auto"
+    include_prompt: Annotated[bool | Literal["auto"], BeforeValidator(_auto_or_bool)] = "auto"
+    echo: Annotated[bool | Literal["auto"], BeforeValidator(_auto_or_bool)] = "auto"
+    center: Annotated[bool | Literal["auto"], BeforeValidator(_auto_or_bool)] = "auto"
     routing_weight: Annotated[float, Field(ge=0)] = 0.0
 
     @model_validator(mode="after")
     def _template_is_used(self) -> EmbedSpec:
         if self.template is not None and self.of == "generation":
             raise _refusal("template replaces the prompt as the embedded text, but of: generation embeds no prompt")
-        if self.routing_weight:
-            raise _refusal("routing_weight is not supported yet; leave it at 0.0")
+        if self.query_prompt not in ("auto", "") and self.query_template != "{{ text }}":
+            raise _refusal("query_prompt and query_template are both set; write the prompt into the template")
         return self
 
     @property
@@ -288,12 +305,17 @@ def fingerprint_parts(
         "input": {"id": spec.input.id, "format": spec.input.format, "files": [list(file) for file in input_files]},
         "prompt": spec.prompt.model_dump(mode="json"),
         "generate": spec.generate.model_dump(mode="json") if spec.generate else None,
-        "embed": spec.embed.model_dump(mode="json") if spec.embed else None,
+        "embed": _embed_covered(spec.embed) if spec.embed else None,
         "rows_per_split": rows_per_split,
     }
     if spec.attention is not None:  # left out where it is not: jobs from before it stay the same jobs
         parts["attention"] = list(spec.attention_rules)
     return parts
+
+
+def _embed_covered(embed: EmbedSpec) -> JsonObject:
+    values = embed.model_dump(mode="json")
+    return {key: value for key, value in values.items() if key not in _WITHOUT_EFFECT or value != _WITHOUT_EFFECT[key]}
 
 
 def fingerprint(parts: JsonObject) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from jobs.embedding import embedding_forms
+from jobs.spec import EmbedSpec
 from jobs.store import JobStore
 from pipeline.prompts import Example, PromptSettings
 from workers.settings import EmbedSettings, EngineSettings, ShardSettings
@@ -39,12 +41,15 @@ def worker_settings(store: JobStore, engine_factory: str) -> ShardSettings:
         on_too_long=spec.prompt.on_too_long,
         date=store.date,
         sampling=spec.generate.model_dump() if spec.generate else None,
-        embed=EmbedSettings(of=spec.embed.of, template=spec.embed.template, pooling=spec.embed.pooling)
-        if spec.embed
-        else None,
+        embed=_embed(spec.embed) if spec.embed else None,
         carried=columns,
         id_column=spec.input.id,
     )
+
+
+def _embed(embed: EmbedSpec) -> EmbedSettings:
+    vector, text = embedding_forms(embed)
+    return EmbedSettings(of=embed.of, template=embed.template, form=vector, text=text)
 
 
 def _number(setting: int | Literal["auto"]) -> int | None:

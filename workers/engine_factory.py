@@ -22,7 +22,8 @@ class LoadedEngine:
     engine: Any
     tokenizer: Tokenizer
     max_context: int
-    vector_width: int
+    vector_width: int  # of hidden states
+    router_width: int = 0  # the experts of all layers that have a router
     lock_step: Any = None
 
 
@@ -74,4 +75,5 @@ def load_engine(settings: EngineSettings) -> LoadedEngine:
         max_context=engine.max_context,
         vector_width=engine.decoder.hidden_width,
         lock_step=lock_step,
+        router_width=engine.decoder.router_width,
     )

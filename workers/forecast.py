@@ -22,7 +22,7 @@ from workers.decoder.config import (
 )
 from workers.decoder.describe import describe
 from workers.decoder.kernels import build
-from workers.decoder.model import layer_groups
+from workers.decoder.model import layer_groups, router_width
 from workers.decoder.precision import resolve_precision
 from workers.engine.engine import BLOCK_TOKENS, MAX_SEQUENCES, STEP_TOKENS
 from workers.engine.kv_cache import CacheShape, GroupNeed, auto_budget_bytes
@@ -105,6 +105,7 @@ class Forecast:
     parts: str  # for people
     num_layers: int
     hidden_width: int
+    router_width: int  # the experts of all layers that have a router
     max_context: int
     device: Literal["cpu", "cuda"]
     dtype: str
@@ -169,6 +170,7 @@ def forecast(settings: EngineSettings, *, measures: bool = True) -> Forecast:
         parts="; ".join(words for words in describe(config).values() if words),
         num_layers=len(config.layers),
         hidden_width=config.hidden_width,
+        router_width=router_width(config),
         max_context=min(settings.max_context or config.max_context, config.max_context),
         device="cuda" if device == "cuda" else "cpu",
         dtype=str(precision.weights).removeprefix("torch."),

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import pyarrow as pa
 
+from pipeline.embedding import EmbeddedText, TextEncoder, TextForm
 from pipeline.errors import RowError
 from pipeline.job_folder import JobFolder
 from pipeline.prompts import Prompt, PromptBuilder, TextBuilder
@@ -21,6 +22,8 @@ from workers.work import Work
 MAX_CHUNK_ROWS = 512
 
 Tokens = list[int] | RowError
+Passage = EmbeddedText | RowError
+_Encoded = TypeVar("_Encoded", list[int], EmbeddedText)
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
@@ -39,7 +42,7 @@ class TokenizedRows:
     batch: pa.RecordBatch  # the rows as read, from `first_row` on, for the columns that are carried over
     rows: range | list[int]  # of the job; those of `batch` that are to be run
     prompts: list[Tokens] | None  # to be continued; None in a job that does not generate
-    passages: list[Tokens] | None  # to be embedded; None in a job that embeds no prompts
+    passages: list[Passage] | None  # to be embedded; None in a job that embeds no prompts
     num_tokens: int
 
 
@@ -49,11 +52,15 @@ class TextKind:
 
     builder: PromptBuilder | TextBuilder
     max_tokens: int  # more than these are too many
+    counted: str = ""  # what people should know about how its tokens were counted
     shortened_tokens: int | None = None  # a text of too many is cut down to these; None: it is refused
 
 
 class Preparation:
-    """Reads and tokenizes for one shard, in its reading thread. `prompts` or `passages` None: there are none."""
+    """Reads and tokenizes for one shard, in its reading thread. `prompts` or `passages` None: there are none.
+
+    `text_form`: how a text that is embedded is put to the model.
+    """
 
     def __init__(
         self,
@@ -64,6 +71,7 @@ class Preparation:
         *,
         prompts: TextKind | None,
         passages: TextKind | None,
+        text_form: TextForm,
     ) -> None:
         self._source = source
         self._tokenizer = tokenizer
@@ -71,6 +79,7 @@ class Preparation:
         self._folder = folder
         self._prompts = prompts
         self._passages = passages
+        self._embedded = TextEncoder(tokenizer, text_form)
         kinds = [kind for kind in (prompts, passages) if kind is not None]
         columns = [*(column for kind in kinds for column in kind.builder.columns), *layout.input_columns]
         self._columns = list(dict.fromkeys(columns))
@@ -89,8 +98,8 @@ class Preparation:
         first_row = rows.first_row + start
         to_run = work.rows_to_run(first_row, first_row + length)
         chosen = _select(rows, to_run)
-        prompts = self._tokens(self._prompts, chosen) if self._prompts and to_run else None
-        passages = self._tokens(self._passages, chosen) if self._passages and to_run else None
+        prompts = self._tokens(self._prompts, chosen, self._encode_prompts) if self._prompts and to_run else None
+        passages = self._tokens(self._passages, chosen, self._encode_passages) if self._passages and to_run else None
         return TokenizedRows(
             work=work,
             first_row=first_row,
@@ -98,21 +107,23 @@ class Preparation:
             rows=to_run,
             prompts=prompts,
             passages=passages,
-            num_tokens=sum(len(ids) for ids in (*(prompts or ()), *(passages or ())) if not isinstance(ids, RowError)),
+            num_tokens=sum(_length(tokens) for tokens in (*(prompts or ()), *(passages or ()))),
         )
 
-    def tokenize_generations(self, texts: Sequence[str]) -> list[Tokens]:
-        """Generated texts, to be embedded: tokenized as they are."""
-        return self._encode(
+    def tokenize_generations(self, texts: Sequence[str]) -> list[Passage]:
+        """Generated texts, to be embedded as passages are."""
+        return self._encode_passages(
             [Prompt(text, add_special_tokens=True, parse_special=False) if text else _NOTHING for text in texts]
         )
 
-    def _tokens(self, kind: TextKind, rows: Rows) -> list[Tokens]:
+    def _tokens(
+        self, kind: TextKind, rows: Rows, encode: Callable[[Sequence[Prompt | RowError]], list[_Encoded | RowError]]
+    ) -> list[_Encoded | RowError]:
         """Each row's token ids, or why it has none."""
-        tokens = self._encode(self._build(kind, rows))
+        tokens = encode(self._build(kind, rows))
         for offset, ids in enumerate(tokens):
-            if not isinstance(ids, RowError) and len(ids) > kind.max_tokens:
-                tokens[offset] = self._cut_down(kind, rows, offset, len(ids))
+            if (length := _length(ids)) > kind.max_tokens:
+                tokens[offset] = self._cut_down(kind, rows, offset, length, encode)
         return tokens
 
     def _build(self, kind: TextKind, rows: Rows) -> list[Prompt | RowError]:
@@ -125,35 +136,59 @@ class Preparation:
             for row in range(rows.first_row, rows.first_row + rows.batch.num_rows)
         ]
 
-    def _encode(self, prompts: Sequence[Prompt | RowError]) -> list[Tokens]:
-        """Token ids, or the error that is there already, or why the text has none."""
-        sound = [prompt for prompt in prompts if not isinstance(prompt, RowError)]
-        encoded: list[Tokens]
-        try:
-            encoded = self._tokenizer.encode_batch(sound)
-        except Exception:
-            log.exception("tokenizing broke, which is done row by row now")
-            encoded = [_guarded(lambda one: self._tokenizer.encode_batch([one])[0], prompt) for prompt in sound]
-        if len(sound) < len(prompts):
-            rest = iter(encoded)
-            encoded = [prompt if isinstance(prompt, RowError) else next(rest) for prompt in prompts]
-        return [ids or _EMPTY for ids in encoded]
+    def _encode_prompts(self, prompts: Sequence[Prompt | RowError]) -> list[Tokens]:
+        return _encoded(self._tokenizer.encode_batch, prompts)
 
-    def _cut_down(self, kind: TextKind, rows: Rows, offset: int, num_tokens: int) -> Tokens:
+    def _encode_passages(self, prompts: Sequence[Prompt | RowError]) -> list[Passage]:
+        return _encoded(self._embedded.encode, prompts)
+
+    def _cut_down(
+        self,
+        kind: TextKind,
+        rows: Rows,
+        offset: int,
+        num_tokens: int,
+        encode: Callable[[Sequence[Prompt | RowError]], list[_Encoded | RowError]],
+    ) -> _Encoded | RowError:
         """What becomes of a text that has too many tokens."""
         if kind.shortened_tokens is None:
-            return RowError("prompt_too_long", f"{num_tokens:,} tokens, and at most {kind.max_tokens:,} fit")
+            return RowError(
+                "prompt_too_long", f"{num_tokens:,} tokens{kind.counted}, and at most {kind.max_tokens:,} fit"
+            )
         limit = kind.shortened_tokens
 
         def count(prompt: Prompt) -> int:
-            ids = self._encode([prompt])[0]
-            return limit + 1 if isinstance(ids, RowError) else len(ids)
+            ids = encode([prompt])[0]
+            return limit + 1 if isinstance(ids, RowError) else _length(ids)
 
         shortened = _guarded(
             lambda at: kind.builder.shorten(rows, at, num_tokens=num_tokens, max_tokens=limit, count_tokens=count),
             offset,
         )
-        return shortened if isinstance(shortened, RowError) else self._encode([shortened])[0]
+        return shortened if isinstance(shortened, RowError) else encode([shortened])[0]
+
+
+def _encoded(
+    encode: Callable[[Sequence[Prompt]], list[_Encoded | RowError]], prompts: Sequence[Prompt | RowError]
+) -> list[_Encoded | RowError]:
+    """Token ids, or the error that is there already, or why the text has none."""
+    sound = [prompt for prompt in prompts if not isinstance(prompt, RowError)]
+    try:
+        encoded = encode(sound)
+    except Exception:
+        log.exception("tokenizing broke, which is done row by row now")
+        encoded = [_guarded(lambda one: encode([one])[0], prompt) for prompt in sound]
+    if len(sound) < len(prompts):
+        rest = iter(encoded)
+        encoded = [prompt if isinstance(prompt, RowError) else next(rest) for prompt in prompts]
+    return [tokens if isinstance(tokens, RowError) or _length(tokens) else _EMPTY for tokens in encoded]
+
+
+def _length(tokens: Tokens | Passage) -> int:
+    """Token ids; none of a row that failed."""
+    if isinstance(tokens, RowError):
+        return 0
+    return len(tokens.ids if isinstance(tokens, EmbeddedText) else tokens)
 
 
 def _select(rows: Rows, wanted: range | list[int]) -> Rows:

@@ -18,11 +18,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum
 from typing import NamedTuple, Protocol
 
+from pipeline.embedding import EmbeddedText, VectorForm
 from pipeline.errors import JobError, RowError, UserError
 from workers.assignment import Assignment, Counts, Failure, FinishedAssignment, ShardReport
-from workers.engine.request import EmbedRequest, Finished, GenerateRequest, SamplingParams
+from workers.engine.request import EmbedRequest, Finished, GenerateRequest, SamplingParams, VectorRequest
 from workers.engine.stats import EngineStats
-from workers.preparation import Preparation, TokenizedRows, Tokens
+from workers.preparation import Passage, Preparation, TokenizedRows, Tokens
 from workers.read_ahead import ReadAhead
 from workers.work import Work
 
@@ -81,7 +82,8 @@ class RowRunner:
     or when the shard fails. A row that breaks anything becomes an error row. A step of the engine that raises ends the
     shard, since nobody can say whose fault it was: the controller then narrows it down.
 
-    `sampling` None: nothing is generated. `pooling` None: nothing is embedded.
+    `sampling` None: nothing is generated. `form` None: nothing is embedded. A prompt that is the passage too is read
+    once: the request that continues it asks for its vector.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class RowRunner:
         preparation: Preparation,
         *,
         sampling: SamplingParams | None,
-        pooling: str | None,
+        form: VectorForm | None,
         embeds_generation: bool,
         batch_rows: int,
         lock_step: LockStep | None = None,
@@ -102,7 +104,7 @@ class RowRunner:
         self._engine = engine
         self._preparation = preparation
         self._sampling = sampling
-        self._pooling = pooling or "mean"
+        self._form = form or VectorForm()
         self._embeds_generation = embeds_generation
         self._batch_rows = batch_rows
         self._lock_step = lock_step
@@ -238,7 +240,7 @@ class RowRunner:
             self._open.append(work)
         work.carry(rows.first_row, rows.batch)
         prompts: Sequence[Tokens | None] = rows.prompts or [None] * len(rows.rows)
-        passages: Sequence[Tokens | None] = rows.passages or [None] * len(rows.rows)
+        passages: Sequence[Passage | None] = rows.passages or [None] * len(rows.rows)
         for row, prompt, passage in zip(rows.rows, prompts, passages, strict=True):
             if isinstance(prompt, RowError):
                 self._fail(work, row, prompt)
@@ -246,6 +248,11 @@ class RowRunner:
                 self._fail(work, row, passage)
             else:
                 try:
+                    if prompt is not None and passage is not None and prompt == passage.ids:
+                        self._generate(
+                            work, row, prompt, VectorRequest(form=self._form, pooled_from=passage.pooled_from)
+                        )
+                        continue
                     if prompt is not None:
                         self._generate(work, row, prompt)
                     if passage is not None:
@@ -253,17 +260,20 @@ class RowRunner:
                 except Exception as error:
                     self._fail_unexpectedly(work, row, error)
 
-    def _generate(self, work: Work, row: int, tokens: list[int]) -> None:
+    def _generate(self, work: Work, row: int, tokens: list[int], vector: VectorRequest | None = None) -> None:
         assert self._sampling is not None
         request_id = self._next_request
         self._next_request += 1
-        self._engine.add(GenerateRequest(request_id=request_id, token_ids=tokens, params=self._sampling, key=row))
+        self._engine.add(
+            GenerateRequest(request_id=request_id, token_ids=tokens, params=self._sampling, key=row, vector=vector)
+        )
         self._flights[request_id] = Flight(work, row, Kind.GENERATION, 0)
 
-    def _embed(self, work: Work, row: int, kind: Kind, sample: int, tokens: list[int]) -> None:
+    def _embed(self, work: Work, row: int, kind: Kind, sample: int, passage: EmbeddedText) -> None:
         request_id = self._next_request
         self._next_request += 1
-        self._engine.add(EmbedRequest(request_id=request_id, token_ids=tokens, pooling=self._pooling))
+        vector = VectorRequest(form=self._form, pooled_from=passage.pooled_from)
+        self._engine.add(EmbedRequest(request_id=request_id, token_ids=passage.ids, vector=vector))
         self._flights[request_id] = Flight(work, row, kind, sample)
 
     def _take(self, finished: Sequence[Finished]) -> None:
@@ -303,6 +313,9 @@ class RowRunner:
             completion_tokens=completion_tokens,
             logprobs=result.logprobs if self._sampling.logprobs else None,
         )
+        if result.vector is not None:
+            self._embedded_tokens += result.prompt_tokens
+            flight.work.builder.add_vector(flight.row, "prompt", result.vector, sample=0, prompt_tokens=None)
 
     def _take_vector(self, flight: Flight, result: Finished) -> None:
         del self._flights[result.request_id]

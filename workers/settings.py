@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pipeline.embedding import TextForm, VectorForm
 from pipeline.prompts import PromptSettings
 from workers.parallel.seat import Seat
 
@@ -35,7 +36,8 @@ class EngineSettings:
 class EmbedSettings:
     of: Literal["prompt", "generation", "both"]
     template: str | None = None  # over input columns, instead of the prompt's
-    pooling: str = "mean"  # settled: see pooling_choice
+    form: VectorForm = field(default_factory=VectorForm)  # settled: see embedding_choice
+    text: TextForm = field(default_factory=TextForm)  # of passages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

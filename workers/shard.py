@@ -12,11 +12,13 @@ from pathlib import Path
 
 import ray
 
+from pipeline.embedding import TextForm, VectorForm
 from pipeline.errors import JobError, UserError
 from pipeline.job_folder import JobFolder
 from pipeline.prompts import ModelText, PromptBuilder, TextBuilder
 from pipeline.records import RecordLayout
 from pipeline.row_text import RowText
+from pipeline.sentence_transformers import read_embedder
 from pipeline.source import Source
 from workers.assignment import Assignment, Failure, ShardReport
 from workers.engine.request import SamplingParams
@@ -115,7 +117,7 @@ def build_runner(settings: ShardSettings) -> RowRunner:
     layout = RecordLayout.of(
         samples=sampling.n if sampling else 0,
         embeds=embed.of if embed else None,
-        dimension=loaded.vector_width if embed else None,
+        dimension=_dimension(embed.form, loaded) if embed else None,
         carried=source.columns.select(settings.carried),
         id_column=source.schema.field(settings.id_column) if settings.id_column else None,
     )
@@ -126,16 +128,24 @@ def build_runner(settings: ShardSettings) -> RowRunner:
         JobFolder(Path(settings.out)),
         prompts=_prompts(settings, source, loaded, sampling),
         passages=_passages(settings, source, loaded),
+        text_form=embed.text if embed else TextForm(),
     )
     return RowRunner(
         loaded.engine,
         preparation,
         sampling=sampling,
-        pooling=embed.pooling if embed else None,
+        form=embed.form if embed else None,
         embeds_generation=embed is not None and embed.of != "prompt",
         batch_rows=settings.engine.max_sequences or DEFAULT_BATCH_ROWS,
         lock_step=loaded.lock_step,
     )
+
+
+def _dimension(form: VectorForm, loaded: LoadedEngine) -> int:
+    try:
+        return form.width(loaded.vector_width, loaded.router_width)
+    except ValueError as error:
+        raise UserError(f"embed.{error}") from None
 
 
 def _prompts(
@@ -174,8 +184,11 @@ def _passages(settings: ShardSettings, source: Source, loaded: LoadedEngine) -> 
         row_text = RowText(
             source.columns, column=prompt.column, template=prompt.template, text_column=source.text_column
         )
+    own_limit = read_embedder(Path(settings.engine.model_path), pooling_is_given=True).max_tokens
+    most = min(loaded.max_context, own_limit or loaded.max_context)
     return TextKind(
         builder=TextBuilder(row_text),
-        max_tokens=loaded.max_context,
-        shortened_tokens=loaded.max_context if settings.on_too_long == "truncate" else None,
+        max_tokens=most,
+        counted=" (embed.echo says the text twice)" if embed.text.echo else "",
+        shortened_tokens=most if settings.on_too_long == "truncate" else None,
     )

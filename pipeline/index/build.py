@@ -23,6 +23,7 @@ from pipeline.commits import Commit
 from pipeline.durable import replace_folder, seal, storage_errors, sync_folder, write_new
 from pipeline.errors import JobError, UserError
 from pipeline.index import faiss_files
+from pipeline.index.centering import CENTER_NAME, Centering
 from pipeline.index.flat_file import FlatFile
 from pipeline.index.manifest import (
     MANIFEST_NAME,
@@ -52,11 +53,13 @@ def build_index(
     kind: str = faiss_files.FLAT,
     shards: int = 1,
     threads: int | None = None,
+    center: bool = False,
 ) -> IndexManifest:
     """Builds `index/` from the parts of `commits`, which are published, and puts it in the place of the one there.
 
     `job` is how rows.parquet calls the job; `kind` is `auto` or a FAISS factory string. Shards hold equal shares, as
-    far as can be, of consecutive vectors; there are no more of them than vectors.
+    far as can be, of consecutive vectors; there are no more of them than vectors. With `center` the mean of all vectors
+    is taken out of each and kept in center.npy; `provenance` says so too.
 
     UserError for a kind that FAISS can't make or train; JobError if a part or the storage fails. The index that is
     there stays until the new one is complete, also through a crash.
@@ -71,11 +74,12 @@ def build_index(
     try:
         with storage_errors("writing the index in", draft), faiss_files.faiss_threads(threads):
             template = faiss_files.make_index(kind, dimension)
-            _train(template, folder, commits, kind, source.num_vectors)
+            centering = _centering(folder, commits, dimension) if center else None
+            _train(template, folder, commits, kind, source.num_vectors, centering)
             draft.mkdir()
             contents: list[Contents] = []
             with RowMapWriter.open(draft / ROWS_NAME, job=job) as rows:
-                stream = _Stream(committed_vectors(folder, commits), rows)
+                stream = _Stream(committed_vectors(folder, commits), rows, centering)
                 first = 0
                 for number, count in enumerate(_shares(source.num_vectors, shards)):
                     path = draft / f"shard-{number:03d}.faiss"
@@ -93,6 +97,9 @@ def build_index(
                 shards=tuple(contents),
                 rows=rows.contents(),
                 jobs=(source,),
+                center=None
+                if centering is None
+                else centering.write(draft / CENTER_NAME, num_vectors=source.num_vectors),
             )
             write_new(draft / MANIFEST_NAME, seal(manifest.to_json()))
             sync_folder(draft)
@@ -104,7 +111,14 @@ def build_index(
 
 
 def index_is_current(
-    folder: JobFolder, commits: Mapping[int, Commit], *, job: str, provenance: Provenance, kind: str, shards: int
+    folder: JobFolder,
+    commits: Mapping[int, Commit],
+    *,
+    job: str,
+    provenance: Provenance,
+    kind: str,
+    shards: int,
+    center: bool = False,
 ) -> bool:
     """Whether `build_index` with these arguments would build what is there. Of the files it looks at the sizes only.
 
@@ -122,15 +136,17 @@ def index_is_current(
         and manifest.kind == faiss_files.canonical_kind(kind)
         and len(manifest.shards) == len(_shares(source.num_vectors, shards))
         and manifest.provenance == provenance
-        and all(_has_size(folder.index, contents) for contents in (*manifest.shards, manifest.rows))
+        and (manifest.center is not None) == center
+        and all(_has_size(folder.index, contents) for contents in manifest.files)
     )
 
 
 class _Stream:
     """Hands out the vectors in runs of given lengths, and tells rows.parquet of each as it passes."""
 
-    def __init__(self, batches: Iterator[VectorBatch], rows: RowMapWriter) -> None:
+    def __init__(self, batches: Iterator[VectorBatch], rows: RowMapWriter, centering: Centering | None) -> None:
         self._batches = batches
+        self._centering = centering
         self._rows = rows
         self._rest: Matrix | None = None
 
@@ -140,7 +156,7 @@ class _Stream:
             if self._rest is None or not len(self._rest):
                 batch = next(self._batches)
                 self._rows.add(batch)
-                self._rest = batch.matrix
+                self._rest = batch.matrix if self._centering is None else self._centering.apply(batch.matrix)
             matrix, self._rest = self._rest[:count], self._rest[count:]
             count -= len(matrix)
             yield matrix
@@ -166,7 +182,18 @@ def _source(commits: Mapping[int, Commit], job: str) -> IndexedJob:
     )
 
 
-def _train(index: Any, folder: JobFolder, commits: Mapping[int, Commit], kind: str, num_vectors: int) -> None:
+def _centering(folder: JobFolder, commits: Mapping[int, Commit], dimension: int) -> Centering:
+    return Centering.of((batch.matrix for batch in committed_vectors(folder, commits)), dimension)
+
+
+def _train(
+    index: Any,
+    folder: JobFolder,
+    commits: Mapping[int, Commit],
+    kind: str,
+    num_vectors: int,
+    centering: Centering | None,
+) -> None:
     """Trains on vectors spread evenly over all of them; nothing to do for kinds that need no training."""
     limit = min(num_vectors, _SAMPLE_BYTES // (4 * index.d))
     count = faiss_files.num_training_vectors(index, limit)
@@ -179,7 +206,8 @@ def _train(index: Any, folder: JobFolder, commits: Mapping[int, Commit], kind: s
         low, high = np.searchsorted(wanted, (first, first + len(batch.rows)))
         sample.append(batch.matrix[wanted[low:high] - first])
         first += len(batch.rows)
-    faiss_files.train(index, np.concatenate(sample), kind)
+    vectors = np.concatenate(sample)
+    faiss_files.train(index, vectors if centering is None else centering.apply(vectors), kind)
 
 
 def _write_flat(path: Path, matrices: Iterator[Matrix], dimension: int, first: int, count: int) -> Contents:

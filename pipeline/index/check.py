@@ -17,7 +17,7 @@ from pipeline.errors import JobError
 from pipeline.index import faiss_files
 from pipeline.index.manifest import MANIFEST_NAME, ROWS_NAME, Contents, IndexManifest, parts_digest
 from pipeline.index.row_map import SCHEMA
-from pipeline.index.search import flat_matrix
+from pipeline.index.search import flat_matrix, read_centering
 from pipeline.index.vectors import FIELDS, VectorBatch, committed_vectors
 from pipeline.job_folder import JobFolder
 
@@ -37,7 +37,7 @@ def index_problems(
     """
     problems = [*_count_problems(folder, manifest, commits), *_file_problems(folder, manifest)]
     yield from problems
-    listed = {MANIFEST_NAME, ROWS_NAME, *(shard.file for shard in manifest.shards)}
+    listed = {MANIFEST_NAME, *(contents.file for contents in manifest.files)}
     for name in sorted(set(os.listdir(folder.index)) - listed):
         yield f"{folder.index / name} is no file of the index"
     if parts_are_whole and not problems:
@@ -48,7 +48,7 @@ def index_problems(
 
 
 def _file_problems(folder: JobFolder, manifest: IndexManifest) -> Iterator[str]:
-    for contents in (manifest.rows, *manifest.shards):
+    for contents in manifest.files:
         try:
             faiss_files.check_file(folder.index, contents)
         except JobError as error:
@@ -72,13 +72,14 @@ def _count_problems(folder: JobFolder, manifest: IndexManifest, commits: Mapping
 def _content_problems(folder: JobFolder, manifest: IndexManifest, commits: Mapping[int, Commit]) -> Iterator[str]:
     rows = _Records(folder, manifest)
     shards = _Shards(folder, manifest)
+    centering = read_centering(folder.index, manifest)
     number = 0
     for batch in committed_vectors(folder, commits):
         wrong_rows = rows.differing(batch, number)
         if wrong_rows is not None:
             yield f"{folder.index / ROWS_NAME}: vector {wrong_rows} does not stand for the row that it was made of"
             return
-        wrong_vector = shards.differing(batch.matrix, number)
+        wrong_vector = shards.differing(batch.matrix if centering is None else centering.apply(batch.matrix), number)
         if wrong_vector is not None:
             yield f"{folder.index}: vector {wrong_vector} is not the embedding in {folder.parts}"
             return

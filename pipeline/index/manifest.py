@@ -77,6 +77,12 @@ class IndexManifest:
     rows: Contents
     jobs: tuple[IndexedJob, ...]
     metric: Literal["inner_product"] = "inner_product"
+    center: Contents | None = None  # the mean that was taken out of the vectors; queries lose it too
+
+    @property
+    def files(self) -> tuple[Contents, ...]:
+        """All that the index consists of beside index.json."""
+        return (self.rows, *((self.center,) if self.center is not None else ()), *self.shards)
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **dataclasses.asdict(self)}
@@ -90,6 +96,8 @@ class IndexManifest:
         values["provenance"] = Provenance(**values["provenance"])
         values["shards"] = tuple(Contents(**shard) for shard in values["shards"])
         values["rows"] = Contents(**values["rows"])
+        center = values.get("center")
+        values["center"] = None if center is None else Contents(**center)
         values["jobs"] = tuple(IndexedJob(**job) for job in values["jobs"])
         return IndexManifest(**values)
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from pipeline.errors import JobError, UserError
 from pipeline.index import faiss_files
+from pipeline.index.centering import Centering
 from pipeline.index.manifest import Contents, IndexManifest, read_manifest
 from pipeline.index.row_map import Place, RowMap
 
@@ -104,6 +105,7 @@ class VectorIndex:
     manifest: IndexManifest
     shards: tuple[IndexShard, ...]
     rows: RowMap
+    centering: Centering | None = None
 
     @staticmethod
     def open(folder: Path) -> VectorIndex:
@@ -116,7 +118,7 @@ class VectorIndex:
             try:
                 rows = RowMap(faiss_files.check_file(folder, manifest.rows))
                 shards = tuple(IndexShard.load(folder, manifest, number) for number in range(len(manifest.shards)))
-                return VectorIndex(manifest, shards, rows)
+                return VectorIndex(manifest, shards, rows, read_centering(folder, manifest))
             except JobError:
                 if read_manifest(folder) == manifest:  # or else another index was put here meanwhile
                     raise
@@ -124,9 +126,10 @@ class VectorIndex:
     def search(self, vectors: npt.ArrayLike, k: int, *, threads: int | None = None) -> list[list[Hit]]:
         """The k nearest vectors of each query in `vectors` [q, d] or [d], best first; fewer where there are fewer.
 
+        Queries are vectors as parts hold them: where the index is centred they lose its mean here.
         UserError for a query that is not of the index's width, or holds NaN, infinities or nothing but zeros.
         """
-        queries = prepare_queries(vectors, self.manifest)
+        queries = prepare_queries(vectors, self.manifest, self.centering)
         with faiss_files.faiss_threads(threads):
             scores, numbers = best([shard.search(queries, k) for shard in self.shards], k)
         places = iter(self.rows.places(numbers[numbers >= 0]))
@@ -145,7 +148,14 @@ def search_index(folder: Path, vectors: npt.ArrayLike, k: int, *, threads: int |
     return VectorIndex.open(folder).search(vectors, k, threads=threads)
 
 
-def prepare_queries(vectors: npt.ArrayLike, manifest: IndexManifest) -> Matrix:
+def read_centering(folder: Path, manifest: IndexManifest) -> Centering | None:
+    """What is taken out of an index's vectors and queries. JobError if its file is missing or damaged."""
+    if manifest.center is None:
+        return None
+    return Centering.read(faiss_files.check_file(folder, manifest.center), manifest.dimension)
+
+
+def prepare_queries(vectors: npt.ArrayLike, manifest: IndexManifest, centering: Centering | None = None) -> Matrix:
     """Queries [q, d] as the index compares them: float32, of length 1 where its vectors are. UserError as `search`."""
     queries = np.atleast_2d(np.asarray(vectors))
     if queries.dtype.kind not in "fiu":
@@ -157,7 +167,14 @@ def prepare_queries(vectors: npt.ArrayLike, manifest: IndexManifest) -> Matrix:
     lengths = np.sqrt(np.square(exact).sum(axis=1, keepdims=True))
     if not (np.isfinite(lengths).all() and (lengths > 0).all()):
         raise UserError("the query vector holds NaN or infinities, or is all zeros")
-    return (exact / lengths if manifest.provenance.normalisation == "unit" else exact).astype(np.float32)
+    if manifest.provenance.normalisation == "unit":
+        exact /= lengths
+    if centering is None:
+        return exact.astype(np.float32)
+    centered = centering.apply(exact.astype(np.float32))
+    if not centered.any(axis=1).all():
+        raise UserError("the query vector is the mean that the index is centred on: it has no direction from there")
+    return centered
 
 
 def best(found: Sequence[tuple[Scores, Numbers]], k: int) -> tuple[Scores, Numbers]:

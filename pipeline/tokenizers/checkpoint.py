@@ -28,15 +28,22 @@ class CheckpointFacts:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in `path`, or an empty one when there is no such file. UserError when it is not JSON."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    value = read_json_value(path)
+    if value is None:
         return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__}, not an object")
     return value
+
+
+def read_json_value(path: Path) -> Any:
+    """Return what is in `path`, or None when there is no such file. UserError when it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be read as JSON: {error}") from None
 
 
 def directory_facts(

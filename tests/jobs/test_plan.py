@@ -13,6 +13,7 @@ import pytest
 from jobs.cli import execute
 from jobs.plan import common_prefix, make_plan
 from jobs.specfile import parse_spec
+from pipeline.errors import UserError
 from pipeline.tokenizer import load_tokenizer
 
 TEXTS = ["A tuple is immutable.", "The with statement closes a file.", "", "Await suspends a coroutine."]
@@ -27,7 +28,7 @@ def settings(tiny_model: Callable[..., Path], tmp_path: Path) -> dict[str, Any]:
         "input": {"path": str(tmp_path / "corpus.parquet")},
         "prompt": {"column": "body", "chat": False},
         "generate": {"max_new_tokens": 3, "n": 2},
-        "embed": {"template": "passage {{ body }}"},
+        "embed": {"template": "passage {{ body }}", "pooling": "mean"},
         "output": {"path": str(tmp_path / "out")},
     }
 
@@ -41,6 +42,24 @@ def test_tokens_are_those_that_the_job_will_read_and_embed(settings: dict[str, A
     assert plan.tokens.passage == pytest.approx(sum(embedded) / len(embedded))
     assert plan.tokens.errors == {"empty_prompt": 1}
     assert plan.max_new_tokens == 6
+
+
+def test_an_echo_counts_twice_and_a_passage_that_is_the_prompt_not_at_all(settings: dict[str, Any]) -> None:
+    once = make_plan(parse_spec(settings)).tokens.passage
+    settings["embed"]["echo"] = True
+    assert 2 * once < make_plan(parse_spec(settings)).tokens.passage < 2 * once + 60
+    settings["embed"] = {"pooling": "mean"}
+    assert make_plan(parse_spec(settings)).tokens.passage == 0
+
+
+def test_the_memory_of_an_index_is_that_of_its_vectors(settings: dict[str, Any]) -> None:
+    plan = make_plan(parse_spec(settings))
+    assert plan.dimension == 60
+    settings["embed"] |= {"dimensions": 8, "routing_weight": 0.5}
+    assert make_plan(parse_spec(settings)).dimension == 8 + 4 * 5
+    settings["embed"] |= {"dimensions": 61}
+    with pytest.raises(UserError, match=r"embed\.dimensions: 61, and the model's hidden states have 60"):
+        make_plan(parse_spec(settings))
 
 
 def test_a_system_prompt_is_counted_once(settings: dict[str, Any]) -> None:

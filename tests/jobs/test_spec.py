@@ -129,7 +129,7 @@ def test_a_wrong_value_is_refused_with_its_line_and_what_it_must_be(job_file, se
         ({"generate": None}, "asks for nothing: set generate or embed"),
         ({"generate": None, "embed": {"of": "both"}}, "embed.of: both needs something generated"),
         ({"embed": {"of": "generation", "template": "x"}}, "of: generation embeds no prompt"),
-        ({"embed": {"routing_weight": 0.5}}, "routing_weight is not supported yet"),
+        ({"embed": {"query_prompt": "q: ", "query_template": "{{ text }}?"}}, "write the prompt into the template"),
         ({"index": {}}, "index is set but embed is not"),
         ({"generate": None, "embed": {}, "prompt": {"system": "s"}}, "prompt.system is for generation"),
         ({"generate": None, "embed": {}, "prompt": {"chat": True}}, "prompt.chat is for generation"),
@@ -238,6 +238,13 @@ OTHER_VALUES = {
     "embed.template": "other",
     "embed.query_template": "other",
     "embed.pooling": "last",
+    "embed.dimensions": 8,
+    "embed.passage_prompt": "passage: ",
+    "embed.query_prompt": "query: ",
+    "embed.include_prompt": False,
+    "embed.echo": True,
+    "embed.center": True,
+    "embed.routing_weight": 0.5,
     "output.path": "elsewhere",
     "output.columns": ["a"],
     "engine.kv_cache_bytes": 1,
@@ -256,7 +263,7 @@ OTHER_VALUES = {
     "name": "other",
     "attention": [{"pattern": "sliding", "window": 5}],
 }
-NOT_TESTED = {"model", "input.path", "input.job", "output.rows_per_split", "embed.routing_weight"}
+NOT_TESTED = {"model", "input.path", "input.job", "output.rows_per_split"}
 
 
 def changed(key: str, value: object) -> JobSpec:
@@ -314,3 +321,16 @@ def test_attention_rules_are_part_of_the_fingerprint_and_their_absence_is_not() 
 def test_an_attention_rule_that_makes_no_sense_is_refused(rule: dict[str, object], line: str) -> None:
     with pytest.raises(UserError, match=line):
         parse_spec({"model": "m", "input": {"path": "p"}, "generate": {}, "attention": [rule]})
+
+
+def test_settings_that_came_later_leave_the_fingerprint_of_a_job_without_them():
+    settled = {"passage_prompt": "", "query_prompt": "", "include_prompt": True, "echo": False, "center": False}
+    spec = parse_spec({"embed": {"pooling": "mean", **settled}, **MINIMAL})
+    covered = fingerprint_parts(spec, model_digest={}, input_files=[], rows_per_split=64)["embed"]
+    assert covered == {
+        "of": "prompt",
+        "template": None,
+        "query_template": "{{ text }}",
+        "pooling": "mean",
+        "routing_weight": 0.0,
+    }

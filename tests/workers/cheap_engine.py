@@ -102,6 +102,7 @@ class CheapEngine:
                 finish_reason="stop",
                 logprobs=[-0.5] * 3 if request.params.logprobs else None,
                 prompt_tokens=num_tokens,
+                vector=vector_of(text) if request.vector is not None and sample == 0 else None,
             )
             for sample in range(request.params.n)
         ]

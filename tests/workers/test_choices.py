@@ -1,4 +1,4 @@
-"""What a job leaves to the model: pooling, and how tokens are chosen."""
+"""What a job leaves to the model: how tokens are chosen."""
 
 from __future__ import annotations
 
@@ -7,44 +7,7 @@ import json
 import pytest
 
 from pipeline.errors import UserError
-from workers.pooling_choice import resolve_pooling
 from workers.sampling_choice import resolve_sampling
-
-
-def write_pooling(folder, **config):
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}, "mean"),
-        ({"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}, "last"),
-        ({"pooling_mode_weightedmean_tokens": True}, "weighted_mean"),
-        ({"pooling_mode": "lasttoken", "embedding_dimension": 8}, "last"),
-    ],
-)
-def test_pooling_is_what_the_models_authors_say(tmp_path, config, expected):
-    write_pooling(tmp_path, **config)
-    assert resolve_pooling("auto", tmp_path) == expected
-    assert resolve_pooling("mean", tmp_path) == "mean", "unless the job says otherwise"
-
-
-def test_pooling_is_the_mean_where_nobody_says(tmp_path):
-    assert resolve_pooling("auto", tmp_path) == "mean"
-    assert resolve_pooling("auto", tmp_path / "model.gguf") == "mean"
-
-
-@pytest.mark.parametrize(
-    "config",
-    [{"pooling_mode_cls_token": True}, {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, {}],
-)
-def test_a_pooling_that_is_not_supported_is_refused(tmp_path, config):
-    write_pooling(tmp_path, **config)
-    with pytest.raises(UserError, match=r"set embed\.pooling to mean, last or weighted_mean"):
-        resolve_pooling("auto", tmp_path)
-
 
 ASKED = {
     "max_new_tokens": 8,

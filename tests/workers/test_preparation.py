@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pipeline.embedding import EmbeddedText
 from pipeline.errors import RowError
 from workers.preparation import Preparation
 
@@ -70,15 +71,15 @@ def test_a_prompt_may_fill_all_but_one_token_of_the_context_and_a_passage_all_of
     assert isinstance(outcome(length + 1)[0], list)
     assert outcome(length)[0].code == "prompt_too_long"
     embeds = {"generates": None, "embed": {"of": "prompt"}}
-    assert isinstance(outcome(length, **embeds)[0], list)
+    assert isinstance(outcome(length, **embeds)[0], EmbeddedText)
     assert outcome(length - 1, **embeds)[0].code == "prompt_too_long"
 
 
 def test_generated_text_is_tokenized_as_it_is(desk):
     preparation: Preparation = desk(TEXTS[:1]).runner._preparation
     plain, control, nothing = preparation.tokenize_generations(["text", "<|im_end|>", ""])
-    assert isinstance(plain, list)
-    assert len(control) > 1, "the string of a control token is text"
+    assert isinstance(plain, EmbeddedText)
+    assert len(control.ids) > 1, "the string of a control token is text"
     assert nothing.code == "empty_generation"
 
 

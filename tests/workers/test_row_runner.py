@@ -7,6 +7,10 @@ import time
 import numpy as np
 import pytest
 
+from pipeline.embedding import TextForm, VectorForm
+from pipeline.errors import UserError
+from workers.engine.request import EmbedRequest
+
 TEXTS = [f"text number {row}" for row in range(40)]
 
 
@@ -224,3 +228,39 @@ def publish(shard, finished):
     commit = log.commit(Attempt.from_json(finished.attempt))
     log.publish(commit)
     return Base(part=commit.part, sha256=commit.sha256, rows=commit.rows)
+
+
+def test_a_prompt_that_is_the_passage_too_is_read_once(desk):
+    from cheap_engine import vector_of
+
+    for chat, requests in ((False, 8), (True, 16)):
+        shard = desk(TEXTS[:8], prompt={"chat": chat}, embed={"of": "prompt"})
+        added, engine = [], shard.runner._engine
+        engine.add = lambda request, add=engine.add, added=added: (added.append(request), add(request))
+        rows = rows_of(shard, shard.run([shard.assignment(0)]))
+        assert len(added) == requests
+        for row, text in zip(rows, TEXTS, strict=False):
+            assert row["text"]
+            assert np.allclose(row["embedding"], vector_of(text))
+
+
+def test_passages_and_generations_follow_the_passage_prompt(desk):
+    from cheap_engine import vector_of
+
+    text_form = TextForm(prompt="passage: ", include_prompt=False)
+    shard = desk(TEXTS[:4], embed={"of": "both", "text": text_form})
+    added, engine = [], shard.runner._engine
+    engine.add = lambda request, add=engine.add: (added.append(request), add(request))
+    for row, text in zip(rows_of(shard, shard.run([shard.assignment(0)])), TEXTS, strict=False):
+        assert np.allclose(row["prompt_embedding"], vector_of(f"passage: {text}"))
+        assert np.allclose(row["generation_embedding"], vector_of(f"passage: {row['text']}"))
+    embeds = [request for request in added if isinstance(request, EmbedRequest)]
+    skipped = len(shard.runner._preparation._tokenizer.encode("passage: "))
+    assert {request.vector.pooled_from for request in embeds} == {skipped}
+
+
+def test_vectors_of_a_width_that_the_model_has_not_are_refused(desk):
+    with pytest.raises(UserError, match=r"embed\.dimensions: 9, and the model's hidden states have 8"):
+        desk(TEXTS[:1], embed={"of": "prompt", "form": VectorForm(dimensions=9)})
+    with pytest.raises(UserError, match=r"embed\.routing_weight: 1\.0, and the model has no experts"):
+        desk(TEXTS[:1], embed={"of": "prompt", "form": VectorForm(routing_weight=1.0)})

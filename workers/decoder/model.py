@@ -16,7 +16,7 @@ from workers.decoder import ops
 from workers.decoder.attention import AttentionMetadata, AttentionSpec, KVPool
 from workers.decoder.block import Block
 from workers.decoder.checkpoint import Checkpoint, load_checkpoint
-from workers.decoder.config import DecoderConfig
+from workers.decoder.config import DecoderConfig, ExpertsConfig
 from workers.decoder.embedding import Embedding
 from workers.decoder.experts import RouterListener
 from workers.decoder.head import Head
@@ -44,6 +44,15 @@ def layer_groups(config: DecoderConfig) -> tuple[LayerGroup, ...]:
     return tuple(LayerGroup(spec=spec, layers=tuple(indices)) for spec, indices in layers.items())
 
 
+def router_width(config: DecoderConfig) -> int:
+    """The experts of all layers that have a router."""
+    return sum(
+        layer.feed_forward.router.num_experts
+        for layer in config.layers
+        if isinstance(layer.feed_forward, ExpertsConfig)
+    )
+
+
 class Decoder:
     """One rank's decoder. Sequences travel packed, [T, C] without padding, prefill and decode mixed."""
 
@@ -64,6 +73,7 @@ class Decoder:
         self.groups = layer_groups(config)
         self.vocab_size = config.vocab_size
         self.hidden_width = config.hidden_width
+        self.router_width = router_width(config)
         self.precision = precision
         self.device = device
         self.embedding = embedding

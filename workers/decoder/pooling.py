@@ -1,4 +1,4 @@
-"""One vector from the hidden states of a whole sequence, which arrive in chunks. C model width, t tokens of a chunk."""
+"""One vector from the states of a whole sequence, which arrive in chunks. C width of a state, t states of a chunk."""
 
 from __future__ import annotations
 
@@ -9,17 +9,25 @@ from torch import Tensor
 class Pool:
     """`mean` of all positions; `last`: the last one's; `weighted_mean`: position i weighs i + 1 (Muennighoff 2022).
 
-    Sums are kept in float64, so that it makes no difference to the float32 vector where chunks end.
+    Sums are kept in float64, so that it makes no difference to the float32 vector where chunks end. Positions before
+    `pooled_from` count for nothing.
     """
 
-    def __init__(self, pooling: str) -> None:
+    def __init__(self, pooling: str, pooled_from: int = 0) -> None:
         self.pooling = pooling
+        self.pooled_from = pooled_from
+        self.end: int | None = None  # the position after the last chunk
         self._sum: Tensor | None = None  # float64 [C]
         self._weight = 0
 
     def add(self, states: Tensor, start: int) -> None:
         """Take states [t, C] of the positions from `start` on, t > 0; chunks come in order, the first at any start."""
+        self.end = start + states.shape[0]
+        skipped = max(0, self.pooled_from - start)
+        states, start = states[skipped:], start + skipped
         count = states.shape[0]
+        if count == 0:
+            return
         if self.pooling == "last":
             self._sum, self._weight = states[-1].double(), 1
             return
@@ -32,7 +40,6 @@ class Pool:
         self._sum = chunk if self._sum is None else self._sum + chunk
         self._weight += weight
 
-    def vector(self) -> Tensor:
-        """The pooled states, float32 [C]."""
-        assert self._sum is not None
-        return (self._sum / self._weight).float()
+    def vector(self) -> Tensor | None:
+        """The pooled states, float32 [C]; None where no position was pooled."""
+        return None if self._sum is None else (self._sum / self._weight).float()

@@ -186,7 +186,10 @@ class BlockTables:
 
     def _match(self, sequence: Sequence) -> int:
         """The longest run of leading full blocks that every group can still read from, short of the last token."""
-        most = (len(sequence.tokens) - 1) // self.block_tokens
+        most = len(sequence.tokens) - 1
+        if sequence.awaits_vector:
+            most = min(most, sequence.most_reused)
+        most //= self.block_tokens
         self._digest(sequence, most)
         for g, cache in enumerate(self.groups):  # what is read for ever must be there from the beginning on
             allocator, found = self.allocators[g], 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from pipeline.tokenizer import Tokenizer
+from pipeline.tokenizer import Tokenizer, load_tokenizer
+from pipeline.tokenizers.checkpoint import directory_facts
 from workers.engine.request import SamplingParams
 
 
@@ -56,3 +58,11 @@ class Endings:
         except ValueError:  # not text, hence not the name of a token
             return None
         return ids[0] if len(ids) == 1 and tokenizer.decode(ids) == "" else None
+
+
+def read_vocabulary(path: Path) -> tuple[Tokenizer | None, frozenset[int]]:
+    """The checkpoint's tokenizer, if it has one, and the tokens that end a text."""
+    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None, directory_facts(path, {}, lambda token: None, digest="").eos_ids
+    tokenizer = load_tokenizer(path)
+    return tokenizer, tokenizer.eos_ids

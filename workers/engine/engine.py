@@ -21,19 +21,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.embedding import EmbeddedText, TextForm, VectorForm
 from pipeline.errors import RowError
 from pipeline.model_path import resolve_model
-from pipeline.tokenizer import Tokenizer, load_tokenizer
-from pipeline.tokenizers.checkpoint import directory_facts
+from pipeline.tokenizer import Tokenizer
 from workers.decoder.attention_choice import with_attention
 from workers.decoder.attention_rules import AttentionRule
 from workers.decoder.checkpoint import load_checkpoint
 from workers.decoder.model import Decoder
 from workers.engine import offline
 from workers.engine.block_tables import BlockTables
-from workers.engine.endings import Ending, Endings
+from workers.engine.endings import Ending, Endings, read_vocabulary
 from workers.engine.kv_cache import CacheShape, GroupNeed, KVCache, auto_budget_bytes, split_budget
-from workers.engine.request import Finished, GenerateRequest, Output, Request, SamplingParams
+from workers.engine.request import EmbedRequest, Finished, GenerateRequest, Output, Request, SamplingParams
 from workers.engine.runner import Runner
 from workers.engine.sampler import Choices, choose
 from workers.engine.scheduler import Scheduler, StepBatch
@@ -63,6 +63,7 @@ class _Answer:
     num_samples: int
     ended: dict[int, Finished] = field(default_factory=dict)
     searches: dict[int, StopSearch] = field(default_factory=dict)
+    vector: npt.NDArray[np.float32] | None = None  # of the prompt, where a generation asks for one
     error: RowError | None = None
 
 
@@ -155,7 +156,7 @@ class Engine:
         decoder = Decoder.load(
             checkpoint, device=device, dtype=dtype, experts=experts, dispatcher=dispatcher, max_context=context
         )
-        tokenizer, eos_ids = _vocabulary(found)
+        tokenizer, eos_ids = read_vocabulary(found)
         return cls(
             decoder,
             tokenizer,
@@ -172,12 +173,14 @@ class Engine:
     def add(self, request: Request) -> None:
         """Take a request; `step` answers it, also if it can't be served.
 
-        ValueError for what is wrong with the call rather than with the row: an id that is in use already, or stop
-        strings without a tokenizer.
+        ValueError for what is wrong with the call rather than with the row: an id that is in use already, stop strings
+        without a tokenizer, or a vector that the model does not have.
         """
         if request.request_id in self._answers:
             raise ValueError(f"request_id {request.request_id} is in use")
         ending = self._endings.of(request.params) if isinstance(request, GenerateRequest) else None
+        if request.vector is not None:
+            request.vector.form.width(self.decoder.hidden_width, self.decoder.router_width)
         error = self._scheduler.refuse(request) or self._strange_token(request.token_ids)
         if error is not None:
             self._refused.append(_failed(request, error))
@@ -234,8 +237,8 @@ class Engine:
         try:
             batch = self._scheduler.schedule()
             scheduled = perf_counter()
-            hidden = self._runner.hidden(batch)
-            vectors = self._vectors.take(hidden, batch)
+            hidden, routing = self._runner.hidden(batch)
+            vectors = self._vectors.take(hidden, routing, batch)
             logits, rows = self._runner.logits(hidden, batch)
             computed = perf_counter()
             choices = choose(logits, batch.draws, rows)
@@ -244,13 +247,15 @@ class Engine:
             raise
         try:
             sampled = perf_counter()
+            self._take_vectors(vectors)
             over = self._take(batch, choices)
             self._scheduler.advance(batch)
             finished, self._refused = self._refused, []
             for sequence in over:
                 finished += self._end(sequence)
             for sequence, vector in vectors:
-                finished.append(self._answer_vector(sequence, vector))
+                if isinstance(sequence.request, EmbedRequest):
+                    finished.append(self._answer_vector(sequence, vector))
             ended = perf_counter()
         except BaseException:
             self._start_empty()
@@ -289,9 +294,24 @@ class Engine:
         """
         return offline.generate(self, prompts, params, keys)
 
-    def embed(self, texts: Items[str | Items[int]], pooling: str = "mean") -> npt.NDArray[np.float32]:
-        """Vectors of unit length, float32 [n, C], of texts (or token ids). ValueError naming a text that has none."""
-        return offline.embed(self, texts, pooling)
+    def embed(
+        self,
+        texts: Items[str | Items[int] | EmbeddedText],
+        pooling: str = "mean",
+        *,
+        dimensions: int | None = None,
+        prompt: str = "",
+        include_prompt: bool = True,
+        echo: bool = False,
+        routing_weight: float = 0.0,
+    ) -> npt.NDArray[np.float32]:
+        """Vectors of unit length, float32 [n, d], of texts (or token ids). ValueError naming a text that has none.
+
+        `prompt` is put before each text, and pooled with it if `include_prompt`; with `echo` the text is read twice and
+        pooled over the second time. Token ids are taken as they are. VectorForm says what the other settings mean.
+        """
+        vector = VectorForm(pooling=pooling, dimensions=dimensions, routing_weight=routing_weight)
+        return offline.embed(self, texts, vector, TextForm(prompt=prompt, include_prompt=include_prompt, echo=echo))
 
     def _start_empty(self) -> None:
         """Hold no request, and nothing in the cache."""
@@ -312,14 +332,25 @@ class Engine:
         self._answers = {}
         self._refused = []
 
+    def _take_vectors(self, vectors: Items[tuple[Sequence, npt.NDArray[np.float32] | RowError]]) -> None:
+        """Note which prompts' vectors are whole; a generation goes on, unless its vector is none."""
+        for sequence, vector in vectors:
+            sequence.awaits_vector = False
+            if isinstance(sequence.request, EmbedRequest):
+                sequence.ended_by = "vector"
+            elif isinstance(vector, RowError):
+                self._answers[sequence.request.request_id].error = vector
+            else:
+                self._answers[sequence.request.request_id].vector = vector
+
     def _take(self, batch: StepBatch, choices: Choices) -> list[Sequence]:
         """Give each draw its token -> the sequences that are over."""
         over = []
         for i, (sequence, token) in enumerate(zip(batch.draws, choices.token_ids, strict=True)):
             answer = self._answers[sequence.request.request_id]
             assert answer.ending is not None
-            if i in choices.errors:
-                answer.error = choices.errors[i]
+            if i in choices.errors or answer.error is not None:
+                answer.error = answer.error or choices.errors[i]
                 sequence.ended_by = "error"
             elif token in answer.ending.token_ids or (
                 answer.ending.strings and self._search(answer, sequence).push(token)
@@ -379,6 +410,7 @@ class Engine:
             finish_reason=reason,
             logprobs=sequence.logprobs if sequence.request.params.logprobs else None,
             prompt_tokens=sequence.num_prompt,
+            vector=None if sequence.sample else answer.vector,
         )
 
     def _answer_vector(self, sequence: Sequence, vector: npt.NDArray[np.float32] | RowError) -> Finished:
@@ -395,14 +427,6 @@ class Engine:
             return None
         strange = next(token for token in token_ids if not 0 <= token < vocabulary)
         return RowError("internal", f"token id {strange} is outside the model's vocabulary of {vocabulary}")
-
-
-def _vocabulary(path: Path) -> tuple[Tokenizer | None, frozenset[int]]:
-    """The checkpoint's tokenizer, if it has one, and the tokens that end a text."""
-    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        return None, directory_facts(path, {}, lambda token: None, digest="").eos_ids
-    tokenizer = load_tokenizer(path)
-    return tokenizer, tokenizer.eos_ids
 
 
 def _failed(request: Request, error: RowError) -> Finished:

@@ -8,15 +8,24 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.embedding import EmbeddedText, TextEncoder, TextForm, VectorForm
 from pipeline.errors import RowError
-from workers.engine.request import EmbedRequest, Finished, GenerateRequest, Output, Request, SamplingParams
+from pipeline.prompts import Prompt as PromptText
+from workers.engine.request import (
+    EmbedRequest,
+    Finished,
+    GenerateRequest,
+    Output,
+    Request,
+    SamplingParams,
+    VectorRequest,
+)
 
 if TYPE_CHECKING:
     from workers.engine.engine import Engine
@@ -26,16 +35,6 @@ Tokens = list[int] | RowError
 
 _TOKENIZED_TOGETHER = 512
 _MOST_WAITING = 512  # added ahead of what runs
-
-
-@dataclass(frozen=True, slots=True)
-class _Text:
-    """A text as the checkpoint's own tokenizer takes it by default: beginning-of-text added, control tokens parsed."""
-
-    text: str
-    add_special_tokens: bool = True
-    parse_special: bool = True
-    literal: tuple[tuple[int, int], ...] = ()
 
 
 def generate(
@@ -80,17 +79,21 @@ def generate(
     return [output for samples in outputs for output in samples]
 
 
-def embed(engine: Engine, texts: Sequence[Prompt], pooling: str) -> npt.NDArray[np.float32]:
+def embed(
+    engine: Engine, texts: Sequence[Prompt | EmbeddedText], form: VectorForm, text_form: TextForm
+) -> npt.NDArray[np.float32]:
     _check_prompts(engine, texts)
-    vectors = np.zeros((len(texts), engine.decoder.hidden_width), dtype=np.float32)
+    width = form.width(engine.decoder.hidden_width, engine.decoder.router_width)
+    vectors = np.zeros((len(texts), width), dtype=np.float32)
     failed: dict[int, RowError] = {}
 
     def requests() -> Iterator[tuple[int, Request | RowError]]:
-        for index, tokens in _tokenized(engine, texts):
+        for index, tokens in _encoded(engine, texts, text_form):
             if isinstance(tokens, RowError):
                 yield index, tokens
             else:
-                yield index, EmbedRequest(request_id=index, token_ids=tokens, pooling=pooling)
+                vector = VectorRequest(form=form, pooled_from=tokens.pooled_from)
+                yield index, EmbedRequest(request_id=index, token_ids=tokens.ids, vector=vector)
 
     for finished in _run(engine, requests()):
         if finished.error is not None:
@@ -105,7 +108,7 @@ def embed(engine: Engine, texts: Sequence[Prompt], pooling: str) -> npt.NDArray[
     return vectors
 
 
-def _check_prompts(engine: Engine, prompts: Sequence[Prompt]) -> None:
+def _check_prompts(engine: Engine, prompts: Sequence[Prompt | EmbeddedText]) -> None:
     if isinstance(prompts, str):
         raise ValueError("give a list of texts, not one text")
     if engine.has_work:
@@ -117,13 +120,35 @@ def _check_prompts(engine: Engine, prompts: Sequence[Prompt]) -> None:
 def _tokenized(engine: Engine, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Tokens]]:
     for begin in range(0, len(prompts), _TOKENIZED_TOGETHER):
         chunk = prompts[begin : begin + _TOKENIZED_TOGETHER]
-        texts = [_Text(prompt) for prompt in chunk if isinstance(prompt, str)]
+        texts = [_text(prompt) for prompt in chunk if isinstance(prompt, str)]
         encoded: Iterator[Tokens] = iter(())
         if texts:
             assert engine.tokenizer is not None
             encoded = iter(engine.tokenizer.encode_batch(texts))
         for index, prompt in enumerate(chunk, start=begin):
             yield index, next(encoded) if isinstance(prompt, str) else [int(token) for token in prompt]
+
+
+def _encoded(
+    engine: Engine, texts: Sequence[Prompt | EmbeddedText], form: TextForm
+) -> Iterator[tuple[int, EmbeddedText | RowError]]:
+    encoder = None if engine.tokenizer is None else TextEncoder(engine.tokenizer, form)
+    for begin in range(0, len(texts), _TOKENIZED_TOGETHER):
+        chunk = texts[begin : begin + _TOKENIZED_TOGETHER]
+        written = [_text(text) for text in chunk if isinstance(text, str)]
+        encoded = iter(encoder.encode(written) if encoder is not None else ())
+        for index, text in enumerate(chunk, start=begin):
+            if isinstance(text, str):
+                yield index, next(encoded)
+            elif isinstance(text, EmbeddedText):
+                yield index, text
+            else:
+                yield index, EmbeddedText([int(token) for token in text])
+
+
+def _text(text: str) -> PromptText:
+    """As the checkpoint's own tokenizer takes a text by default: beginning-of-text added, control tokens parsed."""
+    return PromptText(text, add_special_tokens=True, parse_special=True)
 
 
 def _run(engine: Engine, requests: Iterator[tuple[int, Request | RowError]]) -> Iterator[Finished]:

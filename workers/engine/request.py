@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.embedding import VectorForm
 from pipeline.errors import RowError
 
-POOLINGS = ("mean", "last", "weighted_mean")
 LOWEST_TEMPERATURE = 1e-5  # below it logits / temperature leaves float32's useful range
 
 # bool [V], True where a token may come next: the same at every position, or a function of the tokens generated so far.
@@ -96,10 +96,19 @@ def _check_number(name: str, value: object, *, least: float, most: float | None 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VectorRequest:
+    """A vector of a request's prompt, pooled from its token `pooled_from` on."""
+
+    form: VectorForm
+    pooled_from: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
     """Continue `token_ids`. `request_id` is the caller's, unique among what the engine holds.
 
-    `key` (0 to 2**64 - 1) tells this request's random numbers from others': in a job, the row number.
+    `key` (0 to 2**64 - 1) tells this request's random numbers from others': in a job, the row number. `vector`: of the
+    prompt, too, from the same pass; it comes with sample 0.
     """
 
     request_id: int
@@ -107,6 +116,7 @@ class GenerateRequest:
     params: SamplingParams
     key: int = 0
     vocabulary_mask: VocabularyMask | None = None
+    vector: VectorRequest | None = None
 
     def __post_init__(self) -> None:
         _check_integer("key", self.key, least=0, most=2**64 - 1)
@@ -124,11 +134,7 @@ class EmbedRequest:
 
     request_id: int
     token_ids: Sequence[int]
-    pooling: str = "mean"
-
-    def __post_init__(self) -> None:
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+    vector: VectorRequest = field(default_factory=lambda: VectorRequest(form=VectorForm()))
 
 
 Request = GenerateRequest | EmbedRequest
@@ -141,7 +147,8 @@ class Finished:
     A request's samples are reported in one step, in the order of `sample`; a request that failed has one Finished,
     sample 0, with `error` set and the rest empty. `token_ids` (and `logprobs`, one each) leave out the token that ended
     the text; `text` leaves out the stop string and is None when the engine has no tokenizer. `finish_reason` is "stop"
-    or "length" for a generation, else None. `vector` is float32 [C] of unit length for an embedding, else None.
+    or "length" for a generation, else None. `vector`, where one was asked for, is float32 of unit length, of the width
+    that its form says.
     """
 
     request_id: int

@@ -26,8 +26,10 @@ class Runner:
         self.decoder = decoder
         self.cache = cache
 
-    def hidden(self, batch: StepBatch) -> torch.Tensor:
+    def hidden(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Copy blocks, then compute the step's tokens -> hidden states after the final norm [T, C].
+
+        Beside them, where a pooled sequence wants it, what the routers say: a softmax over experts a layer [T, R].
 
         A batch without tokens runs too: with experts on other ranks, every rank must join each exchange.
         """
@@ -43,7 +45,14 @@ class Runner:
             self._metadata(block_table(tables), sequence_of, positions, *shared) for tables in batch.block_tables
         )
         token_ids = np.array(batch.token_ids, dtype=np.int64)
-        return self.decoder.forward(self._tensor(token_ids), self._tensor(positions), metadata, self.cache.pools)
+        step = self._tensor(token_ids), self._tensor(positions), metadata, self.cache.pools
+        if not _wants_routing(batch):
+            return self.decoder.forward(*step), None
+        heard: list[torch.Tensor] = []  # [T, E] a layer
+        hidden = self.decoder.forward(
+            *step, router_listener=lambda _, logits: heard.append(logits.float().softmax(dim=-1))
+        )
+        return hidden, torch.cat(heard, dim=1)
 
     def logits(self, hidden: torch.Tensor, batch: StepBatch) -> tuple[torch.Tensor, list[int]]:
         """Logits [N, V] of each sequence that draws, and for every draw its row among them."""
@@ -72,6 +81,11 @@ class Runner:
 
     def _tensor(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(values).to(self.decoder.device, non_blocking=True)
+
+
+def _wants_routing(batch: StepBatch) -> bool:
+    wanted = (batch.sequences[row].request.vector for row in batch.pooled_rows)
+    return any(vector is not None and vector.form.routing_weight for vector in wanted)
 
 
 def block_table(tables: list[array[int]]) -> Int32s:

@@ -42,7 +42,7 @@ class StepBatch:
     sequences: list[Sequence]  # [S]
     draws: list[Sequence] = field(default_factory=list)
     draw_rows: list[int] = field(default_factory=list)
-    pooled_rows: list[int] = field(default_factory=list)  # of S: embeddings, which take all of their hidden states
+    pooled_rows: list[int] = field(default_factory=list)  # of S: sequences that take the hidden states of their prompts
     num_prefill_tokens: int = 0  # of T: prompt tokens, and generated ones computed again
     num_found_tokens: int = 0  # positions that admitted sequences found by their prefix
     num_preempted: int = 0
@@ -107,7 +107,10 @@ class Scheduler:
 
     def add(self, request: GenerateRequest | EmbedRequest) -> Sequence:
         """Queue a request that `refuse` has nothing against. -> its first sample, by which to abort it."""
-        generates = isinstance(request, GenerateRequest)
+        # What is pooled has to be computed, all of it but for the last token's.
+        most_reused = len(request.token_ids)
+        if request.vector is not None and request.vector.form.pooling != "last":
+            most_reused = request.vector.pooled_from
         sequence = Sequence(
             request=request,
             order=(self._arrivals, 0),
@@ -116,10 +119,12 @@ class Scheduler:
             max_tokens=self._max_tokens(request),
             tables=self.tables.new_tables(),
             num_trimmed=[0] * len(self.tables.groups),
-            # Pooling over all positions needs all of them computed, and blocks that nobody will look for are not kept.
-            reuses_prefix=generates or (isinstance(request, EmbedRequest) and request.pooling == "last"),
+            # Blocks that nobody will look for are not kept.
+            reuses_prefix=isinstance(request, GenerateRequest) or most_reused > 0,
+            most_reused=most_reused,
             takes_argmax=isinstance(request, GenerateRequest) and request.takes_argmax,
             siblings_to_come=request.params.n - 1 if isinstance(request, GenerateRequest) else 0,
+            awaits_vector=request.vector is not None,
         )
         self._arrivals += 1
         self._waiting.append(sequence)
@@ -279,9 +284,9 @@ class Scheduler:
         decodes = done and end > sequence.num_prompt
         batch.num_prefill_tokens += count - 1 if decodes else count
         row = len(batch.sequences) - 1
-        if isinstance(sequence.request, EmbedRequest):
+        if sequence.awaits_vector:
             batch.pooled_rows.append(row)
-        elif done:
+        if done and isinstance(sequence.request, GenerateRequest):
             batch.draws.append(sequence)
             batch.draw_rows.append(row)
             if sequence.siblings_to_come:

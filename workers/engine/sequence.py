@@ -40,6 +40,8 @@ class Sequence:
     digests: list[bytes] = field(default_factory=list)
     siblings_to_come: int = 0  # samples of this request that start when its prompt is computed
     elder: Sequence | None = None  # the first sample, whose prompt blocks this one shares
+    most_reused: int = 0  # tokens of a prompt that is pooled which may be found in the cache: the rest is computed
+    awaits_vector: bool = False  # of the prompt, and it is not whole yet
     ended_by: str | None = None  # "stop", "length", "vector" or "error"
     logprobs: list[float] = field(default_factory=list)
 

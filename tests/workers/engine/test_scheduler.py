@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from pipeline.embedding import VectorForm
 from pipeline.errors import RowError
 from workers.decoder.patterns import EVERYTHING, Reads
 from workers.engine.block_tables import BlockTables, GroupCache
 from workers.engine.blocks import ROOT, chain
-from workers.engine.request import EmbedRequest, GenerateRequest, SamplingParams
+from workers.engine.request import EmbedRequest, GenerateRequest, SamplingParams, VectorRequest
 from workers.engine.scheduler import Scheduler, StepBatch
 from workers.engine.sequence import Phase, Sequence
 
@@ -77,7 +78,9 @@ class SimulatedRun:
     ) -> Sequence | RowError:
         request: GenerateRequest | EmbedRequest
         if embed is not None:
-            request = EmbedRequest(request_id=request_id, token_ids=prompt, pooling=embed)
+            request = EmbedRequest(
+                request_id=request_id, token_ids=prompt, vector=VectorRequest(form=VectorForm(pooling=embed))
+            )
         else:
             params = SamplingParams(max_new_tokens=max_new_tokens, n=n)
             request = GenerateRequest(request_id=request_id, token_ids=prompt, params=params)

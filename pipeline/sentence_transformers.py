@@ -1,0 +1,153 @@
+"""A checkpoint's own sentence-transformers files: how its authors make vectors with it.
+
+modules.json names the steps (a Transformer, a Pooling, perhaps a Normalize); 1_Pooling/config.json the pooling;
+config_sentence_transformers.json the prompts of queries and passages and the similarity that vectors are meant for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Final
+
+from pipeline.embedding import Pooling
+from pipeline.errors import UserError
+from pipeline.tokenizers.checkpoint import read_json, read_json_value
+
+_POOLING_FILES: Final = "*_Pooling/config.json"  # as in model_path.RESULT_FILES
+_MODES: Final[Mapping[str, Pooling]] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last",
+    "pooling_mode_weightedmean_tokens": "weighted_mean",
+    "mean": "mean",
+    "lasttoken": "last",
+    "weightedmean": "weighted_mean",
+}
+_INSTEAD: Final = "set embed.pooling to mean, last or weighted_mean to embed without it"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbedderFiles:
+    """What a checkpoint says about embedding with it. `pooling` None: nothing."""
+
+    pooling: Pooling | None = None
+    include_prompt: bool = True
+    query_prompt: str = ""
+    passage_prompt: str = ""
+    max_tokens: int | None = None  # longer texts are cut by their authors
+
+
+def read_embedder(model_path: Path, *, pooling_is_given: bool = False) -> EmbedderFiles:
+    """The files in a model's folder; all defaults where there are none.
+
+    UserError if they are damaged, or ask for what can't be done, so that nobody gets other vectors in silence. With
+    `pooling_is_given`, the steps after the transformer and the similarity are not looked at.
+    """
+    if not model_path.is_dir():
+        return EmbedderFiles()
+    steps = _steps(model_path)
+    config = read_json(model_path / "config_sentence_transformers.json")
+    pooling_file = _pooling_file(model_path, steps)
+    pooling_config = read_json(pooling_file) if pooling_file is not None else {}
+    if not pooling_is_given:
+        _refuse_steps(model_path, steps)
+        _refuse_similarity(model_path, config, steps)
+    prompts = _prompts(model_path, config)
+    default = _default_prompt(model_path, config, prompts)
+    limits = read_json(model_path / "sentence_bert_config.json")
+    if limits.get("do_lower_case"):
+        raise UserError(f"{model_path / 'sentence_bert_config.json'}: do_lower_case is not supported; lower the rows")
+    most = limits.get("max_seq_length")
+    return EmbedderFiles(
+        pooling=_pooling(pooling_file, pooling_config) if pooling_file is not None and not pooling_is_given else None,
+        include_prompt=bool(pooling_config.get("include_prompt", True)),
+        query_prompt=prompts.get("query", default),
+        passage_prompt=next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), default),
+        max_tokens=most if isinstance(most, int) and not isinstance(most, bool) and most > 0 else None,
+    )
+
+
+def _steps(model_path: Path) -> list[tuple[str, str]]:
+    """(kind, folder) of each module, in order; none without modules.json."""
+    file = model_path / "modules.json"
+    modules = read_json_value(file)
+    if modules is None:
+        return []
+    try:
+        return [(str(module["type"]), str(module.get("path", ""))) for module in modules]
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(f"{file}: must be a list of modules, each with a type and a path") from None
+
+
+def _kind(step: str) -> str:
+    """`sentence_transformers.models.Pooling` -> Pooling; a module of somebody else's stays as it is."""
+    return step.rpartition(".")[2] if step.startswith("sentence_transformers.") else step
+
+
+def _refuse_steps(model_path: Path, steps: list[tuple[str, str]]) -> None:
+    if not steps:
+        return
+    file = model_path / "modules.json"
+    for place, (step, folder) in enumerate(steps):
+        kind = _kind(step)
+        if kind == "Transformer" and place == 0:
+            if folder:
+                raise UserError(f"{file}: its weights are in {folder}/; name that folder as the model")
+        elif not ((kind == "Pooling" and place == 1) or (kind == "Normalize" and place == 2)):
+            raise UserError(f"{file}: step {place} is a {kind} module, which is not supported; {_INSTEAD}")
+
+
+def _refuse_similarity(model_path: Path, config: Mapping[str, Any], steps: list[tuple[str, str]]) -> None:
+    """Vectors here have unit length: of unnormalised ones the inner product is another similarity."""
+    similarity = config.get("similarity_fn_name") or "cosine"
+    normalises = any(_kind(step) == "Normalize" for step, _ in steps)
+    if similarity == "cosine" or (similarity == "dot" and normalises):
+        return
+    what = f"{similarity} similarity" + (" of vectors that are not normalised" if similarity == "dot" else "")
+    raise UserError(
+        f"{model_path / 'config_sentence_transformers.json'} asks for {what}; only cosine is supported: {_INSTEAD}"
+    )
+
+
+def _pooling_file(model_path: Path, steps: list[tuple[str, str]]) -> Path | None:
+    """That of the Pooling module; without modules.json the one that lies there."""
+    folders = [folder for step, folder in steps if _kind(step) == "Pooling"]
+    if folders:
+        file = model_path / folders[0] / "config.json"
+        if not file.is_file() or not fnmatch(f"{folders[0]}/config.json", _POOLING_FILES):
+            raise UserError(f"{model_path / 'modules.json'}: its pooling should be in {file}, N_Pooling/config.json")
+        return file
+    return next(iter(sorted(model_path.glob(_POOLING_FILES))), None)
+
+
+def _pooling(file: Path, config: Mapping[str, Any]) -> Pooling:
+    mode = config.get("pooling_mode")
+    if mode is not None:
+        modes = [str(one) for one in mode] if isinstance(mode, list | tuple) else [str(mode)]
+    else:
+        modes = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
+    if len(modes) == 1 and modes[0] in _MODES:
+        return _MODES[modes[0]]
+    raise UserError(
+        f"{file} asks for {', '.join(modes) or 'no pooling'}; set embed.pooling to mean, last or weighted_mean"
+    )
+
+
+def _prompts(model_path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    prompts = config.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise UserError(f"{model_path / 'config_sentence_transformers.json'}: prompts must map names to texts")
+    return prompts
+
+
+def _default_prompt(model_path: Path, config: Mapping[str, Any], prompts: Mapping[str, str]) -> str:
+    name = config.get("default_prompt_name")
+    if name is None:
+        return ""
+    if name not in prompts:
+        raise UserError(
+            f"{model_path / 'config_sentence_transformers.json'}: default_prompt_name {name!r} is none of its prompts"
+        )
+    return prompts[name]
