@@ -9,7 +9,7 @@ RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 WEIGHTS := .cache/weights/gemma-3-270m-q4_k_m.gguf
 
-.PHONY: help demo test test-weights check bench clean
+.PHONY: help demo test test-weights check bench models clean
 .DELETE_ON_ERROR:
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make test          the tests"
 	@echo "make test-weights  the tests that fetch larger real weights"
 	@echo "make check         linters, formatting, types, import contracts"
+	@echo "make models        write docs/models.md: architectures, their parts, how near the reference they come"
 	@echo "make bench         the benchmarks (minutes; leave the machine alone meanwhile)"
 	@echo "make clean         remove what these made, except .venv"
 
@@ -37,6 +38,9 @@ check: $(DEV_STAMP)
 
 bench: $(DEV_STAMP)
 	$(BIN)/python -m benchmarks
+
+models: $(DEV_STAMP)
+	$(BIN)/python -m pytest -q -m models tests/workers/decoder/test_models_page.py
 
 clean:
 	rm -rf out .cache build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -6,7 +6,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import pyarrow.dataset as ds
 
 from jobs.controller import Controller
 from jobs.finishing import Finisher
-from jobs.fleet import Fleet, num_replicas
+from jobs.fleet import Fleet
 from jobs.spec import JobSpec, JsonObject
 from jobs.specfile import load_spec, parse_spec
 from jobs.state import JobState
@@ -22,7 +23,10 @@ from jobs.store import JobStore, open_store
 from jobs.tally import OnProgress, Tally
 from jobs.worker_settings import worker_settings
 from pipeline.errors import JobError, UserError
+from workers import devices
+from workers.forecast import Forecast, forecast
 from workers.run_log import run_log
+from workers.settings import EngineSettings
 
 if TYPE_CHECKING:
     from jobs.query import QueryResult
@@ -80,21 +84,30 @@ def _run(
     store: JobStore, limit: int | None, retry_errors: bool, on_progress: OnProgress | None, engine_factory: str
 ) -> JobResult:
     spec, committed = store.job.spec, store.committed()
-    state = JobState(
-        [split.num_rows for split in store.job.splits],
-        committed,
-        num_replicas=num_replicas(spec.cluster),
-        max_error_rate=spec.limits.max_error_rate,
-        limit=limit,
-        retry_errors=retry_errors,
-        embeds=spec.index is not None,
-    )
+
+    def new_state(num_replicas: int, ranks: int) -> JobState:
+        return JobState(
+            [split.num_rows for split in store.job.splits],
+            committed,
+            num_replicas=num_replicas,
+            ranks=ranks,
+            max_error_rate=spec.limits.max_error_rate,
+            limit=limit,
+            retry_errors=retry_errors,
+            embeds=spec.index is not None,
+        )
+
+    state = new_state(1, 1)
     tally = Tally(rows_total=state.total_rows, committed=committed, retry_errors=retry_errors, on_progress=on_progress)
     finisher = Finisher(store, tally)
     report = store.report()
     if not state.num_open and report is not None and finisher.index_is_current():
         return JobResult(out=store.folder.root, report=report)
-    with Fleet(worker_settings(store, engine_factory), spec.cluster) as fleet:
+    settings = worker_settings(store, engine_factory)
+    with Fleet(settings, spec.cluster) as fleet:
+        layout = fleet.lay_out(partial(_forecast, settings.engine) if engine_factory == DEFAULT_ENGINE else None)
+        tally.lay_out(layout)
+        state = new_state(layout.replicas, layout.ranks)
         controller = Controller(store, state, fleet, finisher, tally)
         with _stopping(controller):
             outcome = controller.run()
@@ -104,6 +117,14 @@ def _run(
         raise (UserError if outcome.is_user_error else JobError)(outcome.message)
     assert finisher.written_report is not None
     return JobResult(out=store.folder.root, report=finisher.written_report)
+
+
+def _forecast(engine: EngineSettings, device: str) -> Forecast:
+    """Of one shard. For GPUs that only other machines have, it is what bfloat16 takes there unless told otherwise."""
+    if device == "cuda" and devices.gpu_bytes() is None:
+        dtype = "bfloat16" if engine.dtype == "auto" else engine.dtype
+        return forecast(replace(engine, device="cpu", dtype=dtype), measures=False)
+    return forecast(replace(engine, device=device), measures=False)
 
 
 @contextmanager

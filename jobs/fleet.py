@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 from jobs.events import Lease, ReplicaDied, ShardId
-from jobs.ray_session import cluster_totals, ray_session, wait_for
+from jobs.layout import Layout, Machine, choose_layout
+from jobs.placements import ExpertLayers, place_experts
+from jobs.ray_session import cluster_machines, is_joined, ray_session, wait_for
 from jobs.spec import ClusterSpec
 from pipeline.commits import Commit
-from pipeline.errors import JobError, UserError
+from pipeline.errors import JobError
+from pipeline.job_folder import JobFolder
 from pipeline.source import Split
+from workers import devices
 from workers.assignment import Assignment, Base, ShardReport
+from workers.forecast import Forecast
+from workers.parallel.placement import Placement
 from workers.replica import Replica, ReplicaLost, Resources
 from workers.settings import ShardSettings
 
@@ -29,13 +36,16 @@ class Heard:
 
 
 class Fleet:
-    """The living replicas by number, each with its generation. Ray is started, or joined, for the first of them."""
+    """The living replicas by number, each with its generation. Ray is started for the first of them."""
 
     def __init__(self, settings: ShardSettings, cluster: ClusterSpec) -> None:
         self._settings = settings
         self._cluster = cluster
         self._session = ExitStack()
-        self._resources: Resources | None = None
+        self._joins = is_joined(cluster.address)
+        self._connected = False
+        self._layout: Layout | None = None
+        self._experts: ExpertLayers | None = None
         self._replicas: dict[int, tuple[int, Replica]] = {}
         self._looked_at = time.monotonic()
 
@@ -45,20 +55,51 @@ class Fleet:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def lay_out(self, model: Callable[[str], Forecast] | None) -> Layout:
+        """Settle how many shards of what size there are to be, as `choose_layout` does, before any is started.
+
+        A Ray that runs already is joined for it. UserError if it lacks what the job asks for.
+        """
+        if self._joins:
+            self._connect(num_cpus=0)
+            machines = [_machine(resources) for resources in cluster_machines()]
+            machines = [machine for machine in machines if machine.num_cpus] or machines
+        else:
+            machines = [this_machine()]
+        probe = devices.cluster_gpu_bytes if self._joins else devices.gpu_bytes
+        self._layout = choose_layout(self._cluster, machines, model=model, gpu_bytes=probe)
+        return self._layout
+
     def start(self, replica: int, generation: int) -> None:
-        """UserError or JobError if there is no Ray to be had, or it lacks what the job asks for."""
+        """UserError or JobError if there is no Ray to be had."""
         assert replica not in self._replicas
-        if self._resources is None:
-            self._session.enter_context(ray_session(self._cluster.address, num_cpus=_local_cpus(self._cluster)))
-            self._resources = shard_resources(self._cluster, cluster_totals())
-            engine = replace(
-                self._settings.engine,
-                threads=self._resources.num_cpus,
-                device="cuda" if self._resources.num_gpus else "cpu",
-            )
-            self._settings = replace(self._settings, engine=engine)
+        layout = self._layout
+        assert layout is not None, "lay_out comes first"
+        # A Ray of our own is told that this machine has its CPUs, or more where the job insists on more threads.
+        self._connect(num_cpus=max(devices.num_cpus(), layout.num_shards * layout.threads))
+        engine = replace(self._settings.engine, threads=layout.threads, device=layout.device, sharers=layout.sharers)
         name = f"worker-{replica}.{generation}"
-        self._replicas[replica] = (generation, Replica(self._settings, self._resources, name=name))
+        self._replicas[replica] = (
+            generation,
+            Replica(
+                replace(self._settings, engine=engine),
+                shard_resources(layout),
+                name=name,
+                num_ranks=layout.ranks,
+                place=partial(self._place, name) if layout.ranks > 1 else None,
+            ),
+        )
+
+    def _connect(self, *, num_cpus: int) -> None:
+        if not self._connected:
+            self._session.enter_context(ray_session(self._cluster.address, num_cpus=num_cpus))
+            self._connected = True
+
+    def _place(self, gang: str, nodes: tuple[str, ...]) -> Placement:
+        """Where a gang on these nodes holds its experts."""
+        if self._experts is None:
+            self._experts = ExpertLayers.of(Path(self._settings.engine.model_path))
+        return place_experts(JobFolder(Path(self._settings.out)), self._experts, nodes, gang=gang)
 
     def grant(self, shard: ShardId, assignments: list[Assignment]) -> None:
         if replica := self._current(shard):
@@ -93,7 +134,7 @@ class Fleet:
                     continue
                 heard.append(Heard(ShardId(number, generation, rank), report))
                 if report.failure is not None and report.failure.kind == "crash":
-                    heard.append(self._lose(number, report.failure.message))
+                    heard.append(self._lose(number, replica.cause(report.failure.message)))
         for number, (_, replica) in list(self._replicas.items()):
             try:
                 replica.check(self._looked_at)
@@ -154,25 +195,20 @@ def assignment(lease: Lease, split: Split, commits: Mapping[int, Commit]) -> Ass
     )
 
 
-def shard_resources(cluster: ClusterSpec, totals: Mapping[str, float]) -> Resources:
-    """What each shard asks of its node. `totals`: what the whole cluster has.
-
-    `threads: auto` shares the CPUs out among the shards; `device: auto` takes GPUs where there is one for each.
-    """
-    num_shards = num_replicas(cluster)
-    num_gpus = int(totals.get("GPU", 0))
-    if cluster.device == "cuda" and num_gpus < num_shards:
-        raise UserError(f"cluster.device: cuda needs a GPU for each of {num_shards} shards, and Ray sees {num_gpus}")
-    uses_gpu = cluster.device == "cuda" or (cluster.device == "auto" and num_gpus >= num_shards)
-    threads = max(1, int(totals.get("CPU", 1)) // num_shards) if cluster.threads == "auto" else cluster.threads
-    return Resources(num_cpus=threads, num_gpus=1 if uses_gpu else 0)
+def shard_resources(layout: Layout) -> Resources:
+    """What each shard asks of its node."""
+    return Resources(
+        num_cpus=layout.threads, num_gpus=1 if layout.device == "cuda" else 0, memory_bytes=layout.memory_bytes
+    )
 
 
-def num_replicas(cluster: ClusterSpec) -> int:
-    return 1 if cluster.replicas == "auto" else cluster.replicas
+def this_machine() -> Machine:
+    return Machine(num_cpus=devices.num_cpus(), num_gpus=devices.num_gpus(), memory_bytes=devices.memory_bytes())
 
 
-def _local_cpus(cluster: ClusterSpec) -> int:
-    """What a Ray of our own is told that this machine has: the CPUs, or more where the job insists on more threads."""
-    wanted = num_replicas(cluster) * (1 if cluster.threads == "auto" else cluster.threads)
-    return max(len(os.sched_getaffinity(0)), wanted)
+def _machine(resources: Mapping[str, float]) -> Machine:
+    return Machine(
+        num_cpus=int(resources.get("CPU", 0)),
+        num_gpus=int(resources.get("GPU", 0)),
+        memory_bytes=int(resources.get("memory", 0)),
+    )

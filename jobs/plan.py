@@ -6,16 +6,16 @@ does just now, times a measured share; where the job runs elsewhere, no time is 
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
 
 from jobs.embedding import embedding_forms
-from jobs.fleet import num_replicas
+from jobs.fleet import this_machine
+from jobs.layout import Layout, choose_layout
 from jobs.resolve import ResolvedJob, resolve
 from jobs.spec import EmbedSpec, JobSpec
 from jobs.status import job_status
@@ -26,6 +26,7 @@ from pipeline.prompts import Example, ModelText, PromptBuilder, PromptSettings, 
 from pipeline.row_text import RowText
 from pipeline.source import Rows, Split
 from pipeline.tokenizer import Tokenizer, load_tokenizer
+from workers import devices
 from workers.forecast import EFFICIENCY, Forecast, forecast
 from workers.settings import EngineSettings
 
@@ -51,6 +52,7 @@ class TokenEstimate:
 class Plan:
     job: ResolvedJob
     shard: Forecast
+    layout: Layout | None  # None: settled when the cluster is joined
     tokens: TokenEstimate
     max_new_tokens: int  # a row, all of its samples together
     embeds_generation: bool
@@ -69,6 +71,7 @@ class Plan:
                 "model",
                 f"{spec.model}: {shard.architecture}, {shard.num_layers} layers, {_weights(shard)}",
             ),
+            ("parts", shard.parts),
             (
                 "input",
                 f"{rows:,} rows in {files:,} file{'s' if files > 1 else ''}; {len(splits):,} splits of up to "
@@ -82,7 +85,7 @@ class Plan:
         ]
         if self.tokens.errors:
             failed = ", ".join(f"{count} {code}" for code, count in self.tokens.errors.most_common())
-            lines.insert(4, ("errors", f"in the sample of {self.tokens.sampled_rows} rows: {failed}"))
+            lines.insert(5, ("errors", f"in the sample of {self.tokens.sampled_rows} rows: {failed}"))
         width = max(len(name) for name, _ in lines[1:])
         return "\n".join([f"{lines[0][0]}: {lines[0][1]}", *(f"  {name:{width}}  {text}" for name, text in lines[1:])])
 
@@ -100,11 +103,12 @@ class Plan:
 
     def _memory(self) -> str:
         shard, spec = self.shard, self.job.spec
-        parts = [
-            f"{human_bytes(shard.weight_bytes)} of weights ({shard.dtype})",
-            f"at most {human_bytes(shard.kv_cache_bytes)} of KV cache",
-        ]
-        text = f"a replica: {', '.join(parts)}"
+        ranks = self.layout.ranks if self.layout is not None else 1
+        weights = f"{human_bytes(shard.rank_weight_bytes(ranks))} of weights ({shard.dtype}"
+        if ranks > 1:
+            weights += f"; all experts of the replica together: {human_bytes(shard.expert_bytes)}"
+        parts = [f"{weights})", f"at most {human_bytes(shard.kv_cache_bytes)} of KV cache"]
+        text = f"a {'shard' if ranks > 1 else 'replica'}: {', '.join(parts)}"
         if spec.embed is not None:
             samples = spec.generate.n if spec.generate is not None and spec.embed.of != "prompt" else 1
             vectors = self.job.source.num_rows * (samples + (1 if spec.embed.of == "both" else 0))
@@ -112,12 +116,16 @@ class Plan:
         return text
 
     def _where(self) -> str:
-        cluster, shard = self.job.spec.cluster, self.shard
-        replicas = num_replicas(cluster)
+        cluster, layout = self.job.spec.cluster, self.layout
         ray = f"the Ray cluster at {cluster.address}" if cluster.address else "this machine, in a Ray of the job's own"
-        return (
-            f"{replicas} replica{'s' if replicas > 1 else ''} on {shard.device}, {shard.threads} threads each, on {ray}"
-        )
+        if layout is None:
+            asked = f"replicas {cluster.replicas}, expert_parallel {cluster.expert_parallel}"
+            return f"{asked}, on {ray}; what is auto is chosen from its devices and their memory when it is joined"
+        shards = f"{layout.replicas} replica{'s' if layout.replicas > 1 else ''}"
+        if layout.ranks > 1:
+            shards += f" of {layout.ranks} shards that share the experts"
+        reason = f"; expert_parallel is {layout.ranks}: {layout.why}" if self.shard.num_experts else ""
+        return f"{shards} on {layout.device}, {layout.threads} threads each, on {ray}{reason}"
 
     def _time(self) -> str:
         if self.seconds is None or self.shard.flops_per_s is None:
@@ -133,30 +141,39 @@ def make_plan(spec: JobSpec) -> Plan:
     """UserError and JobError as running the job would raise them, as far as that shows before the model is loaded."""
     job = resolve(spec)
     settled, cluster = job.spec, job.spec.cluster
-    cpus = len(os.sched_getaffinity(0))
-    shard = forecast(
-        EngineSettings(
-            model_path=str(job.model_path),
-            device=cluster.device,
-            dtype=cluster.dtype,
-            threads=max(1, cpus // num_replicas(cluster)) if cluster.threads == "auto" else cluster.threads,
-            kv_cache_bytes=None if settled.engine.kv_cache_bytes == "auto" else settled.engine.kv_cache_bytes,
-            max_context=None if settled.engine.max_context == "auto" else settled.engine.max_context,
-            step_tokens=None if settled.engine.step_tokens == "auto" else settled.engine.step_tokens,
-            max_sequences=None if settled.engine.max_sequences == "auto" else settled.engine.max_sequences,
-        )
+    engine = EngineSettings(
+        model_path=str(job.model_path),
+        device=cluster.device,
+        dtype=cluster.dtype,
+        kv_cache_bytes=None if settled.engine.kv_cache_bytes == "auto" else settled.engine.kv_cache_bytes,
+        max_context=None if settled.engine.max_context == "auto" else settled.engine.max_context,
+        step_tokens=None if settled.engine.step_tokens == "auto" else settled.engine.step_tokens,
+        max_sequences=None if settled.engine.max_sequences == "auto" else settled.engine.max_sequences,
     )
+    layout = None
+    if not cluster.address:
+        layout = choose_layout(
+            cluster,
+            [this_machine()],
+            model=lambda device: forecast(replace(engine, device=device), measures=False),
+            gpu_bytes=devices.gpu_bytes,
+        )
+        engine = replace(engine, device=layout.device, threads=layout.threads, sharers=layout.sharers)
+    shard = forecast(engine)
     tokens = estimate_tokens(job, shard.max_context)
     new_tokens = settled.generate.max_new_tokens * settled.generate.n if settled.generate is not None else 0
     embeds_generation = settled.embed is not None and settled.embed.of != "prompt"
     return Plan(
         job=job,
         shard=shard,
+        layout=layout,
         tokens=tokens,
         max_new_tokens=new_tokens,
         embeds_generation=embeds_generation,
         dimension=_dimension(settled.embed, shard) if settled.embed is not None else 0,
-        seconds=_seconds(job, shard, tokens, new_tokens, embeds_generation) if not cluster.address else None,
+        seconds=None
+        if layout is None
+        else _seconds(job, shard, tokens, new_tokens, embeds_generation, num_shards=layout.num_shards),
         output=_output(job),
     )
 
@@ -261,7 +278,13 @@ def _sample(job: ResolvedJob, columns: Sequence[str]) -> Iterator[Rows]:
 
 
 def _seconds(
-    job: ResolvedJob, shard: Forecast, tokens: TokenEstimate, new_tokens: int, embeds_generation: bool
+    job: ResolvedJob,
+    shard: Forecast,
+    tokens: TokenEstimate,
+    new_tokens: int,
+    embeds_generation: bool,
+    *,
+    num_shards: int,
 ) -> float | None:
     if shard.flops_per_s is None:
         return None
@@ -275,7 +298,7 @@ def _seconds(
     total += cost.flops(tokens=rows * tokens.passage, chosen=0, context=tokens.passage / 2)
     if embeds_generation:
         total += cost.flops(tokens=rows * new_tokens, chosen=0, context=new_tokens / 2)
-    return total / (shard.flops_per_s * EFFICIENCY)
+    return total / (shard.flops_per_s * num_shards * EFFICIENCY)
 
 
 def _output(job: ResolvedJob) -> str:

@@ -113,11 +113,19 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def cluster_totals() -> dict[str, float]:
-    """What all nodes of the connected Ray have together."""
+def is_joined(address: str | None) -> bool:
+    """Whether `ray_session` would use a Ray that runs already."""
     import ray
 
-    return cast(dict[str, float], ray.cluster_resources())  # type: ignore[no-untyped-call]
+    return bool(ray.is_initialized() or address or os.environ.get("RAY_ADDRESS"))
+
+
+def cluster_machines() -> list[dict[str, float]]:
+    """What each living node of the connected Ray has, by resource."""
+    import ray
+
+    nodes = cast(list[dict[str, Any]], ray.nodes())  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in nodes if node["Alive"]]
 
 
 def wait_for(references: list[Any], timeout_s: float) -> list[Any]:

@@ -1,6 +1,6 @@
 """A JobSpec and what it speaks of -> a job that can be planned: everything settled that the model or the input decides.
 
-Nothing is written, and neither torch nor Ray is loaded.
+Nothing is written, and neither torch nor Ray is loaded, but for torch in a job that sets cluster.expert_parallel.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def resolve(spec: JobSpec, planned: PlannedJob | None = None) -> ResolvedJob:
     the planned input is another by now.
     """
     refuse_output_in_input(spec)
-    refuse_unsupported(spec)
     model_path = resolve_model(spec.model)
+    refuse_spreading(spec, model_path)
     if planned is not None and planned.spec.input == spec.input:
         source, is_scanned = Source.from_json(planned.source), False
         source.check_unchanged()
@@ -81,12 +81,23 @@ def resolve(spec: JobSpec, planned: PlannedJob | None = None) -> ResolvedJob:
     )
 
 
-def refuse_unsupported(spec: JobSpec) -> None:
-    """UserError for what a later version will do."""
-    if spec.cluster.expert_parallel not in ("auto", 1):
+def refuse_spreading(spec: JobSpec, model_path: Path) -> None:
+    """UserError where more ranks are asked for than the model has experts to spread over them."""
+    ranks = spec.cluster.expert_parallel
+    if ranks == "auto" or ranks == 1:
+        return
+    from workers.forecast import expert_layers
+
+    _, num_experts = expert_layers(model_path)
+    if not num_experts:
         raise UserError(
-            f"cluster.expert_parallel: {spec.cluster.expert_parallel} is not supported yet: each shard holds all "
-            "experts; leave it at 1, and set cluster.replicas for more shards"
+            f"cluster.expert_parallel: {ranks} spreads a model's experts, and {spec.model} is a dense model without "
+            "any; leave it at 1, and set cluster.replicas for more shards"
+        )
+    if ranks > num_experts:
+        raise UserError(
+            f"cluster.expert_parallel: {ranks} shards are more than the {num_experts} experts a layer of {spec.model}; "
+            "set it lower, and cluster.replicas for more shards"
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jobs.events import CommittedSplit, ReplicaDied, ShardId
+from jobs.layout import Layout
 from jobs.progress import Progress
 from workers.assignment import ShardReport
 
@@ -47,8 +48,13 @@ class Tally:
         self._deaths: list[dict[str, Any]] = []
         self._first_steps: list[float] = []
         self._num_splits = 0
+        self._layout: dict[str, Any] = {}
         self.history: list[Progress] = []
         self.started_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+    def lay_out(self, layout: Layout) -> None:
+        """How many shards of what size the run has."""
+        self._layout = {"replicas": layout.replicas, "ranks": layout.ranks, "why": layout.why}
 
     def enter(self, phase: str) -> None:
         now = time.monotonic()
@@ -120,6 +126,7 @@ class Tally:
             "seconds": {phase: round(seconds, 3) for phase, seconds in phases.items()},
             "first_step_at": min(first_steps, default=None),  # seconds since 1970
             "first_token_s": round(min(first_steps) - self._began_wall, 3) if first_steps else None,
+            "layout": self._layout,
             "splits_committed": self._num_splits,
             "deaths": self._deaths,
             "embedded_tokens": int(totals["embedded_tokens"]),

@@ -86,5 +86,6 @@ class ShardReport:
     finished: tuple[FinishedAssignment, ...] = ()
     counts: Counts = field(default_factory=Counts)
     failure: Failure | None = None
+    node: str = ""  # Ray's name of the node that the shard is on
     first_step_at: float | None = None  # when the engine's first step with work was done, in seconds since 1970
     engine: JsonObject = field(default_factory=dict)  # the engine's own statistics

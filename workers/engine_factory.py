@@ -3,34 +3,53 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.tokenizer import Tokenizer
+from workers.parallel.placement import Placement, Topology
 from workers.settings import EngineSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedEngine:
-    """What a factory returns. `engine` is a `row_runner.ShardEngine`; `max_context` counts prompt and generation."""
+    """What a factory returns. `engine` is a `row_runner.ShardEngine`; `max_context` counts prompt and generation.
+
+    `lock_step`: the engine again, as a `row_runner.LockStep`, where it is one rank's of a gang.
+    """
 
     engine: Any
     tokenizer: Tokenizer
     max_context: int
     vector_width: int  # of hidden states
     router_width: int = 0  # the experts of all layers that have a router
+    lock_step: Any = None
 
 
 def load_engine(settings: EngineSettings) -> LoadedEngine:
-    """The real one. UserError for what is no model, or one that is not supported."""
+    """The real one. UserError for what is no model, or one that is not supported.
+
+    With a seat in a gang only this rank's experts are loaded, and then the others are waited for.
+    """
     import torch
 
+    from workers.decoder.checkpoint import load_checkpoint
     from workers.engine import Engine
+    from workers.gang_engine import GangEngine
+    from workers.parallel.exchange import AllToAllDispatcher
+    from workers.parallel.group import Gang
 
     torch.set_num_threads(settings.threads)
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    seat, gang, dispatcher, experts = settings.seat, None, None, None
+    if seat is not None:
+        gang = Gang(seat, torch.device(device))
+        placement = Placement.from_json(seat.placement)
+        dispatcher = AllToAllDispatcher(gang, placement, Topology.of(seat.nodes))
+        experts = placement.held_by(seat.rank, len(load_checkpoint(Path(settings.model_path)).config.layers))
     engine = Engine.from_checkpoint(
         settings.model_path,
         device=device,
@@ -39,13 +58,21 @@ def load_engine(settings: EngineSettings) -> LoadedEngine:
         max_context=settings.max_context or "auto",
         step_tokens=settings.step_tokens or "auto",
         max_sequences=settings.max_sequences or "auto",
+        sharers=settings.sharers,
+        experts=experts,
+        dispatcher=dispatcher,
     )
     if engine.tokenizer is None:
         raise UserError(f"model: {settings.model_path} has no tokenizer, and a job's rows are text")
+    lock_step = None
+    if gang is not None and dispatcher is not None:
+        gang.form()
+        lock_step = GangEngine(engine, gang, dispatcher)
     return LoadedEngine(
-        engine=engine,
+        engine=lock_step or engine,
         tokenizer=engine.tokenizer,
         max_context=engine.max_context,
         vector_width=engine.decoder.hidden_width,
         router_width=engine.decoder.router_width,
+        lock_step=lock_step,
     )

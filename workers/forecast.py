@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from pipeline.errors import UserError
 from workers.decoder.checkpoint import load_checkpoint
 from workers.decoder.config import (
     AttentionConfig,
@@ -18,6 +19,7 @@ from workers.decoder.config import (
     LatentAttentionConfig,
     LayerConfig,
 )
+from workers.decoder.describe import describe
 from workers.decoder.kernels import build
 from workers.decoder.model import layer_groups, router_width
 from workers.decoder.precision import resolve_precision
@@ -84,6 +86,12 @@ def _attention_weights(config: AttentionConfig | LatentAttentionConfig, width: i
     return queries + width * spec.head_width + heads + width * spec.num_heads * config.head_value_width
 
 
+def _expert_weights(config: DecoderConfig) -> int:
+    """Those of all experts in all layers; what is shared by all tokens is not among them."""
+    experts = [layer.feed_forward for layer in config.layers if isinstance(layer.feed_forward, ExpertsConfig)]
+    return sum(one.router.num_experts * _feed_forward_weights(one.expert, config.hidden_width) for one in experts)
+
+
 def _feed_forward_weights(config: FeedForwardConfig, width: int) -> int:
     return (3 if config.gated else 2) * width * config.width
 
@@ -93,6 +101,7 @@ class Forecast:
     """One shard on this machine. `flops_per_s` is None where nothing was measured: the job runs on a GPU."""
 
     architecture: str
+    parts: str  # for people
     num_layers: int
     hidden_width: int
     router_width: int  # the experts of all layers that have a router
@@ -103,20 +112,59 @@ class Forecast:
     cost: ModelCost
     weight_bytes: int
     kv_cache_bytes: int  # the budget; pages are only used as they are written
+    least_cache_bytes: int  # what one sequence of the whole context takes, if the budget is left to the engine
+    num_experts: int  # a layer that has any; 0 in a dense model
+    expert_bytes: int  # of weight_bytes, those of all experts
     flops_per_s: float | None  # of a large float32 matrix product, just now
     arithmetic: str  # what does it, for people
 
+    def rank_weight_bytes(self, ranks: int) -> int:
+        """Of the rank that holds most, with the experts of each layer spread over so many."""
+        if ranks == 1:
+            return self.weight_bytes
+        most = -(-self.num_experts // ranks)
+        return self.weight_bytes - self.expert_bytes + self.expert_bytes * most // self.num_experts
 
-def forecast(settings: EngineSettings) -> Forecast:
-    """Reads the headers of a checkpoint and multiplies matrices for a moment. UserError for what is no model."""
+    def rank_bytes(self, ranks: int) -> int:
+        """The least memory that such a rank can work in: its weights, and a cache."""
+        return self.rank_weight_bytes(ranks) + self.least_cache_bytes
+
+
+def expert_layers(model: Path) -> tuple[tuple[int, ...], int]:
+    """The layers of a checkpoint that have experts, and how many each; ((), 0) of a dense model.
+
+    UserError for what is no model, or one whose layers have different numbers of experts.
+    """
+    config = load_checkpoint(model).config
+    found = _experts_by_layer(config)
+    if len(set(found.values())) > 1:
+        raise UserError(f"{model}: layers with {sorted(set(found.values()))} experts can't be spread over shards")
+    return tuple(found), max(found.values(), default=0)
+
+
+def _experts_by_layer(config: DecoderConfig) -> dict[int, int]:
+    return {
+        i: layer.feed_forward.router.num_experts
+        for i, layer in enumerate(config.layers)
+        if isinstance(layer.feed_forward, ExpertsConfig)
+    }
+
+
+def forecast(settings: EngineSettings, *, measures: bool = True) -> Forecast:
+    """Reads the headers of a checkpoint and multiplies matrices for a moment, unless told not to measure.
+
+    UserError for what is no model.
+    """
     config = load_checkpoint(Path(settings.model_path)).config
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = resolve_precision(settings.dtype, torch.device(device))
     cost = model_cost(config)
+    weight_bytes = _weight_bytes(cost, config, precision.weights)
     return Forecast(
         architecture=config.architecture,
+        parts="; ".join(words for words in describe(config).values() if words),
         num_layers=len(config.layers),
         hidden_width=config.hidden_width,
         router_width=router_width(config),
@@ -125,9 +173,13 @@ def forecast(settings: EngineSettings) -> Forecast:
         dtype=str(precision.weights).removeprefix("torch."),
         threads=settings.threads,
         cost=cost,
-        weight_bytes=_weight_bytes(cost, config, precision.weights),
+        weight_bytes=weight_bytes,
         kv_cache_bytes=settings.kv_cache_bytes or _auto_cache_bytes(settings, config, precision.cache.itemsize, device),
-        flops_per_s=_measured_flops_per_s(settings.threads) if device == "cpu" else None,
+        least_cache_bytes=settings.kv_cache_bytes
+        or _auto_cache_bytes(replace(settings, max_sequences=1), config, precision.cache.itemsize, device),
+        num_experts=max(_experts_by_layer(config).values(), default=0),
+        expert_bytes=weight_bytes * _expert_weights(config) // cost.weights,
+        flops_per_s=_measured_flops_per_s(settings.threads) if device == "cpu" and measures else None,
         arithmetic=_arithmetic(device),
     )
 
@@ -154,7 +206,7 @@ def _auto_cache_bytes(settings: EngineSettings, config: DecoderConfig, value_byt
         )
         for group in layer_groups(config)
     ]
-    return auto_budget_bytes(needs, shape, torch.device(device))
+    return auto_budget_bytes(needs, shape, torch.device(device), settings.sharers)
 
 
 def _arithmetic(device: str) -> str:

@@ -1,12 +1,16 @@
 """A replica: a gang of shards that together hold one model, in one Ray placement group.
 
 Formed once and never mended: when one of its shards dies or falls silent, the whole gang is released, and another
-replica of the next generation takes its place. For now a gang is one shard.
+replica of the next generation takes its place.
+
+A gang of several ranks meets in two steps: when all of them are up and say on which nodes they are, the coordinator,
+this process, opens a rendezvous and gives each a seat; then they load their own experts and connect.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,12 +21,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.errors import JobError
 from workers.assignment import Assignment, ShardReport
+from workers.parallel.group import Rendezvous
+from workers.parallel.placement import Placement
 from workers.settings import ShardSettings
 from workers.shard import ShardActor
 
 REPORT_S = 0.5  # how long a shard may wait before it reports that there is nothing new
 FORMING_S = 180.0  # until a worker process must have come up
 LOADING_S = 600.0  # of silence, while a model is loaded: reading weights may hold the interpreter
+CAUSE_S = 0.5  # for a death to be known of after it was felt
 SILENCE_S = 5.0  # of a shard that runs, until it is taken for stopped or cut off
 
 
@@ -32,12 +39,18 @@ class Resources:
 
     num_cpus: int
     num_gpus: int = 0
+    memory_bytes: int = 0  # set aside on its node, where a node can't hold several shards
 
     def bundle(self) -> dict[str, float]:
-        return {"CPU": float(self.num_cpus)} | ({"GPU": float(self.num_gpus)} if self.num_gpus else {})
+        wanted = {"CPU": self.num_cpus, "GPU": self.num_gpus, "memory": self.memory_bytes}
+        return {name: float(amount) for name, amount in wanted.items() if amount or name == "CPU"}
 
     def __str__(self) -> str:
         return f"{self.num_cpus} CPUs" + (f" and {self.num_gpus} GPUs" if self.num_gpus else "")
+
+
+# Each rank's node -> where the experts of a gang there are to lie.
+Place = Callable[[tuple[str, ...]], Placement]
 
 
 class ReplicaLost(Exception):
@@ -47,23 +60,29 @@ class ReplicaLost(Exception):
 class Replica:
     """Forms at once; Ray places it when it can. Every shard always has one report on its way."""
 
-    def __init__(self, settings: ShardSettings, resources: Resources, *, name: str) -> None:
+    def __init__(
+        self,
+        settings: ShardSettings,
+        resources: Resources,
+        *,
+        name: str,
+        num_ranks: int = 1,
+        place: Place | None = None,
+    ) -> None:
+        """`name` names the generation, too. `place` is asked once where there are several ranks."""
+        assert num_ranks == 1 or place is not None
         self.name = name
         self.began_at = time.monotonic()
         self._resources = resources
-        self._group: PlacementGroup = placement_group([resources.bundle()], strategy="PACK")
-        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_capture_child_tasks=True)
-        options: dict[str, Any] = {
-            "num_cpus": resources.num_cpus,
-            "num_gpus": resources.num_gpus,
-            "scheduling_strategy": strategy,
-            "concurrency_groups": {"orders": 1, "reports": 1},  # a thread each: orders arrive in order
-            "max_restarts": 0,
-        }
-        actor: Any = ray.remote(**options)(ShardActor)
-        self._shards = [actor.remote(settings, name)]
-        self._heard_at: list[float | None] = [None]  # None until the first report
-        self._phases = ["forming"]
+        self._num_ranks = num_ranks
+        self._place = place
+        self._rendezvous: Rendezvous | None = None
+        self._group: PlacementGroup = placement_group([resources.bundle()] * num_ranks, strategy="PACK")
+        self._shards = [self._start(settings, rank) for rank in range(num_ranks)]
+        self._heard_at: list[float | None] = [None] * num_ranks  # None until the first report
+        self._phases = ["forming"] * num_ranks
+        self._nodes = [""] * num_ranks
+        self._gave_up = False  # a shard failed, so the others wait for it in vain
         self._asked = {self._ask(rank): rank for rank in range(len(self._shards))}
 
     @property
@@ -82,18 +101,37 @@ class Replica:
             raise ReplicaLost(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from None
         self._heard_at[rank] = time.monotonic()
         self._phases[rank] = report.phase
+        self._nodes[rank] = report.node
+        self._gave_up = self._gave_up or report.failure is not None
+        if self._place is not None and all(self._nodes):
+            self._give_seats(self._place)
+            self._place = None
         if report.phase != "stopped":
             self._asked[self._ask(rank)] = rank
         return rank, report
 
+    def cause(self, told: str) -> str:
+        """Why the gang broke, where `told` is what one rank said of its own end.
+
+        A rank's death breaks the others' exchange with it, and they may be heard first.
+        """
+        if self._num_ranks > 1 and self._asked:
+            ready, _ = ray.wait(list(self._asked), num_returns=len(self._asked), timeout=CAUSE_S)
+            for reference in ready:
+                try:
+                    self.take(reference)
+                except ReplicaLost as lost:
+                    return str(lost)
+        return told
+
     def check(self, now: float) -> None:
         """ReplicaLost if a shard has been silent for too long, JobError if the gang can't be formed at all."""
-        for phase, heard_at in zip(self._phases, self._heard_at, strict=True):
+        for rank, (phase, heard_at) in enumerate(zip(self._phases, self._heard_at, strict=True)):
             if heard_at is None:
                 if now - self.began_at > FORMING_S:
                     raise JobError(self._why_not_formed())
             elif phase != "stopped" and now - heard_at > (LOADING_S if phase == "loading" else SILENCE_S):
-                raise ReplicaLost(f"{self.name} has said nothing for {now - heard_at:.0f} seconds")
+                raise ReplicaLost(f"{self._name_of(rank)} has said nothing for {now - heard_at:.0f} seconds")
 
     def forgive(self, seconds: float) -> None:
         """The listener itself was away for so long: nobody is blamed for that silence."""
@@ -114,13 +152,43 @@ class Replica:
     @property
     def is_busy(self) -> bool:
         """Whether a shard may still have something to hand over; one that is being loaded has not."""
-        return "running" in self._phases
+        return "running" in self._phases and not self._gave_up
 
     def release(self) -> None:
         """End what is left of the gang and give its resources back."""
         for shard in self._shards:
             ray.kill(shard)
         remove_placement_group(self._group)
+        if self._rendezvous is not None:
+            self._rendezvous.close()
+
+    def _start(self, settings: ShardSettings, rank: int) -> Any:
+        options: dict[str, Any] = {
+            "num_cpus": self._resources.num_cpus,
+            "num_gpus": self._resources.num_gpus,
+            "memory": self._resources.memory_bytes,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=rank, placement_group_capture_child_tasks=True
+            ),
+            "concurrency_groups": {"orders": 1, "reports": 1},  # a thread each: orders arrive in order
+            "max_restarts": 0,
+        }
+        actor: Any = ray.remote(**options)(ShardActor)
+        return actor.remote(settings, self._name_of(rank), awaits_seat=self._num_ranks > 1)
+
+    def _name_of(self, rank: int) -> str:
+        return f"{self.name}.{rank}" if self._num_ranks > 1 else self.name
+
+    def _give_seats(self, place: Place) -> None:
+        """The ranks meet on the loopback where all are on this process's node, else where this node is reached."""
+        here = ray.get_runtime_context().get_node_id()
+        is_local = set(self._nodes) == {here}
+        self._rendezvous = Rendezvous("127.0.0.1" if is_local else own_node_address())
+        placement = place(tuple(self._nodes))
+        for shard, seat in zip(
+            self._shards, self._rendezvous.seats(self.name, self._nodes, placement.to_json()), strict=True
+        ):
+            shard.take_seat.options(concurrency_group="orders").remote(seat)
 
     def _ask(self, rank: int) -> Any:
         return self._shards[rank].report.options(concurrency_group="reports").remote(REPORT_S)
@@ -129,12 +197,19 @@ class Replica:
         total = cast(dict[str, float], ray.cluster_resources())  # type: ignore[no-untyped-call]
         free = cast(dict[str, float], ray.available_resources())  # type: ignore[no-untyped-call]
         wanted = self._resources.bundle()
-        lacking = [name for name, amount in wanted.items() if total.get(name, 0.0) < amount]
-        if lacking:
+        if any(total.get(name, 0.0) < amount * self._num_ranks for name, amount in wanted.items()):
             have = ", ".join(f"{total.get(name, 0.0):g} {name}" for name in wanted)
-            return f"a worker needs {self._resources} and the whole cluster has {have}; set cluster.threads lower"
+            need = f"a worker needs {self._resources}"
+            if self._num_ranks > 1:
+                need = f"each of a replica's {self._num_ranks} workers needs {self._resources}"
+            return f"{need} and the whole cluster has {have}; set cluster.threads lower"
         have = ", ".join(f"{free.get(name, 0.0):g} {name}" for name in wanted)
         return f"no node has had {self._resources} free for {FORMING_S:.0f} seconds (free in all: {have})"
+
+
+def own_node_address() -> str:
+    """Where the other nodes reach this one."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def _reason(error: RayActorError) -> str:

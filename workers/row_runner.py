@@ -31,6 +31,7 @@ MAX_UNREAD = 2  # assignments leased ahead of the one that is being read
 MAX_READY_TOKENS = 1 << 21
 MAX_PARTS_IN_WRITING = 2  # beyond these the engine waits for the disk
 IDLE_S = 0.05
+GANG_IDLE_S = 0.005  # the others can't begin before this rank has looked whether it has rows
 MAX_LOGGED_ROWS = 20
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,15 @@ class ShardEngine(Protocol):
     def add(self, request: GenerateRequest | EmbedRequest) -> None: ...
     def step(self) -> Sequence[Finished]: ...
     def abort(self, request_id: int) -> None: ...
+
+
+class LockStep(Protocol):
+    """What a shard in a gang needs besides; `gang_engine.GangEngine` is one.
+
+    With it `has_work` says whether the gang steps, as it was agreed: then each rank must, also without requests.
+    """
+
+    def agree(self, *, stopping: bool) -> bool: ...
 
 
 class Kind(Enum):
@@ -85,14 +95,20 @@ class RowRunner:
         form: VectorForm | None,
         embeds_generation: bool,
         batch_rows: int,
+        lock_step: LockStep | None = None,
     ) -> None:
-        """`batch_rows`: so many requests are kept waiting at the engine, and as many rows are tokenized ahead."""
+        """`batch_rows`: so many requests are kept waiting at the engine, and as many rows are tokenized ahead.
+
+        `lock_step`: the engine itself, where it is one rank's of a gang.
+        """
         self._engine = engine
         self._preparation = preparation
         self._sampling = sampling
         self._form = form or VectorForm()
         self._embeds_generation = embeds_generation
         self._batch_rows = batch_rows
+        self._lock_step = lock_step
+        self._idle_s = IDLE_S if lock_step is None else GANG_IDLE_S
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="parts")
         self._writing: deque[tuple[Work, Future[FinishedAssignment]]] = deque()
 
@@ -176,7 +192,7 @@ class RowRunner:
 
     def run(self) -> None:
         try:
-            while not self._stopping:
+            while not self._is_over():
                 self._turn()
         except UserError as error:
             self._fail_shard(Failure(kind="user", message=str(error)))
@@ -191,6 +207,15 @@ class RowRunner:
             self._stopped = self._news = True
             self._changed.notify_all()
 
+    def _is_over(self) -> bool:
+        """Whether this shard was asked to stop; in a gang, whether any of its shards was."""
+        if self._lock_step is None:
+            return self._stopping
+        agreed = self._lock_step.agree(stopping=self._stopping)
+        if agreed:
+            self._stopping = True
+        return agreed  # and not `_stopping`, which may be set since: nobody leaves before the others know
+
     def _turn(self) -> None:
         self._forget_revoked()
         self._feed()
@@ -204,7 +229,7 @@ class RowRunner:
     def _feed(self) -> None:
         """Keep a full batch waiting at the engine; where it has nothing to do, wait a little for rows."""
         while self._engine.num_waiting < self._batch_rows:
-            rows = self._ahead.take(0.0 if self._engine.has_work else IDLE_S)
+            rows = self._ahead.take(0.0 if self._engine.has_work else self._idle_s)
             if rows is None:
                 return
             self._admit(rows)

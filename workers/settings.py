@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pipeline.embedding import TextForm, VectorForm
 from pipeline.prompts import PromptSettings
+from workers.parallel.seat import Seat
 
 JsonObject = dict[str, Any]
 
@@ -26,6 +27,8 @@ class EngineSettings:
     max_context: int | None = None
     step_tokens: int | None = None
     max_sequences: int | None = None
+    sharers: int = 1  # engines on the machine, which its memory is for
+    seat: Seat | None = None  # in a gang of several ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

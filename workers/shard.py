@@ -6,8 +6,11 @@ import gc
 import logging
 import threading
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+
+import ray
 
 from pipeline.embedding import TextForm, VectorForm
 from pipeline.errors import JobError, UserError
@@ -20,6 +23,7 @@ from pipeline.source import Source
 from workers.assignment import Assignment, Failure, ShardReport
 from workers.engine.request import SamplingParams
 from workers.engine_factory import LoadedEngine
+from workers.parallel.seat import Seat
 from workers.preparation import Preparation, TextKind
 from workers.row_runner import RowRunner
 from workers.run_log import log_crashes, run_log
@@ -32,10 +36,14 @@ log = logging.getLogger(__name__)
 
 
 class ShardActor:
-    """Answers reports from the moment that its process is up; the model is loaded and run in a thread of its own."""
+    """Answers reports from the moment that its process is up; the model is loaded and run in a thread of its own.
 
-    def __init__(self, settings: ShardSettings, name: str) -> None:
+    One of several ranks begins to load when it is given its seat in the gang, which says what experts it holds.
+    """
+
+    def __init__(self, settings: ShardSettings, name: str, *, awaits_seat: bool) -> None:
         self._settings = settings
+        self._node = ray.get_runtime_context().get_node_id()
         out = Path(settings.out)
         self._log = ExitStack()
         self._log.enter_context(run_log(out, name))
@@ -44,7 +52,13 @@ class ShardActor:
         self._failure: Failure | None = None
         self._loaded = threading.Event()
         self._stopped = False
-        threading.Thread(target=self._run, name="shard", daemon=True).start()
+        if not awaits_seat:
+            self._begin()
+
+    def take_seat(self, seat: Seat) -> None:
+        engine = replace(self._settings.engine, seat=seat)
+        self._settings = replace(self._settings, engine=engine)
+        self._begin()
 
     def grant(self, assignments: list[Assignment]) -> None:
         self._running().grant(assignments)
@@ -59,9 +73,14 @@ class ShardActor:
 
     def report(self, timeout_s: float) -> ShardReport:
         if self._loaded.wait(timeout_s) and self._runner is not None:
-            return self._runner.report(timeout_s)
+            return replace(self._runner.report(timeout_s), node=self._node)
         ended = self._stopped or self._failure is not None
-        return ShardReport(phase="stopped" if ended else "loading", received=0, wanted=0, failure=self._failure)
+        return ShardReport(
+            phase="stopped" if ended else "loading", received=0, wanted=0, node=self._node, failure=self._failure
+        )
+
+    def _begin(self) -> None:
+        threading.Thread(target=self._run, name="shard", daemon=True).start()
 
     def _running(self) -> RowRunner:
         assert self._runner is not None, "assignments are granted when a loaded shard asks for them"
@@ -118,6 +137,7 @@ def build_runner(settings: ShardSettings) -> RowRunner:
         form=embed.form if embed else None,
         embeds_generation=embed is not None and embed.of != "prompt",
         batch_rows=settings.engine.max_sequences or DEFAULT_BATCH_ROWS,
+        lock_step=loaded.lock_step,
     )
 
 

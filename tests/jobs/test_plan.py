@@ -97,8 +97,20 @@ def test_planning_changes_nothing_on_the_disk(
     assert execute(["plan", str(tmp_path / "job.yaml")]) == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     words = capfd.readouterr().out
-    for said in ("4 rows in 1 file", "1 empty_prompt", "which is new", "GFLOP/s", "KV cache"):
+    for said in ("grouped-query", "4 rows in 1 file", "1 empty_prompt", "which is new", "GFLOP/s", "KV cache"):
         assert said in words
+
+
+def test_it_says_over_how_many_shards_the_experts_are_spread_and_why(settings: dict[str, Any]) -> None:
+    words = make_plan(parse_spec(settings)).describe()
+    assert "expert_parallel is 1: there is one machine for its experts" in words
+    plan = make_plan(parse_spec(settings | {"cluster": {"expert_parallel": 3, "replicas": 2, "threads": 1}}))
+    words = plan.describe()
+    assert "2 replicas of 3 shards that share the experts" in words
+    assert "expert_parallel is 3: as the job asks" in words
+    assert "a shard:" in words
+    joined = make_plan(parse_spec(settings | {"cluster": {"address": "10.0.0.1:6379"}})).describe()
+    assert "chosen from its devices and their memory when it is joined" in joined
 
 
 def test_no_time_is_made_up_for_another_machine(settings: dict[str, Any]) -> None:

@@ -9,14 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.fleet import shard_resources
 from jobs.output_path import refuse_output_in_input
 from jobs.resolve import resolve
-from jobs.spec import ClusterSpec
 from jobs.specfile import parse_spec
 from jobs.store import differences, open_store
 from pipeline.errors import JobError, UserError
-from workers.replica import Resources
 
 TEXTS = ["one", "two", "three"]
 
@@ -57,7 +54,6 @@ def test_a_settled_job_is_the_same_job_as_one_that_says_it_all(job):
         ({"output": {"path": "out", "columns": ["titel"]}}, "no column 'titel'; did you mean 'title'"),
         ({"input": {"path": "nowhere/*.parquet"}}, "nowhere/*.parquet: no file matches"),
         ({"model": "nowhere"}, "model: nowhere: no such file or folder"),
-        ({"cluster": {"expert_parallel": 2}}, "cluster.expert_parallel: 2 is not supported yet"),
     ],
 )
 def test_what_does_not_exist_is_refused_in_one_line_and_nothing_is_written(job, changes, expected, tmp_path):
@@ -229,24 +225,3 @@ def test_differences_are_named_by_their_dotted_keys():
     before = {"generate": {"n": 1, "seed": 0}, "embed": None, "rows_per_split": 8}
     now = {"generate": {"n": 2, "seed": 0}, "embed": {"of": "both"}, "rows_per_split": 8}
     assert differences(before, now) == ["generate.n", "embed"]
-
-
-@pytest.mark.parametrize(
-    ("cluster", "totals", "expected"),
-    [
-        ({}, {"CPU": 8.0}, Resources(num_cpus=8)),
-        ({"replicas": 3}, {"CPU": 8.0}, Resources(num_cpus=2)),
-        ({"replicas": 3, "threads": 5}, {"CPU": 8.0}, Resources(num_cpus=5)),
-        ({"replicas": 16}, {"CPU": 8.0}, Resources(num_cpus=1)),
-        ({"replicas": 2}, {"CPU": 8.0, "GPU": 2.0}, Resources(num_cpus=4, num_gpus=1)),
-        ({"replicas": 3}, {"CPU": 9.0, "GPU": 2.0}, Resources(num_cpus=3)),
-        ({"device": "cpu"}, {"CPU": 8.0, "GPU": 2.0}, Resources(num_cpus=8)),
-    ],
-)
-def test_shards_share_out_what_the_cluster_has(cluster, totals, expected):
-    assert shard_resources(ClusterSpec(**cluster), totals) == expected
-
-
-def test_a_gpu_that_is_not_there_is_refused():
-    with pytest.raises(UserError, match="Ray sees 0"):
-        shard_resources(ClusterSpec(device="cuda"), {"CPU": 8.0})

@@ -83,12 +83,15 @@ class Block:
         listener: RouterListener | None = None,
     ) -> Tensor:
         """x [T, C] -> [T, C]. `listener` hears what the router says, if there is one."""
-        attended = self.attention(self.attention_norm(x), rotation, pool, metadata)
+        normed = self.attention_norm(x)
+        attended = self.attention(normed, rotation, pool, metadata)
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended)
         after = self._added(x, attended)
-        parallel = self.config.arrangement in ("parallel", "parallel_shared")
-        inner = self.feed_forward_norm(x if parallel else after)
+        if self.config.arrangement == "parallel_shared":
+            inner = normed
+        else:
+            inner = self.feed_forward_norm(x if self.config.arrangement == "parallel" else after)
         if isinstance(self.feed_forward, Experts):
             forwarded = self.feed_forward(inner, self.index, dispatcher, listener)
         else:

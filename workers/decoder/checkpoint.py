@@ -80,7 +80,7 @@ def read_document(folder: Path) -> Document:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: not a model in Hugging Face layout: it has no config.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: can't be read as JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file}: holds no object")
@@ -92,8 +92,8 @@ def _read_config(family: Family, document: Document) -> DecoderConfig:
         return family.read_config(document)
     except UserError:
         raise
-    except ValueError as error:  # values that are fine one by one and make no decoder together
-        raise UserError(f"{document.where}: {error}") from None
+    except (ValueError, ArithmeticError, MemoryError) as error:  # fine one by one, and no decoder together
+        raise UserError(f"{document.where}: {str(error) or 'has numbers that no decoder can be made of'}") from None
 
 
 def _open_folder(folder: Path) -> Checkpoint:

@@ -171,7 +171,7 @@ class LayerConfig:
 
     `sequential`: attention(norm(x)), then feed_forward(norm(x)) of the sum. `sandwich`: the same with a second norm
     behind each part (Gemma 2). `parallel`: both parts of x, each with its own norm (GPT-NeoX). `parallel_shared`: with
-    one norm for both (GPT-J, Falcon).
+    one norm for both (Phi-2).
     """
 
     attention: AttentionConfig | LatentAttentionConfig

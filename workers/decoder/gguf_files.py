@@ -89,7 +89,8 @@ def _widened(stored: np.ndarray, entry: _Entry, name: str) -> np.ndarray:
     # gguf widens 16 rows at a time in Python; rows side by side make fewer, larger bites.
     joined = math.gcd(stored.shape[0], max(1, _BITE_BYTES // entry.row_bytes))
     try:
-        return dequantize(stored.reshape(-1, joined * entry.row_bytes), entry.kind)
+        with np.errstate(invalid="ignore", over="ignore"):  # a scale that is no number stays visible in the answers
+            return dequantize(stored.reshape(-1, joined * entry.row_bytes), entry.kind)
     except NotImplementedError:
         raise UserError(
             f"{entry.path}: tensor {name} is stored as {entry.kind.name}, which can't be read; "

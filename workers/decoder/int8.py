@@ -6,7 +6,7 @@ is computed as (x . q) * s in the activations' own format. kernels/packed.py has
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor
 from workers.decoder.weight import ExpertBank, Weight
 
 _LARGEST = 127.0
-_ROWS_AT_ONCE = 256  # of those that are quantized, so that passing tensors stay small beside the matrix
+_ROWS_AT_ONCE = 256
 
 
 def quantized(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,15 +28,17 @@ def quantized(matrix: Tensor) -> tuple[Tensor, Tensor]:
     (tensor([[  50, -127,    0],
             [   0,    0,    0]], dtype=torch.int8), tensor([0.0100, 0.0000]))
     """
-    integers = torch.empty(matrix.shape, dtype=torch.int8, device=matrix.device)
-    scales = torch.empty(matrix.shape[0], dtype=torch.float32, device=matrix.device)
+    wide = matrix.float()
+    scales = wide.abs().amax(dim=1) / _LARGEST
+    divisors = torch.where(scales > 0, scales, 1.0)[:, None]
+    return (wide / divisors).round_().nan_to_num_(0.0).clamp_(-_LARGEST, _LARGEST).to(torch.int8), scales
+
+
+def quantized_in_bites(matrix: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """As `quantized`, some rows at a time and which: what passes is small beside the matrix."""
     for first in range(0, matrix.shape[0], _ROWS_AT_ONCE):
-        rows = matrix[first : first + _ROWS_AT_ONCE].float()
-        scale = rows.abs().amax(dim=1) / _LARGEST
-        scales[first : first + _ROWS_AT_ONCE] = scale
-        divisor = torch.where(scale > 0, scale, 1.0)[:, None]
-        integers[first : first + _ROWS_AT_ONCE] = (rows / divisor).round().nan_to_num_(0.0).clamp_(-_LARGEST, _LARGEST)
-    return integers, scales
+        rows = slice(first, min(first + _ROWS_AT_ONCE, matrix.shape[0]))
+        yield rows, *quantized(matrix[rows])
 
 
 class Int8Weight(Weight):
@@ -54,9 +56,7 @@ class Int8Weight(Weight):
         return self.integers.nbytes + self.scales.nbytes
 
     def put(self, first_row: int, matrix: Tensor) -> None:
-        integers, scales = quantized(matrix)
-        self.integers[first_row : first_row + matrix.shape[0]] = integers
-        self.scales[first_row : first_row + matrix.shape[0]] = scales
+        _put(self.integers, self.scales, first_row, matrix)
 
     def rows(self, ids: Tensor) -> Tensor:
         return self.integers[ids].float() * self.scales[ids, None]
@@ -85,13 +85,17 @@ class Int8Bank(ExpertBank):
         return self.integers.nbytes + self.scales.nbytes
 
     def put(self, slot: int, first_row: int, matrix: Tensor) -> None:
-        integers, scales = quantized(matrix)
-        self.integers[slot, first_row : first_row + matrix.shape[0]] = integers
-        self.scales[slot, first_row : first_row + matrix.shape[0]] = scales
+        _put(self.integers[slot], self.scales[slot], first_row, matrix)
 
     def linear(self, x: Tensor, slot: int, bias: Tensor | None) -> Tensor:
         """x [n, in] times one slot's matrix -> [n, out] in x's dtype."""
         return _product(x, self.integers[slot], self.scales[slot], bias)
+
+
+def _put(integers: Tensor, scales: Tensor, first_row: int, matrix: Tensor) -> None:
+    into_integers, into_scales = integers[first_row:], scales[first_row:]
+    for rows, narrow, scale in quantized_in_bites(matrix):
+        into_integers[rows], into_scales[rows] = narrow, scale
 
 
 def _product(x: Tensor, integers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ given back after each read, so that loading a model takes the memory of the mode
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import mmap
@@ -27,6 +28,7 @@ _SIZES = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
     **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
 }
+_BITE_BYTES = 4 * 1024 * 1024
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -114,12 +116,25 @@ class SafetensorsFiles(Storage):
             view = view[source.at]
         if source.rows is not None:
             view = view[slice(*source.rows, source.step)]
-        piece = view.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        first = int(view.storage_offset())
-        last = first + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
-        size = view.element_size()
-        _give_back(entry.file.data, entry.begin + first * size, entry.begin + (last + 1) * size)
-        return piece
+        if view.is_contiguous():  # as one run of numbers, which can be cut anywhere
+            return _copied(entry, view.flatten(), dtype).view(view.shape)
+        return _copied(entry, view, dtype)
+
+
+def _copied(entry: _Entry, view: Tensor, dtype: torch.dtype) -> Tensor:
+    """A view of the map in memory of its own, in bites whose pages are given back before the next is read."""
+    piece = torch.empty(view.shape, dtype=dtype)
+    size = view.element_size()
+    step = max(1, _BITE_BYTES // max(1, view[:1].numel() * size))
+    for first in range(0, view.shape[0], step):
+        bite = view[first : first + step]
+        piece[first : first + step] = bite
+        begin = int(bite.storage_offset())
+        last = begin + sum(
+            (length - 1) * stride for length, stride in zip(map(int, bite.shape), map(int, bite.stride()), strict=True)
+        )
+        _give_back(entry.file.data, entry.begin + begin * size, entry.begin + (last + 1) * size)
+    return piece
 
 
 def has_safetensors(folder: Path) -> bool:
@@ -136,7 +151,7 @@ def _give_back(data: mmap.mmap, begin: int, end: int) -> None:
 def _weight_map(index: Path) -> Mapping[str, str]:
     try:
         placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{index}: not an index of shards ({error}); fetch the checkpoint again") from None
     if not isinstance(placed, dict) or not all(
         isinstance(name, str) and Path(name).name == name for name in placed.values()
@@ -158,21 +173,30 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     try:
         header = json.loads(data[8 : 8 + length])
         tensors = {name: value for name, value in header.items() if name != "__metadata__"}
-    except (ValueError, AttributeError):
-        raise _broken(path, "its header is not JSON") from None
+    except (ValueError, AttributeError, RecursionError):
+        raise _broken(path, "its header is not JSON that says what tensors there are") from None
     file_ = _File(path, data)
     entries = {name: _entry(file_, name, value, 8 + length) for name, value in tensors.items()}
     needed = max((entry.end for entry in entries.values()), default=8 + length)
     if needed > size:
         raise _broken(path, f"truncated: it holds {size} bytes and its header describes {needed}")
+    _refuse_overlap(path, entries)
     return entries
+
+
+def _refuse_overlap(path: Path, entries: Mapping[str, _Entry]) -> None:
+    placed = sorted((entry.begin, entry.end, name) for name, entry in entries.items() if entry.begin < entry.end)
+    for (_, end, one), (begin, _, other) in itertools.pairwise(placed):
+        if begin < end:
+            raise _broken(path, f"its header puts tensors {one!r} and {other!r} into the same bytes")
 
 
 def _entry(file: _File, name: str, value: Any, start: int) -> _Entry:
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        size = math.prod(shape) * _SIZES[dtype]
-        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)) and end - begin == size
+        whole = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        # A format unknown here can't be read, which is said of a tensor that is needed.
+        whole = whole and end - begin == (math.prod(shape) * _SIZES[dtype] if dtype in _SIZES else max(0, end - begin))
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:

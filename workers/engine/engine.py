@@ -37,6 +37,7 @@ from workers.engine.sequence import Sequence
 from workers.engine.stats import EngineStats
 from workers.engine.stopping import StopSearch
 from workers.engine.vectors import Vectors
+from workers.parallel.dispatch import Dispatcher
 
 Auto = Literal["auto"]
 
@@ -65,9 +66,10 @@ class _Answer:
 class Engine:
     """One decoder shard serving many requests at once.
 
-    `kv_cache_bytes` bounds the cache of keys and values (kv_cache.py says what `auto` is and how it is split);
-    `max_context` is the most tokens of prompt and generation together, at most the model's own. A step computes up to
-    `step_tokens` tokens of up to `max_sequences` sequences. An engine with a tokenizer takes and gives text.
+    `kv_cache_bytes` bounds the cache of keys and values (kv_cache.py says how it is split, and what `auto` is where
+    `sharers` engines share a machine); `max_context` is the most tokens of prompt and generation together, at most the
+    model's own. A step computes up to `step_tokens` tokens of up to `max_sequences` sequences. An engine that has a
+    tokenizer takes and gives text.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Engine:
         max_sequences: int | Auto = "auto",
         block_tokens: int = BLOCK_TOKENS,
         reuse_prefixes: bool = True,
+        sharers: int = 1,
     ) -> None:
         """`eos_ids`, the tokens that end a text, are the tokenizer's unless given. ValueError for a size of nothing."""
         for name, value in (
@@ -106,7 +109,9 @@ class Engine:
             GroupNeed(block_bytes=decoder.block_bytes(g, block_tokens), window=group.spec.window)
             for g, group in enumerate(decoder.groups)
         ]
-        budget = auto_budget_bytes(needs, shape, decoder.device) if kv_cache_bytes == "auto" else kv_cache_bytes
+        budget = (
+            auto_budget_bytes(needs, shape, decoder.device, sharers) if kv_cache_bytes == "auto" else kv_cache_bytes
+        )
         self.cache = KVCache(decoder, split_budget(needs, budget, shape), block_tokens)
         self._runner = Runner(decoder, self.cache)
         if eos_ids is None:
@@ -130,11 +135,19 @@ class Engine:
         max_sequences: int | Auto = "auto",
         block_tokens: int = BLOCK_TOKENS,
         reuse_prefixes: bool = True,
+        sharers: int = 1,
+        experts: Items[Items[int]] | None = None,
+        dispatcher: Dispatcher | None = None,
     ) -> Engine:
-        """Load decoder and tokenizer from what `model:` may be in a job. A checkpoint without a tokenizer is fine."""
+        """Load decoder and tokenizer from what `model:` may be in a job. A checkpoint without a tokenizer is fine.
+
+        `experts` and `dispatcher` are for one rank of a gang: see `Decoder.load`.
+        """
         found = resolve_model(str(path))
         context = None if max_context == "auto" else max_context
-        decoder = Decoder.load(found, device=device, dtype=dtype, max_context=context)
+        decoder = Decoder.load(
+            found, device=device, dtype=dtype, experts=experts, dispatcher=dispatcher, max_context=context
+        )
         tokenizer, eos_ids = read_vocabulary(found)
         return cls(
             decoder,
@@ -146,6 +159,7 @@ class Engine:
             max_sequences=max_sequences,
             block_tokens=block_tokens,
             reuse_prefixes=reuse_prefixes,
+            sharers=sharers,
         )
 
     def add(self, request: Request) -> None:
@@ -181,6 +195,13 @@ class Engine:
             self._scheduler.abort(answer.first)
             self._vectors.forget(answer.first)
         self._refused = [finished for finished in self._refused if finished.request_id != request_id]
+
+    def withdraw(self, count: int) -> list[Request]:
+        """Forget up to `count` requests that have not begun, those that came last, and give them to the caller."""
+        requests = self._scheduler.withdraw(count)
+        for request in requests:
+            del self._answers[request.request_id]
+        return requests
 
     @property
     def has_work(self) -> bool:

@@ -3,8 +3,8 @@
 The budget is kept: pools are made once, never grown, and together never exceed it. `auto` is what max_sequences
 sequences that fill their context could use at most, but no more than a quarter of the main memory that is available
 when the engine is made (weights are loaded by then), or 85% of what a GPU has free. On CPU the operating system
-provides pages as they are first written, so a short job never touches most of it. Engines that share a machine should
-be given budgets.
+provides pages as they are first written, so a short job never touches most of it. Engines that are told that they share
+a machine's memory take a part of that quarter each.
 
 Groups share the budget so that sequences of TYPICAL_TOKENS fill all of them at the same time.
 """
@@ -71,9 +71,9 @@ def split_budget(needs: Sequence[GroupNeed], budget_bytes: int, shape: CacheShap
     return tuple(groups)
 
 
-def auto_budget_bytes(needs: Sequence[GroupNeed], shape: CacheShape, device: torch.device) -> int:
-    """The rule for `auto`, at the top of this page."""
-    share = DEVICE_SHARE if device.type == "cuda" else HOST_SHARE
+def auto_budget_bytes(needs: Sequence[GroupNeed], shape: CacheShape, device: torch.device, sharers: int = 1) -> int:
+    """The rule for `auto`, at the top of this page, for one of `sharers` engines on a host; GPUs are not shared."""
+    share = DEVICE_SHARE if device.type == "cuda" else HOST_SHARE / sharers
     return min(shape.most_bytes(needs), int(share * available_bytes(device)))
 
 

@@ -143,6 +143,17 @@ class Scheduler:
             self._end(first)
         first.siblings_to_come = 0
 
+    def withdraw(self, count: int) -> list[GenerateRequest | EmbedRequest]:
+        """Give up to `count` requests back of which nothing has been computed, those that came last first."""
+        given: list[GenerateRequest | EmbedRequest] = []
+        while self._waiting and len(given) < count:
+            sequence = self._waiting.pop()
+            if sequence.phase is Phase.WAITING:
+                self._num_waiting -= 1
+                self._end(sequence)
+                given.append(sequence.request)
+        return given
+
     def schedule(self) -> StepBatch:
         """The next step's batch; empty when there is nothing to do."""
         groups = range(len(self.tables.groups))

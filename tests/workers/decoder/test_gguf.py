@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,49 @@ def test_a_damaged_file_gives_one_clear_line(tmp_path: Path, damage: Callable[[b
     with pytest.raises(UserError, match=complaint) as caught:
         Decoder.load(path)
     assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_file_with_any_bytes_changed_is_read_or_refused_in_one_line(tmp_path: Path, seed: int) -> None:
+    path, choose = tmp_path / "model.gguf", random.Random(seed)
+    write_gguf(path, Kind.Q8_0)
+    whole = path.read_bytes()
+    header = whole.index(b"blk.1.ffn_down.weight") + 60
+    for _ in range(25):
+        data = bytearray(whole)
+        at = choose.randrange(header)
+        data[at : at + choose.choice([1, 1, 8])] = choose.randbytes(choose.choice([0, 1, 1, 1, 8]))
+        path.write_bytes(data)
+        said = f"{path}: nothing"
+        try:
+            Decoder.load(path)
+        except UserError as error:
+            said = str(error)
+        assert str(path) in said
+        assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "offset", "complaint"),
+    [
+        (99, None, "number format 99, unknown here"),
+        (int(Kind.Q8_0), 2**40, "truncated GGUF file: .* tensor blk.1.ffn_down.weight would end at"),
+    ],
+)
+def test_a_tensor_that_is_described_wrongly_gets_one_clear_line(
+    tmp_path: Path, kind: int, offset: int | None, complaint: str
+) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, Kind.Q8_0)
+    data = bytearray(path.read_bytes())
+    at = data.index(name := b"blk.1.ffn_down.weight") + len(name) + 4 + 2 * 8  # behind the number of dimensions and two
+    data[at : at + 4] = kind.to_bytes(4, "little")
+    if offset is not None:
+        data[at + 4 : at + 12] = offset.to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=complaint) as caught:
+        Decoder.load(path)
     assert "\n" not in str(caught.value)
 
 

@@ -67,6 +67,14 @@ def phi3_keys(writer: GGUFWriter, config: dict[str, Any]) -> None:
         writer.add_tensor("rope_factors_short.weight", np.array(rope["short_factor"], dtype=np.float32))
 
 
+def granite_keys(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    llama_keys(writer, config)
+    writer.add_embedding_scale(config["embedding_multiplier"])
+    writer.add_residual_scale(config["residual_multiplier"])
+    writer.add_attention_scale(config["attention_multiplier"])
+    writer.add_logit_scale(config["logits_scaling"])
+
+
 def gpt2_keys(writer: GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_block_count(config["n_layer"])
     writer.add_context_length(config["n_positions"])
@@ -86,6 +94,18 @@ def gpt_neox_keys(writer: GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_head_count(config["num_attention_heads"])
     writer.add_parallel_residual(config["use_parallel_residual"])
     writer.add_layer_norm_eps(config["layer_norm_eps"])
+
+
+def phi2_keys(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    head_width = config["hidden_size"] // config["num_attention_heads"]
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(4 * config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_attention_heads"])
+    writer.add_layer_norm_eps(config["layer_norm_eps"])
+    writer.add_rope_dimension_count(int(config["rope_parameters"]["partial_rotary_factor"] * head_width))
 
 
 def bloom_keys(writer: GGUFWriter, config: dict[str, Any]) -> None:
@@ -136,6 +156,16 @@ def heads_apart(tensors: Tensors, heads: int) -> Tensors:
     }
 
 
+def granite_tensors(tensors: Tensors, heads: int) -> Tensors:
+    """Row i of a head's query or key beside row i + half, as all of Llama's line are converted."""
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        if "q_proj" in name or "k_proj" in name:
+            own = heads if "q_proj" in name else heads // 2  # grouped by two, as tiny models are
+            found[name] = tensor.view(own, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    return found
+
+
 CASES: dict[str, tuple[MODEL_ARCH, Any, Any, str, dict[str, Any]]] = {
     "Qwen 2": (MODEL_ARCH.QWEN2, llama_keys, as_they_are, "qwen2", {"head_dim": 10}),
     "Qwen 3": (MODEL_ARCH.QWEN3, llama_keys, as_they_are, "qwen3", {"head_dim": 14, "tie_word_embeddings": True}),
@@ -154,6 +184,10 @@ CASES: dict[str, tuple[MODEL_ARCH, Any, Any, str, dict[str, Any]]] = {
             },
         },
     ),
+    "Phi-2": (
+        *(MODEL_ARCH.PHI2, phi2_keys, as_they_are, "phi"),
+        {"num_key_value_heads": 6, "intermediate_size": 240},
+    ),
     "Phi-3, partial rotary, window": (
         *(MODEL_ARCH.PHI3, phi3_keys, as_they_are, "phi3"),
         {"partial_rotary_factor": 0.4, "sliding_window": 21},
@@ -162,6 +196,7 @@ CASES: dict[str, tuple[MODEL_ARCH, Any, Any, str, dict[str, Any]]] = {
         *(MODEL_ARCH.PHI3, phi3_keys, as_they_are, "phi3"),
         {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE},
     ),
+    "Granite": (MODEL_ARCH.GRANITE, granite_keys, granite_tensors, "granite", {"tie_word_embeddings": True}),
     "GPT-2": (MODEL_ARCH.GPT2, gpt2_keys, gpt2_tensors, "gpt2", {"tie_word_embeddings": True}),
     "GPT-NeoX": (MODEL_ARCH.GPTNEOX, gpt_neox_keys, heads_apart, "gpt_neox", {}),
     "GPT-NeoX, one after the other": (

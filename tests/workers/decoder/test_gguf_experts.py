@@ -248,6 +248,17 @@ def test_experts_stored_as_mxfp4_are_widened_as_gguf_widens_them(
     assert torch.equal(got, torch.from_numpy(gguf.dequantize(published.data, kind)[3]))
 
 
+def test_a_router_that_is_not_known_is_refused(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    case = "DeepSeek-V3, YaRN"
+    write_gguf(tmp_path / "model.gguf", tiny_model("deepseek_v3", tokenizer=False, **CASES[case][-1]), case)
+    data = (tmp_path / "model.gguf").read_bytes()
+    at = data.index(b"deepseek2.expert_gating_func") + len(b"deepseek2.expert_gating_func") + 4  # its type before it
+    assert data[at] == gguf.ExpertGatingFuncType.SIGMOID
+    (tmp_path / "model.gguf").write_bytes(data[:at] + b"\x03" + data[at + 1 :])
+    with pytest.raises(UserError, match="expert_gating_func 3 is not supported"):
+        load_checkpoint(tmp_path / "model.gguf")
+
+
 def test_an_architecture_that_is_not_known_is_named(tmp_path: Path) -> None:
     writer = GGUFWriter(tmp_path / "model.gguf", "dbrx")
     writer.add_tensor("token_embd.weight", np.zeros((3, 4), dtype=np.float32))

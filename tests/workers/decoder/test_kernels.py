@@ -130,6 +130,8 @@ CASES = {
     "window, odd widths": (6, 3, 10, 10, 7, None, False, False, torch.float32),
     "softcap, slopes and sinks": (4, 4, 16, 24, None, 5.0, True, True, torch.float32),
     "one key-value head, bfloat16": (8, 1, 80, 80, 40, None, False, True, torch.bfloat16),
+    "values in keys": (26, 1, 44, 37, None, None, False, False, torch.float32),
+    "values in keys, bfloat16": (7, 1, 96, 64, 40, 5.0, True, True, torch.bfloat16),
 }
 SEQUENCES = ((1, 1), (1, 50), (33, 33), (7, 90), (70, 200), (1, 256))  # queries in this step, keys in all
 BLOCK_TOKENS = 32
@@ -171,7 +173,9 @@ def test_attention_over_pages(case: str) -> None:
     sinks = torch.randn(heads) if with_sinks else None
     lengths = [keys for _, keys in SEQUENCES]
     blocks = [-(-n // BLOCK_TOKENS) for n in lengths]
-    pool_keys, pool_values = native.new_pages(sum(blocks) + 1, kv_heads, BLOCK_TOKENS, width, value_width, dtype)
+    in_keys = case.startswith("values in keys")
+    own_width = None if in_keys else value_width
+    pool_keys, pool_values = native.new_pages(sum(blocks) + 1, kv_heads, BLOCK_TOKENS, width, own_width, dtype)
     free = (torch.randperm(sum(blocks)) + 1).tolist()  # block 0 stays empty: nobody may read it
     table = torch.full((len(SEQUENCES), max(blocks)), -1, dtype=torch.int32)
     queries, wanted, start = [], [], [0]
@@ -179,9 +183,11 @@ def test_attention_over_pages(case: str) -> None:
         table[i, : blocks[i]] = torch.tensor([free.pop() for _ in range(blocks[i])])
         key = torch.randn(num_keys, kv_heads, width).to(dtype).float()
         value = torch.randn(num_keys, kv_heads, value_width).to(dtype).float()
+        if in_keys:
+            value = key[..., :value_width]
         at = torch.arange(num_keys)
         slots = table[i][at // BLOCK_TOKENS].long() * BLOCK_TOKENS + at % BLOCK_TOKENS
-        native.write_pages(pool_keys, pool_values, key, value, slots)
+        native.write_pages(pool_keys, pool_values, key, None if in_keys else value, slots)
         queries.append(torch.randn(num_queries, heads, width))
         start.append(start[-1] + num_queries)
         wanted.append(plain_attention(queries[-1], key, value, width**-0.5, window, softcap, slopes, sinks))

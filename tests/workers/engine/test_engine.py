@@ -43,6 +43,11 @@ def reference(path: Path, prompt: list[int], max_new_tokens: int) -> list[int]:
         ("llama", {}),
         ("mixtral", {}),
         ("mistral", {"sliding_window": 24}),
+        ("gemma3_text", {}),  # two groups of layers, one with a window
+        ("gpt2", {}),  # positions in a table
+        ("bloom", {}),  # slopes
+        ("deepseek_v3", {}),  # a cache of latents
+        ("gpt_oss", {}),  # sinks, and windows in every other layer
     ],
 )
 def test_greedy_tokens_are_transformers_own(
@@ -559,3 +564,30 @@ def test_a_long_list_is_added_a_little_ahead_of_what_runs(
     outputs = engine.generate([[5 + i % 500] for i in range(1500)] + [[]] * 1500, SamplingParams(max_new_tokens=1))
     assert len(outputs) == 3000
     assert most < 1000
+
+
+def test_requests_that_have_not_begun_can_be_withdrawn_and_run_elsewhere(
+    tiny_engine: MakeEngine, prompts: list[list[int]]
+) -> None:
+    here, elsewhere = tiny_engine(step_tokens=64), tiny_engine()
+    params = SamplingParams(max_new_tokens=4, temperature=1.0, n=2)
+    requests = [GenerateRequest(request_id=i, token_ids=prompts[i], params=params, key=i) for i in range(12)]
+    for request in requests:
+        here.add(request)
+    here.abort(11)
+    assert here.step() == []
+    running = here.num_running
+    given = here.withdraw(3)
+    assert given == [requests[10], requests[9], requests[8]], "the latest that are still wanted"
+    given += here.withdraw(100)
+    assert running + len(given) == 11
+    assert here.num_waiting == 0
+    for request in given:
+        elsewhere.add(request)
+    answers = {}
+    for engine in (here, elsewhere):
+        while engine.has_work:
+            answers |= {(one.request_id, one.sample): one.token_ids for one in engine.step()}
+    expected = tiny_engine().generate(prompts[:11], params, keys=range(11))
+    assert answers == {(one.prompt_index, one.sample): one.token_ids for one in expected}
+    assert here.withdraw(1) == []

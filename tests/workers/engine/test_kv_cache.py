@@ -58,4 +58,5 @@ def test_auto_leaves_most_of_the_memory_that_is_there() -> None:
     cpu = torch.device("cpu")
     huge = [GroupNeed(block_bytes=10**9)]
     assert 0 < auto_budget_bytes(huge, SHAPE, cpu) <= available_bytes(cpu) * 0.3
+    assert 0 < auto_budget_bytes(huge, SHAPE, cpu, sharers=4) <= available_bytes(cpu) * 0.075
     assert auto_budget_bytes([GroupNeed(block_bytes=10)], SHAPE, cpu) == 256 * 256 * 10

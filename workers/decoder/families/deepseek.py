@@ -232,7 +232,12 @@ def gguf_document(model: gguf.GgufModel) -> Document:
     rotated, rank = own.integer("rope.dimension_count"), own.integer("attention.kv_lora_rank")
     key = own.integer("attention.key_length_mla", own.integer("attention.key_length"))
     value = own.integer("attention.value_length_mla", own.integer("attention.value_length"))
-    sigmoid = own.integer("expert_gating_func", _SOFTMAX) == _SIGMOID
+    routing = own.integer("expert_gating_func", _SOFTMAX)
+    if routing not in (_SOFTMAX, _SIGMOID):
+        raise UserError(
+            f"{model.where}: expert_gating_func {routing} is not supported, only softmax and sigmoid (1, 2)"
+        )
+    sigmoid = routing == _SIGMOID
     groups = own.integer("expert_group_count", 1)
     values: dict[str, Any] = {
         "num_hidden_layers": own.integer("block_count") - own.count("nextn_predict_layers", 0),

@@ -54,10 +54,10 @@ class Document:
             raise self.wrong(key, "a number")
         return float(value)
 
-    def numbers(self, key: str) -> tuple[float, ...]:
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
         value = self.values.get(key)
-        if not isinstance(value, Sequence) or not all(isinstance(n, int | float) for n in value):
-            raise self.wrong(key, "a list of numbers")
+        if not isinstance(value, Sequence) or len(value) != count or not all(isinstance(n, int | float) for n in value):
+            raise self.wrong(key, f"a list of {count} numbers")
         return tuple(float(n) for n in value)
 
     def flag(self, key: str, default: bool | None = None) -> bool:

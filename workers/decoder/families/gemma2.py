@@ -51,7 +51,9 @@ def sandwiched(document: Document, slides: Callable[[int], bool]) -> DecoderConf
         windows=layer_windows(document, num_layers, slides, document.integer("sliding_window")),
         attention_bias=document.flag("attention_bias", False),
     )
-    scale = document.number("query_pre_attn_scalar") ** -0.5
+    if (width := document.number("query_pre_attn_scalar")) <= 0:
+        raise document.wrong("query_pre_attn_scalar", "a number above 0")
+    scale = width**-0.5
     return replace(
         each_layer(
             config, lambda _, layer: replace(with_attention(layer, spec={"scale": scale}), arrangement="sandwich")

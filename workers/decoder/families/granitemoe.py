@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 
-from workers.decoder.config import DecoderConfig, ExpertsConfig, LayerConfig, RouterConfig
-from workers.decoder.families import gguf, llama
+from workers.decoder.config import DecoderConfig, ExpertsConfig, RouterConfig
+from workers.decoder.families import gguf, granite, llama
 from workers.decoder.families.document import Document
 from workers.decoder.families.expert_names import stacked_sources
-from workers.decoder.families.layers import each_layer, with_attention
 from workers.decoder.storage import Source
 
 MODEL_TYPES: tuple[str, ...] = ("granitemoe",)
@@ -26,20 +24,7 @@ def read_config(document: Document) -> DecoderConfig:
         expert=llama.gated_feed_forward(document),
     )
     config = llama.llama_like(document, experts, attention_bias=document.flag("attention_bias", False))
-    residual_scale = document.number("residual_multiplier", 1.0)
-    scale = document.number("attention_multiplier", 1.0)
-
-    def layer(_: int, equal: LayerConfig) -> LayerConfig:
-        return replace(with_attention(equal, spec={"scale": scale}), residual_scale=residual_scale)
-
-    logits_scaling = document.number("logits_scaling", 1.0)
-    if logits_scaling == 0:
-        raise document.wrong("logits_scaling", "a number other than 0")
-    return replace(
-        each_layer(config, layer),
-        embedding_scale=document.number("embedding_multiplier", 1.0),
-        logit_scale=1.0 / logits_scaling,
-    )
+    return granite.with_multipliers(document, config)
 
 
 def sources(config: DecoderConfig, names: Collection[str]) -> dict[str, Source]:
@@ -63,10 +48,7 @@ def gguf_document(model: gguf.GgufModel) -> Document:
         "granitemoe",
         num_local_experts=own.integer("expert_count"),
         num_experts_per_tok=own.integer("expert_used_count"),
-        embedding_multiplier=own.number("embedding_scale", 1.0),
-        residual_multiplier=own.number("residual_scale", 1.0),
-        attention_multiplier=own.number("attention.scale", model.head_width**-0.5),
-        logits_scaling=own.number("logit_scale", 1.0),
+        **granite.gguf_multipliers(model),
         attention_bias="blk.0.attn_q.bias" in model,
     )
 

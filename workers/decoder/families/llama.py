@@ -22,7 +22,8 @@ from workers.decoder.families.rotary import read_rotary
 from workers.decoder.storage import Source
 
 MODEL_TYPES: tuple[str, ...] = ("llama",)
-GGUF_ARCHITECTURES: tuple[str, ...] = ("llama",)  # Llama, Mistral and Mixtral alike
+GGUF_ARCHITECTURES: tuple[str, ...] = ("llama",)
+GGUF_MODEL_TYPES: tuple[str, ...] = ("llama", "mistral", "mixtral")  # what such a file may hold
 
 ACTIVATIONS = {
     "silu": "silu",

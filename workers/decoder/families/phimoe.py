@@ -87,7 +87,7 @@ def sources(config: DecoderConfig, names: Collection[str]) -> dict[str, Source]:
 
 def gguf_document(model: gguf.GgufModel) -> Document:
     own = model.own
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"sliding_window": own.values.get("attention.sliding_window") or None}
     if "rope_factors_long.weight" in model:
         values["rope_scaling"] = phi3.gguf_longrope(model)
     return model.document(

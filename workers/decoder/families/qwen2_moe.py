@@ -81,7 +81,9 @@ def gguf_document(model: gguf.GgufModel) -> Document:
         num_experts=own.integer("expert_count"),
         num_experts_per_tok=own.integer("expert_used_count"),
         moe_intermediate_size=own.integer("expert_feed_forward_length"),
-        shared_expert_intermediate_size=own.integer("expert_shared_feed_forward_length"),
+        shared_expert_intermediate_size=own.integer(
+            "expert_shared_feed_forward_length", model.rows("blk.0.ffn_up_shexp.weight")
+        ),
         norm_topk_prob=own.flag("expert_weights_norm", False),
         qkv_bias="blk.0.attn_q.bias" in model,
     )

@@ -17,10 +17,11 @@ def read_rotary(document: Document, head_width: int, *, theta: float = 10_000.0,
     width = int(head_width * factor.number("partial_rotary_factor", part))
     if width % 2 or not 2 <= width <= head_width:
         raise UserError(f"{document.where}: rotary positions need an even width of heads of {head_width}, not {width}")
-    return RotaryConfig(width=width, theta=base.number("rope_theta", theta), scaling=_read_scaling(document, written))
+    scaling = _read_scaling(document, written, width // 2)
+    return RotaryConfig(width=width, theta=base.number("rope_theta", theta), scaling=scaling)
 
 
-def _read_scaling(document: Document, written: Document) -> RopeScaling | None:
+def _read_scaling(document: Document, written: Document, frequencies: int) -> RopeScaling | None:
     kind = written.text("rope_type", written.text("type", "default"))
     if kind == "default":
         return None
@@ -43,15 +44,15 @@ def _read_scaling(document: Document, written: Document) -> RopeScaling | None:
     if kind == "yarn":
         return _read_yarn(document, written)
     if kind in ("longrope", "su"):
-        return _read_longrope(document, written)
+        return _read_longrope(document, written, frequencies)
     if kind == "divisors":  # ours: what GGUF files carry as a tensor
-        return RopeScaling(kind="divisors", divisors=tuple(written.values["divisors"]))
+        return RopeScaling(kind="divisors", divisors=written.numbers("divisors", frequencies))
     raise UserError(
         f"{written.where}: rope_type {kind!r} is not supported (default, linear, llama3, yarn, dynamic, longrope are)"
     )
 
 
-def _read_longrope(document: Document, written: Document) -> RopeScaling:
+def _read_longrope(document: Document, written: Document, frequencies: int) -> RopeScaling:
     context = document.integer("max_position_embeddings")
     outside = document if "original_max_position_embeddings" in document else written
     original = outside.integer("original_max_position_embeddings", context)
@@ -62,8 +63,8 @@ def _read_longrope(document: Document, written: Document) -> RopeScaling:
         written.refuse({"short_mscale": usual})
     return RopeScaling(
         kind="longrope",
-        divisors=written.numbers("long_factor"),
-        short_divisors=written.numbers("short_factor"),
+        divisors=written.numbers("long_factor", frequencies),
+        short_divisors=written.numbers("short_factor", frequencies),
         original_context=original,
         attention_factor=written.number("attention_factor", usual),
     )

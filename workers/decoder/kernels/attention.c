@@ -4,8 +4,8 @@
    Layout of the pools, of float32 or bfloat16:
      keys   [blocks, K, block_tokens / KEYS, D, KEYS]   a panel holds KEYS keys, transposed: scores are a small product
      values [blocks, K, block_tokens, W]                W: the value width rounded up to PANEL, the rest zeros
-   Where a key's first columns are its value (latent attention) there is no second pool: a panel's values are turned
-   into rows on the way, once for a tile of queries.
+   Where a key's first columns are its value (latent attention) there is one pool, of rows that serve as both:
+     keys   [blocks, K, block_tokens, R]                R: the key width rounded up to PANEL, the rest whatever it is
 
    A query visits its panels in the order of their positions, and a panel in which it sees no key leaves its sums as they
    were to the bit; so its result depends neither on the queries that share its tile nor on how the prompt was cut.
@@ -23,6 +23,11 @@
 #define TILE 12
 #else
 #define TILE 6
+#endif
+#if LANES == 16
+#define SIDE 4 /* queries and keys of a block of scores, where keys lie in rows */
+#else
+#define SIDE 2
 #endif
 #define SPAN 32 /* query tokens in a task */
 #define WIDEST 1024
@@ -55,7 +60,7 @@ typedef struct {
   int32_t sequence, reach, first, count; /* query tokens first .. first + count of the step, the heads of one reach */
 } task;
 
-/* Keys from anywhere, side by side, or only the values of a panel of keys that holds them. */
+/* Keys from anywhere, side by side. */
 typedef struct {
   float keys[WIDEST * KEYS], values[KEYS * WIDEST]; /* [D, KEYS], [KEYS, W] */
   int32_t at[KEYS];                                 /* their positions */
@@ -91,9 +96,9 @@ INLINE void score_tile(const int rows, const float *const *query, const void *ke
     for (int v = 0; v < KV; v++) store(scores[r] + v * LANES, acc[r][v]);
 }
 
-/* sums [rows, W] += weights [rows, from .. to] times values [from .. to, W]. */
+/* sums [rows, W] += weights [rows, from .. to] times values [from .. to, W], `stride` numbers apart. */
 INLINE void value_tile(const int rows, float weights[][KEYS], const void *values, const int bf16, int64_t from,
-                       int64_t to, int64_t W, float *sums) {
+                       int64_t to, int64_t W, int64_t stride, float *sums) {
   for (int64_t w = 0; w < W; w += PANEL) {
     vec acc[TILE][2];
 #pragma GCC unroll 12
@@ -102,7 +107,7 @@ INLINE void value_tile(const int rows, float weights[][KEYS], const void *values
       acc[r][1] = load(sums + r * W + w + LANES);
     }
     for (int64_t j = from; j < to; j++) {
-      vec v0 = load_as(values, j * W + w, bf16), v1 = load_as(values, j * W + w + LANES, bf16);
+      vec v0 = load_as(values, j * stride + w, bf16), v1 = load_as(values, j * stride + w + LANES, bf16);
 #pragma GCC unroll 12
       for (int r = 0; r < rows; r++) {
         vec p = splat(weights[r][j]);
@@ -118,16 +123,43 @@ INLINE void value_tile(const int rows, float weights[][KEYS], const void *values
   }
 }
 
-/* The first value_width columns of a panel of keys [D, KEYS] -> rows [count, W] of float32. */
-INLINE void turn(const void *keys, const int bf16, int64_t count, int64_t value_width, int64_t W, float *rows) {
-  for (int64_t d = 0; d < value_width; d++) {
-    float column[KEYS];
-#pragma GCC unroll 4
-    for (int v = 0; v < KV; v++) store(column + v * LANES, load_as(keys, d * KEYS + v * LANES, bf16));
-    for (int64_t j = 0; j < count; j++) rows[j * W + d] = column[j];
+/* scores [n, SIDE] of n query rows [n, D] with SIDE keys of [KEYS, stride], the first of them `first`. */
+INLINE void score_block(const int n, const float *const *query, const void *keys, const int bf16, int64_t first,
+                        int64_t D, int64_t stride, float scores[][KEYS]) {
+  vec acc[SIDE][SIDE];
+  for (int r = 0; r < n; r++)
+    for (int j = 0; j < SIDE; j++) acc[r][j] = (vec){0};
+  for (int64_t d = 0; d < D; d += LANES) {
+    const int whole = D - d >= LANES;
+    const size_t left = (size_t)(D - d) * sizeof(float);
+    vec k[SIDE];
+    for (int j = 0; j < SIDE; j++) k[j] = load_as(keys, (first + j) * stride + d, bf16);
+    if (!whole) { /* behind a key lies what nobody wrote, and behind a query the next one */
+      const ivec lane = {LANE_NUMBERS};
+      for (int j = 0; j < SIDE; j++) k[j] = choose(lane < (int32_t)(D - d), k[j], splat(0.0f));
+    }
+    for (int r = 0; r < n; r++) {
+      vec q = {0};
+      if (whole)
+        q = load(query[r] + d);
+      else
+        memcpy(&q, query[r] + d, left);
+      for (int j = 0; j < SIDE; j++) acc[r][j] += q * k[j];
+    }
   }
-  for (int64_t j = 0; j < count; j++)
-    for (int64_t d = value_width; d < W; d++) rows[j * W + d] = 0;
+  for (int r = 0; r < n; r++)
+    for (int j = 0; j < SIDE; j++) scores[r][first + j] = sum(acc[r][j]);
+}
+
+/* As `score_tile`, of keys in rows [KEYS, stride]. */
+INLINE void score_rows(const int rows, const float *const *query, const void *keys, const int bf16, int64_t D,
+                       int64_t stride, float scores[][KEYS]) {
+  for (int64_t j = 0; j < KEYS; j += SIDE) {
+    for (int r = 0; r + SIDE <= rows; r += SIDE)
+      score_block(SIDE, query + r, keys, bf16, j, D, stride, scores + r);
+    for (int r = rows / SIDE * SIDE; r < rows; r++)
+      score_block(1, query + r, keys, bf16, j, D, stride, scores + r);
+  }
 }
 
 /* One row's scores of one panel, whose keys lie at `at` and of which it sees from .. to -> its weights; its running
@@ -188,6 +220,9 @@ static __attribute__((noinline)) void finish(const attention *a, const float *su
   for (int64_t w = 0; w < a->value_width; w++) out[w] = sums[w] * scale;
 }
 
+/* Numbers from one key to the next where they lie in rows. */
+INLINE int64_t in_rows(int64_t D) { return (D + PANEL - 1) / PANEL * PANEL; }
+
 /* Where a pool keeps the panel of one head that starts at `key`, with `bytes` a token. */
 INLINE const char *page(const attention *a, const void *pool, const int32_t *blocks, int64_t head, int64_t key,
                         int64_t bytes) {
@@ -199,16 +234,14 @@ INLINE const char *page(const attention *a, const void *pool, const int32_t *blo
 static void gather(const attention *a, const int32_t *blocks, int64_t head, int64_t at, int64_t lane, panel *p) {
   const int64_t W = (a->value_width + PANEL - 1) / PANEL * PANEL, bytes = a->bf16 ? 2 : 4;
   const int64_t first = at / KEYS * KEYS, offset = at % KEYS;
-  const char *keys = page(a, a->keys, blocks, head, first, a->D * bytes);
+  const char *row = page(a, a->keys, blocks, head, at, in_rows(a->D) * bytes);
+  const char *keys = a->values ? page(a, a->keys, blocks, head, first, a->D * bytes) + offset * bytes : row;
+  const char *values = a->values ? page(a, a->values, blocks, head, at, W * bytes) : row;
+  const int64_t step = a->values ? KEYS : 1;
   for (int64_t d = 0; d < a->D; d++)
-    p->keys[d * KEYS + lane] = a->bf16 ? from_bf16(((const uint16_t *)keys)[d * KEYS + offset])
-                                       : ((const float *)keys)[d * KEYS + offset];
-  if (a->values) {
-    const char *values = page(a, a->values, blocks, head, at, W * bytes);
-    for (int64_t w = 0; w < W; w += LANES) store(p->values + lane * W + w, load_as(values, w, (int)a->bf16));
-  } else {
-    for (int64_t w = 0; w < W; w++) p->values[lane * W + w] = w < a->value_width ? p->keys[w * KEYS + lane] : 0;
-  }
+    p->keys[d * KEYS + lane] =
+        a->bf16 ? from_bf16(((const uint16_t *)keys)[d * step]) : ((const float *)keys)[d * step];
+  for (int64_t w = 0; w < W; w += LANES) store(p->values + lane * W + w, load_as(values, w, (int)a->bf16));
   p->at[lane] = (int32_t)at;
 }
 
@@ -247,7 +280,7 @@ static __attribute__((noinline)) void visit_column(const attention *a, const rea
       score_tile(1, t->query + r, p->keys, 0, a->D, t->scores + r);
       soften(a, t->scores[r], p->at, t->position[r], 0, count, t->slope[r], &t->most[r], &t->total[r],
              t->sums + r * W, W);
-      value_tile(1, t->scores + r, p->values, 0, 0, count, W, t->sums + r * W);
+      value_tile(1, t->scores + r, p->values, 0, 0, count, W, W, t->sums + r * W);
     }
   }
 }
@@ -288,37 +321,38 @@ INLINE void query_tile(const int rows, const attention *a, const task *k, int64_
       for (int r = 0; r < rows; r++)
         soften(a, t.scores[r], p->at, t.position[r], 0, summaries_below(h, t.near[r]) - s, t.slope[r], &t.most[r],
                &t.total[r], sums + r * W, W);
-      value_tile(rows, t.scores, p->values, 0, 0, count, W, sums);
+      value_tile(rows, t.scores, p->values, 0, 0, count, W, W, sums);
     }
   }
 
+  const int64_t key_stride = a->values ? a->D : in_rows(a->D), value_stride = a->values ? W : key_stride;
   int64_t last = t.position[rows - 1];
   if (h->near == NOTHING && last >= h->low) last = h->low - 1;
   for (int64_t key = t.near[0] / KEYS * KEYS; key <= last; key += KEYS) {
     const int64_t visible = last - key + 1, to = visible < KEYS ? visible : KEYS;
     const int64_t from = t.near[0] > key ? t.near[0] - key : 0;
-    const char *keys = page(a, a->keys, blocks, h->kv_head, key, a->D * bytes);
-    const char *values = a->values ? page(a, a->values, blocks, h->kv_head, key, W * bytes) : (const char *)p->values;
-    if (a->values)
-      prefetch(values, to * W * bytes);
-    else if (a->bf16)
-      turn(keys, 1, to, a->value_width, W, p->values);
-    else
-      turn(keys, 0, to, a->value_width, W, p->values);
-    if (a->bf16)
+    const char *keys = page(a, a->keys, blocks, h->kv_head, key, key_stride * bytes);
+    const char *values = a->values ? page(a, a->values, blocks, h->kv_head, key, W * bytes) : keys;
+    prefetch(values, to * value_stride * bytes);
+    if (a->values && a->bf16)
       score_tile(rows, t.query, keys, 1, a->D, t.scores);
-    else
+    else if (a->values)
       score_tile(rows, t.query, keys, 0, a->D, t.scores);
-    if (visible > KEYS) prefetch(page(a, a->keys, blocks, h->kv_head, key + KEYS, a->D * bytes), KEYS * a->D * bytes);
+    else if (a->bf16)
+      score_rows(rows, t.query, keys, 1, a->D, key_stride, t.scores);
+    else
+      score_rows(rows, t.query, keys, 0, a->D, key_stride, t.scores);
+    if (visible > KEYS)
+      prefetch(page(a, a->keys, blocks, h->kv_head, key + KEYS, key_stride * bytes), KEYS * key_stride * bytes);
     int32_t at[KEYS];
     for (int j = 0; j < KEYS; j++) at[j] = (int32_t)key + j;
     for (int r = 0; r < rows; r++)
       soften(a, t.scores[r], at, t.position[r], t.near[r] - key, t.position[r] - key + 1, t.slope[r], &t.most[r],
              &t.total[r], sums + r * W, W);
-    if (a->bf16 && a->values)
-      value_tile(rows, t.scores, values, 1, from, to, W, sums);
+    if (a->bf16)
+      value_tile(rows, t.scores, values, 1, from, to, W, value_stride, sums);
     else
-      value_tile(rows, t.scores, values, 0, from, to, W, sums);
+      value_tile(rows, t.scores, values, 0, from, to, W, value_stride, sums);
   }
   for (int r = 0; r < rows; r++)
     finish(a, sums + r * W, t.most[r], t.total[r], head[r], a->out + (token[r] * a->H + head[r]) * a->value_width);
@@ -339,7 +373,7 @@ static void run_task(const attention *a, const task *t, panel *p) {
   }
 }
 
-/* With room to gather keys in, or to turn values into rows, which other tasks needn't lay out on their stack. */
+/* With room to gather keys in, which other tasks needn't lay out on their stack. */
 static __attribute__((noinline)) void run_gathering_task(const attention *a, const task *t) {
   panel gathered;
   run_task(a, t, &gathered);
@@ -359,7 +393,7 @@ int64_t gristmill_attention(const attention *a, int64_t threads) {
       }
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
   for (int64_t i = 0; i < total; i++) {
-    if (a->reaches[tasks[i].reach].far == NO_MORE && a->values)
+    if (a->reaches[tasks[i].reach].far == NO_MORE)
       run_task(a, &tasks[i], NULL);
     else
       run_gathering_task(a, &tasks[i]);
@@ -368,7 +402,8 @@ int64_t gristmill_attention(const attention *a, int64_t threads) {
   return 0;
 }
 
-/* Write key [T, K, D] and value [T, K, value_width] (tokens `*_stride` apart; 0 columns: none) to slots [T] of the pools. */
+/* Write key [T, K, D] and value [T, K, value_width] (tokens `*_stride` apart) to slots [T] of the pools; value NULL: the
+   keys hold it. */
 void gristmill_write(const float *key, int64_t key_stride, const float *value, int64_t value_stride,
                      const int64_t *slots, int64_t T, int64_t K, int64_t D, int64_t value_width, int64_t block_tokens,
                      int64_t bf16, void *keys, void *values, int64_t threads) {
@@ -379,12 +414,13 @@ void gristmill_write(const float *key, int64_t key_stride, const float *value, i
     for (int64_t h = 0; h < K; h++) {
       const float *k = key + t * key_stride + h * D, *v = value + t * value_stride + h * value_width;
       const int64_t at = (block * K + h) * block_tokens + offset;
-      const int64_t to_key = (at - at % KEYS) * D + at % KEYS, to_value = at * W;
+      const int64_t to_key = value ? (at - at % KEYS) * D + at % KEYS : at * in_rows(D), to_value = at * W;
+      const int64_t step = value ? KEYS : 1;
       for (int64_t d = 0; d < D; d++)
         if (bf16)
-          ((uint16_t *)keys)[to_key + d * KEYS] = to_bf16(k[d]);
+          ((uint16_t *)keys)[to_key + d * step] = to_bf16(k[d]);
         else
-          ((float *)keys)[to_key + d * KEYS] = k[d];
+          ((float *)keys)[to_key + d * step] = k[d];
       for (int64_t d = 0; d < value_width; d++)
         if (bf16)
           ((uint16_t *)values)[to_value + d] = to_bf16(v[d]);

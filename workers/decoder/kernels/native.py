@@ -242,9 +242,9 @@ def new_pages(
     """
     assert block_tokens % panel_keys() == 0
     panel = panel_columns()
-    keys = torch.empty(num_blocks, num_kv_heads, block_tokens // panel_keys(), head_width, panel_keys(), dtype=dtype)
     if value_width is None:
-        return keys, None
+        return torch.empty(num_blocks, num_kv_heads, block_tokens, -(-head_width // panel) * panel, dtype=dtype), None
+    keys = torch.empty(num_blocks, num_kv_heads, block_tokens // panel_keys(), head_width, panel_keys(), dtype=dtype)
     values = torch.empty(num_blocks, num_kv_heads, block_tokens, -(-value_width // panel) * panel, dtype=dtype)
     return keys, values
 
@@ -263,7 +263,7 @@ def write_pages(keys: Tensor, values: Tensor | None, key: Tensor, value: Tensor 
         _int64(key.shape[1]),
         _int64(key.shape[2]),
         _int64(0 if value is None else value.shape[2]),
-        _int64(keys.shape[2] * keys.shape[4]),
+        _int64(_block_tokens(keys)),
         _int64(_is_bf16(keys)),
         _pointer(keys.data_ptr()),
         None if values is None else _pointer(values.data_ptr()),
@@ -349,7 +349,7 @@ def attention(
         R=runs.reaches.shape[0],
         D=width,
         value_width=value_width,
-        block_tokens=keys.shape[2] * keys.shape[4],
+        block_tokens=_block_tokens(keys),
         bf16=_is_bf16(keys),
         scale=scale,
         softcap=softcap or 0.0,
@@ -357,6 +357,11 @@ def attention(
     if _library().gristmill_attention(ctypes.byref(call), _threads()) != 0:
         raise MemoryError(f"no memory for the list of attention's tasks ({tokens} tokens, {keys.shape[1]} heads)")
     return out
+
+
+def _block_tokens(keys: Tensor) -> int:
+    """Of a pool of keys in panels [.., panels, D, KEYS], or in rows [.., block_tokens, columns] that are values too."""
+    return keys.shape[2] * keys.shape[4] if keys.ndim == 5 else keys.shape[2]
 
 
 def _plain(x: Tensor) -> Tensor:

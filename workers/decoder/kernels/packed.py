@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from workers.decoder.attention import AttentionMetadata, AttentionSpec, KVPool
-from workers.decoder.int8 import quantized
+from workers.decoder.int8 import quantized_in_bites
 from workers.decoder.kernels import native
 from workers.decoder.weight import ExpertBank, Weight
 
@@ -72,7 +72,10 @@ class PackedBank(ExpertBank):
 
 
 class PackedPool(KVPool):
-    """Keys in panels, transposed, and values in rows, a head's part of a block together: see attention.c."""
+    """Keys in panels, transposed, and values in rows, a head's part of a block together: see attention.c.
+
+    Keys that hold the values lie in rows as well.
+    """
 
     def __init__(self, spec: AttentionSpec, num_blocks: int, block_tokens: int, *, dtype: torch.dtype) -> None:
         self.spec = spec
@@ -94,7 +97,8 @@ class PackedPool(KVPool):
     def fits(spec: AttentionSpec, block_tokens: int, dtype: torch.dtype) -> bool:
         """Whether the kernel takes a cache of this shape."""
         widest = spec.value_width if spec.sparse is None else max(spec.value_width, spec.head_width)
-        return dtype in _CACHE_DTYPES and block_tokens % native.panel_keys() == 0 and widest <= native.widest_value()
+        whole_panels = block_tokens % native.panel_keys() == 0
+        return dtype in _CACHE_DTYPES and whole_panels and widest <= native.widest_value()
 
     @property
     def nbytes(self) -> int:
@@ -143,6 +147,9 @@ def _scales(packed: Tensor) -> Tensor | None:
 
 def _put(packed: Tensor, scales: Tensor | None, first_row: int, matrix: Tensor) -> None:
     """Fill the rows from first_row on, quantized where there are scales to hold."""
-    if scales is not None:
-        matrix, scales[first_row : first_row + matrix.shape[0]] = quantized(matrix)
-    native.pack_rows(packed, first_row, matrix)
+    if scales is None:
+        native.pack_rows(packed, first_row, matrix)
+        return
+    for rows, integers, scale in quantized_in_bites(matrix):
+        native.pack_rows(packed, first_row + rows.start, integers)
+        scales[first_row + rows.start : first_row + rows.stop] = scale

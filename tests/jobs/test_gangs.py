@@ -1,0 +1,93 @@
+"""Jobs of a real Mixture-of-Experts model whose experts lie on several Ray actors: any layout gives the same rows."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.client import run
+from pipeline.audit import audit
+
+pytestmark = pytest.mark.ray
+
+NUM_ROWS = 72
+TEXT = "a tuple is immutable while the with statement closes files when an error occurs inside of it"
+
+
+@pytest.fixture
+def moe_job(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """`moe_job(name, **cluster)`: rows are sampled, and prompt and generation embedded."""
+    words = TEXT.split()
+    texts = [" ".join(words[row % 11 : row % 11 + 2 + row % 7]) for row in range(NUM_ROWS)]
+    texts[5] = ""
+    pq.write_table(pa.table({"body": texts}), tmp_path / "rows.parquet")
+
+    def make(name: str, *, max_new_tokens: int = 12, **cluster: Any) -> dict[str, Any]:
+        return {
+            "name": name,
+            "model": str(tiny_model("mixtral")),
+            "input": {"path": str(tmp_path / "rows.parquet")},
+            "prompt": {"column": "body", "chat": False},
+            "generate": {"max_new_tokens": max_new_tokens, "temperature": 0.9, "seed": 4},
+            "embed": {"of": "both"},
+            "output": {"path": str(tmp_path / name), "rows_per_split": 8},
+            "engine": {"kv_cache_bytes": "4MiB", "max_sequences": 8},
+            "cluster": {"threads": 1, "dtype": "float32", "device": "cpu"} | cluster,
+        }
+
+    return make
+
+
+def rank_processes() -> list[psutil.Process]:
+    """Actors of gangs, by the title that Ray gives their processes."""
+    own = psutil.Process().children(recursive=True)
+    return [process for process in own if process.name().startswith("ray::ShardActor")]
+
+
+def test_rows_are_the_same_over_several_ranks_and_replicas_and_after_a_rank_was_killed(
+    ray_cluster: str, moe_job: Callable[..., dict[str, Any]], rows_of: Callable[..., list[dict[str, Any]]]
+) -> None:
+    alone = rows_of(run(moe_job("alone", expert_parallel=1)).out)
+    assert len(alone) == NUM_ROWS
+    assert len({row["text"] for row in alone}) > NUM_ROWS / 2
+
+    out = Path(moe_job("spread")["output"]["path"])
+    killed: list[int] = []
+
+    def kill_a_rank() -> None:
+        while not list(out.glob("commits/*.json")):
+            time.sleep(0.005)
+        for process in rank_processes()[1:2]:
+            process.send_signal(signal.SIGKILL)
+            killed.append(process.pid)
+
+    killer = threading.Thread(target=kill_a_rank, daemon=True)
+    killer.start()
+    result = run(moe_job("spread", expert_parallel=2), limit=42)
+    killer.join(10)
+    assert killed
+    assert result.report["rows"]["done"] == 42
+    (death,) = result.report["runs"][-1]["deaths"]
+    assert death["recovered_after_s"] < 60
+    assert "worker process died" in death["reason"], "and not what the survivors felt of it"
+    assert rows_of(out) == alone[:42]
+    records = [json.loads(path.read_text()) for path in sorted((out / "placements").glob("*.json"))]
+    assert [record["gang"] for record in records] == ["worker-0.0", "worker-0.1"]
+    assert records[0]["placement"] == records[1]["placement"]
+
+    result = run(moe_job("spread", expert_parallel=2, replicas=2))
+    assert rows_of(out) == alone
+    assert audit(out).ok
+    layout, engine = (result.report["runs"][-1][key] for key in ("layout", "engine"))
+    assert (layout["replicas"], layout["ranks"]) == (2, 2)
+    assert engine["exchanges"] > 0

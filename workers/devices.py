@@ -1,0 +1,41 @@
+"""What this machine has for decoders to run on, and what a cluster's GPUs have."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+PROBE_S = 120.0
+
+
+def num_cpus() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def num_gpus() -> int:
+    return torch.cuda.device_count()
+
+
+def memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def gpu_bytes() -> int | None:
+    """The memory of this machine's first GPU; None where there is none."""
+    return torch.cuda.mem_get_info(0)[1] if torch.cuda.is_available() else None
+
+
+def cluster_gpu_bytes() -> int | None:
+    """The memory of a GPU of the Ray that is connected; None where none was free in time, or it can't be told."""
+    import ray
+    from ray.exceptions import RayError
+
+    probe = ray.remote(num_gpus=1, num_cpus=0)(gpu_bytes).remote()
+    try:
+        found: int | None = ray.get(probe, timeout=PROBE_S)
+    except (RayError, TimeoutError):
+        ray.cancel(probe, force=True)
+        return None
+    return found
