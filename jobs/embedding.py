@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.spec import EmbedSpec
+from jobs.spec import EmbedSpec, JobSpec
 from pipeline.embedding import TextForm, VectorForm, form_settings
 
 
@@ -17,6 +17,9 @@ def embedding_forms(embed: EmbedSpec) -> tuple[VectorForm, TextForm]:
     return vector, text
 
 
-def provenance_settings(embed: EmbedSpec) -> dict[str, Any]:
-    vector, text = embedding_forms(embed)
-    return form_settings(vector, text, query_prompt=embed.query_prompt, centered=embed.center is True)
+def provenance_settings(spec: JobSpec) -> dict[str, Any]:
+    """What index.json says of how a job's vectors were made, besides model, pooling and query template."""
+    assert spec.embed is not None
+    vector, text = embedding_forms(spec.embed)
+    settings = form_settings(vector, text, query_prompt=spec.embed.query_prompt, centered=spec.embed.center is True)
+    return settings | ({"attention": list(spec.attention_rules)} if spec.attention is not None else {})

@@ -62,5 +62,5 @@ class Finisher:
             tokenizer=load_tokenizer(job.model_path).digest,
             pooling=job.spec.embed.pooling,
             query_template=job.spec.embed.query_template,
-            settings=provenance_settings(job.spec.embed),
+            settings=provenance_settings(job.spec),
         )

@@ -39,7 +39,7 @@ def made(spec: JobSpec, **embed: Any) -> Provenance:
         tokenizer=load_tokenizer(path).digest,
         pooling=section.pooling,
         query_template=section.query_template,
-        settings=provenance_settings(section),
+        settings=provenance_settings(spec.model_copy(update={"embed": section})),
     )
 
 
@@ -67,10 +67,23 @@ def test_a_query_template_stands_around_the_query(spec: JobSpec) -> None:
     np.testing.assert_allclose(vectors, engine.embed([f"Q: {text} A:" for text in TEXTS]), atol=1e-6)
 
 
-def test_settings_are_recorded_where_they_change_something() -> None:
-    assert provenance_settings(EmbedSpec(pooling="mean", **SETTLED | {"passage_prompt": ""})) == {}
-    recorded = provenance_settings(EmbedSpec(pooling="mean", **SETTLED | {"echo": True, "center": True}))
-    assert set(recorded) == {"passage_prompt", "echo", "centered"}
+def test_settings_are_recorded_where_they_change_something(spec: JobSpec) -> None:
+    def recorded(**embed: Any) -> dict[str, Any]:
+        section = EmbedSpec(pooling="mean", **SETTLED | embed)
+        return provenance_settings(spec.model_copy(update={"embed": section}))
+
+    assert recorded(passage_prompt="") == {}
+    assert set(recorded(echo=True, center=True)) == {"passage_prompt", "echo", "centered"}
+
+
+def test_attention_rules_are_recorded_and_followed(spec: JobSpec) -> None:
+    rules = [{"pattern": "sliding", "window": 2}]
+    ruled = parse_spec({**spec.to_json(), "attention": rules, "embed": {"pooling": "mean", **SETTLED}})
+    assert provenance_settings(ruled)["attention"] == rules
+    vectors = embed_queries(TEXTS, made(spec, pooling="mean"), ruled)
+    engine = Engine.from_checkpoint(spec.model, dtype="float32", attention=rules)
+    np.testing.assert_allclose(vectors, engine.embed(TEXTS), atol=1e-6)
+    assert not np.allclose(vectors, Engine.from_checkpoint(spec.model, dtype="float32").embed(TEXTS), atol=1e-3)
 
 
 def test_an_index_with_another_echo_is_refused(spec: JobSpec) -> None:
