@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from workers.decoder.attention import AttentionMetadata
 from workers.decoder.attention_choice import with_attention
 from workers.decoder.checkpoint import load_checkpoint
 from workers.decoder.kernels import native
@@ -115,6 +116,38 @@ def test_logits_are_those_of_a_dense_mask_however_the_prompt_is_cut(path: Path, 
             [output] = engine.generate([tokens[:length]], params)
             assert output.token_ids == [int(logprobs.argmax())]
             assert abs(output.logprobs[0] - float(logprobs.max())) < 1e-4 * max(1.0, float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=list(RULES))
+def test_all_logits_and_32_greedy_tokens_are_those_of_a_dense_mask(path: Path, rules: list[dict[str, Any]]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    decoder = Decoder.load(with_attention(load_checkpoint(path), rules), dtype="float32")
+    prompt = prompt_of(70)
+    params = SamplingParams(max_new_tokens=32, temperature=0.0, ignore_eos=True)
+    [output] = Engine(decoder, eos_ids=frozenset()).generate([prompt], params)
+    tokens = prompt + output.token_ids
+    wanted = reference_logits(model, tokens, rules)
+    # Each of our tokens is the reference's choice after those before it, so the reference's own text is the same.
+    assert output.token_ids == wanted[len(prompt) - 1 : -1].argmax(-1).tolist()
+    got = whole_logits(decoder, tokens)
+    assert float((got - wanted).abs().max() / wanted.abs().max()) < 1e-4
+
+
+def whole_logits(decoder: Decoder, tokens: list[int]) -> Tensor:
+    """[T, V] of one sequence in one step."""
+    at = torch.arange(len(tokens))
+    blocks = -(-len(tokens) // 16)
+    metadata = AttentionMetadata(
+        query_start=torch.tensor([0, len(tokens)], dtype=torch.int32),
+        context_lens=torch.tensor([len(tokens)], dtype=torch.int32),
+        block_table=torch.arange(blocks, dtype=torch.int32)[None],
+        slots=at,
+    )
+    groups = len(decoder.groups)
+    pools = decoder.new_pools([blocks] * groups, 16)
+    return decoder.logits(decoder.forward(torch.tensor(tokens), at, [metadata] * groups, pools))
 
 
 @pytest.mark.parametrize("rules", RULES.values(), ids=list(RULES))
