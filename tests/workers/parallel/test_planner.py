@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from workers.parallel.draft import pack, replicate
+from workers.parallel.draft import Draft, pack, replicate
 from workers.parallel.loads import ExpertLoads
+from workers.parallel.locality import bring_together
 from workers.parallel.placement import Placement, Topology, round_robin
 from workers.parallel.planner import plan
 from workers.parallel.prediction import expected_traffic, imbalance, rank_loads, routed
@@ -110,12 +111,61 @@ def test_balance_is_no_worse_than_eplbs(eplb: Any, seed: int) -> None:
     assert one_node.mean() <= globally.mean()
 
 
-def test_copies_of_a_hot_expert_lie_on_different_nodes() -> None:
-    loads = np.array([[100, 1, 1, 1, 1, 1, 1, 1]])
-    topology = Topology.even(4, 2)
+def test_copies_of_an_expert_lie_on_different_nodes() -> None:
+    loads, topology = np.random.default_rng(3).pareto(1.5, (4, 64)) + 1, Topology.even(32, 8)
     placement = plan(loads, topology, 3)
-    nodes = [topology.node_of[rank] for rank, _ in placement.holders(0)[0]]
-    assert sorted(nodes) == [0, 0, 1, 1]
+    for layer in placement.layers:
+        for holders in placement.holders(layer):
+            on_node = np.bincount([topology.node_of[rank] for rank, _ in holders], minlength=8)
+            assert on_node.max() - on_node.min() <= 1
+
+
+@given(gangs())
+def test_a_copy_that_finds_no_place_leaves_its_part_to_the_others(
+    gang: tuple[NDArray[np.int64], Topology, int],
+) -> None:
+    loads, topology, slots = gang
+    num_experts, num_ranks = loads.shape[1], topology.num_ranks
+    draft = replicate(loads + 1.0, min(num_ranks * slots, num_experts * num_ranks), num_ranks)
+    pack(draft, num_experts, topology, slots)
+    layers = tuple(range(len(loads)))
+    placed = Placement(num_experts=num_experts, layers=layers, slots=tuple(draft.slots(i, num_ranks) for i in layers))
+    np.testing.assert_allclose(draft.busy(num_ranks), rank_loads(placed, loads + 1.0))
+
+
+def test_exchanging_copies_never_parts_what_attracts_more() -> None:
+    rng, topology = np.random.default_rng(4), Topology.even(6, 3)
+    attraction = rng.exponential(size=(5, 18, 18))
+    attraction += attraction.transpose(0, 2, 1)
+    draft = replicate(np.ones((5, 18)), 18, 1)
+    pack(draft, 18, topology, 3)
+    node_of = np.asarray(topology.node_of)
+
+    def on_one_node() -> NDArray[np.float64]:
+        node = np.empty((5, 18), dtype=np.int64)
+        np.put_along_axis(node, draft.expert, node_of[draft.rank], axis=1)
+        together = (node[:, :, None] == node[:, None, :]) & ~np.eye(18, dtype=bool)
+        found: NDArray[np.float64] = (attraction * together).sum(axis=(1, 2))
+        return found
+
+    before = on_one_node()
+    bring_together(draft, attraction, topology, np.full(5, 3.0))
+    after = on_one_node()
+    assert (after > 1.1 * before).all()
+    bring_together(draft, attraction, topology, np.full(5, 3.0))
+    assert (on_one_node() >= after).all()
+    assert (np.bincount(draft.rank[0]) == 3).all()
+
+
+def test_two_pairs_find_each_other() -> None:
+    attraction = np.zeros((1, 4, 4))
+    for e, f in ((0, 1), (1, 0), (2, 3), (3, 2)):
+        attraction[0, e, f] = 1.0
+    draft = Draft(expert=np.array([[0, 1, 2, 3]]), weight=np.ones((1, 4)), rank=np.array([[0, 2, 1, 3]]))
+    bring_together(draft, attraction, Topology.even(4, 2), np.array([1.0]))
+    nodes = draft.rank[0] // 2
+    assert nodes[0] == nodes[1]
+    assert nodes[2] == nodes[3]
 
 
 def test_one_expert_with_all_the_load_is_held_by_every_rank() -> None:
