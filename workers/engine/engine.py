@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -30,8 +30,9 @@ from workers.decoder.attention_rules import AttentionRule
 from workers.decoder.checkpoint import load_checkpoint
 from workers.decoder.model import Decoder
 from workers.engine import offline
+from workers.engine.answer import Answer, failed
 from workers.engine.block_tables import BlockTables
-from workers.engine.endings import Ending, Endings, read_vocabulary
+from workers.engine.endings import Endings, read_vocabulary
 from workers.engine.kv_cache import CacheShape, GroupNeed, KVCache, auto_budget_bytes, split_budget
 from workers.engine.request import EmbedRequest, Finished, GenerateRequest, Output, Request, SamplingParams
 from workers.engine.runner import Runner
@@ -39,7 +40,6 @@ from workers.engine.sampler import Choices, choose
 from workers.engine.scheduler import Scheduler, StepBatch
 from workers.engine.sequence import Sequence
 from workers.engine.stats import EngineStats
-from workers.engine.stopping import StopSearch
 from workers.engine.vectors import Vectors
 from workers.parallel.dispatch import Dispatcher
 
@@ -51,20 +51,6 @@ Auto = Literal["auto"]
 STEP_TOKENS = 512
 MAX_SEQUENCES = 256
 BLOCK_TOKENS = 16
-
-
-@dataclass(slots=True, kw_only=True)
-class _Answer:
-    """A request under way, and its samples that have ended."""
-
-    request: Request
-    first: Sequence
-    ending: Ending | None
-    num_samples: int
-    ended: dict[int, Finished] = field(default_factory=dict)
-    searches: dict[int, StopSearch] = field(default_factory=dict)
-    vector: npt.NDArray[np.float32] | None = None  # of the prompt, where a generation asks for one
-    error: RowError | None = None
 
 
 class Engine:
@@ -122,7 +108,7 @@ class Engine:
             eos_ids = tokenizer.eos_ids if tokenizer is not None else frozenset()
         self._endings = Endings(tokenizer, eos_ids)
         self._stats = EngineStats()
-        self._answers: dict[int, _Answer]
+        self._answers: dict[int, Answer]
         self._refused: list[Finished]  # not reported yet
         self._start_empty()
 
@@ -183,12 +169,13 @@ class Engine:
             request.vector.form.width(self.decoder.hidden_width, self.decoder.router_width)
         error = self._scheduler.refuse(request) or self._strange_token(request.token_ids)
         if error is not None:
-            self._refused.append(_failed(request, error))
+            self._refused.append(failed(request, error))
             return
-        self._answers[request.request_id] = _Answer(
+        self._answers[request.request_id] = Answer(
             request=request,
             first=self._scheduler.add(request),
             ending=ending,
+            tokenizer=self.tokenizer,
             num_samples=request.params.n if isinstance(request, GenerateRequest) else 1,
         )
 
@@ -345,35 +332,13 @@ class Engine:
 
     def _take(self, batch: StepBatch, choices: Choices) -> list[Sequence]:
         """Give each draw its token -> the sequences that are over."""
-        over = []
-        for i, (sequence, token) in enumerate(zip(batch.draws, choices.token_ids, strict=True)):
-            answer = self._answers[sequence.request.request_id]
-            assert answer.ending is not None
-            if i in choices.errors or answer.error is not None:
-                answer.error = answer.error or choices.errors[i]
-                sequence.ended_by = "error"
-            elif token in answer.ending.token_ids or (
-                answer.ending.strings and self._search(answer, sequence).push(token)
-            ):
-                sequence.ended_by = "stop"
-            else:
-                sequence.tokens.append(token)
-                if i in choices.logprobs:
-                    sequence.logprobs.append(choices.logprobs[i])
-                if len(sequence.tokens) < sequence.max_tokens:
-                    continue
-                sequence.ended_by = "length"
-            over.append(sequence)
-        return over
-
-    def _search(self, answer: _Answer, sequence: Sequence) -> StopSearch:
-        search = answer.searches.get(sequence.sample)
-        if search is None:
-            assert self.tokenizer is not None
-            assert answer.ending is not None
-            search = StopSearch(self.tokenizer.incremental(), answer.ending.strings)
-            answer.searches[sequence.sample] = search
-        return search
+        return [
+            sequence
+            for i, (sequence, token) in enumerate(zip(batch.draws, choices.token_ids, strict=True))
+            if self._answers[sequence.request.request_id].take(
+                sequence, token, choices.logprobs.get(i), choices.errors.get(i)
+            )
+        ]
 
     def _end(self, sequence: Sequence) -> list[Finished]:
         """Note that a sample is over -> the answer to its request, if that was the last one or it failed."""
@@ -383,40 +348,16 @@ class Engine:
             return []
         if answer.error is not None:
             self.abort(request.request_id)
-            return [_failed(request, answer.error)]
-        answer.ended[sequence.sample] = self._finished(answer, sequence)
-        if len(answer.ended) < answer.num_samples:
-            return []
-        del self._answers[request.request_id]
-        return [answer.ended[sample] for sample in range(answer.num_samples)]
-
-    def _finished(self, answer: _Answer, sequence: Sequence) -> Finished:
-        assert isinstance(sequence.request, GenerateRequest)
-        token_ids = sequence.generated.tolist()
-        text, reason = None, sequence.ended_by
-        if self.tokenizer is not None:
-            search = answer.searches.pop(sequence.sample, None)
-            if search is None:
-                text = self.tokenizer.decode(token_ids)
-            else:
-                if not search.ended and search.flush():
-                    reason = "stop"
-                text = search.text
-        return Finished(
-            request_id=sequence.request.request_id,
-            sample=sequence.sample,
-            token_ids=token_ids,
-            text=text,
-            finish_reason=reason,
-            logprobs=sequence.logprobs if sequence.request.params.logprobs else None,
-            prompt_tokens=sequence.num_prompt,
-            vector=None if sequence.sample else answer.vector,
-        )
+            return [failed(request, answer.error)]
+        finished = answer.end(sequence)
+        if finished:
+            del self._answers[request.request_id]
+        return finished
 
     def _answer_vector(self, sequence: Sequence, vector: npt.NDArray[np.float32] | RowError) -> Finished:
         del self._answers[sequence.request.request_id]
         if isinstance(vector, RowError):
-            return _failed(sequence.request, vector)
+            return failed(sequence.request, vector)
         return Finished(
             request_id=sequence.request.request_id, token_ids=[], prompt_tokens=sequence.num_prompt, vector=vector
         )
@@ -427,7 +368,3 @@ class Engine:
             return None
         strange = next(token for token in token_ids if not 0 <= token < vocabulary)
         return RowError("internal", f"token id {strange} is outside the model's vocabulary of {vocabulary}")
-
-
-def _failed(request: Request, error: RowError) -> Finished:
-    return Finished(request_id=request.request_id, token_ids=[], prompt_tokens=len(request.token_ids), error=error)
