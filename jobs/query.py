@@ -110,6 +110,7 @@ def embed_queries(texts: Sequence[str], made: Provenance, spec: JobSpec) -> npt.
             device=spec.cluster.device,
             dtype=spec.cluster.dtype,
             threads=_num_cpus(),
+            max_context=None if spec.engine.max_context == "auto" else spec.engine.max_context,  # LongRoPE's factors
             max_sequences=min(64, len(texts)),
             attention=spec.attention_rules,
         )

@@ -86,6 +86,18 @@ def test_attention_rules_are_recorded_and_followed(spec: JobSpec) -> None:
     assert not np.allclose(vectors, Engine.from_checkpoint(spec.model, dtype="float32").embed(TEXTS), atol=1e-3)
 
 
+def test_a_query_takes_the_long_rope_factors_that_the_job_took(tiny_model: Callable[..., Path]) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4]}
+    rope["long_factor"] = [1.0, 1.5, 2.5, 4.0, 9.0]
+    model = tiny_model("phi3", original_max_position_embeddings=32, rope_parameters=rope)
+    settings = {"model": str(model), "input": {"path": "x"}, "generate": {}, "cluster": {"dtype": "float32"}}
+    short = parse_spec(settings | {"engine": {"max_context": 32}})
+    vectors = embed_queries(TEXTS, made(short, pooling="mean"), short)
+    engine = Engine.from_checkpoint(model, dtype="float32", max_context=32)
+    np.testing.assert_allclose(vectors, engine.embed(TEXTS), atol=1e-6)
+    assert not np.allclose(vectors, Engine.from_checkpoint(model, dtype="float32").embed(TEXTS), atol=1e-4)
+
+
 def test_an_index_with_another_echo_is_refused(spec: JobSpec) -> None:
     other = replace(made(spec, pooling="mean"), settings={"echo": ["Say again: ", " "]})
     with pytest.raises(UserError, match="other words around its echoes"):
