@@ -1,6 +1,6 @@
 """A JobSpec and what it speaks of -> a job that can be planned: everything settled that the model or the input decides.
 
-Nothing is written, and neither torch nor Ray is loaded, but for torch in a job that sets cluster.expert_parallel.
+Nothing is written, and neither torch nor Ray is loaded, but for torch where cluster.expert_parallel or attention is set.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def resolve(spec: JobSpec, planned: PlannedJob | None = None) -> ResolvedJob:
     refuse_output_in_input(spec)
     model_path = resolve_model(spec.model)
     refuse_spreading(spec, model_path)
+    refuse_attention(spec, model_path)
     if planned is not None and planned.spec.input == spec.input:
         source, is_scanned = Source.from_json(planned.source), False
         source.check_unchanged()
@@ -99,6 +100,16 @@ def refuse_spreading(spec: JobSpec, model_path: Path) -> None:
             f"cluster.expert_parallel: {ranks} shards are more than the {num_experts} experts a layer of {spec.model}; "
             "set it lower, and cluster.replicas for more shards"
         )
+
+
+def refuse_attention(spec: JobSpec, model_path: Path) -> None:
+    """UserError where the rules don't fit the model's layers: told before a job directory keeps them."""
+    if spec.attention is None:
+        return
+    from workers.decoder.attention_choice import with_attention
+    from workers.decoder.checkpoint import load_checkpoint
+
+    with_attention(load_checkpoint(model_path), spec.attention_rules)
 
 
 def _settle(spec: JobSpec, source: Source, model_path: Path, planned: PlannedJob | None) -> tuple[JobSpec, int]:

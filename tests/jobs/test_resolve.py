@@ -225,3 +225,11 @@ def test_differences_are_named_by_their_dotted_keys():
     before = {"generate": {"n": 1, "seed": 0}, "embed": None, "rows_per_split": 8}
     now = {"generate": {"n": 2, "seed": 0}, "embed": {"of": "both"}, "rows_per_split": 8}
     assert differences(before, now) == ["generate.n", "embed"]
+
+
+def test_attention_rules_for_layers_that_the_model_has_not_are_refused_before_anything_is_written(job, tiny_model):
+    settings = job(TEXTS) | {"model": str(tiny_model("llama"))}
+    spec = parse_spec(settings | {"attention": [{"layers": "0-9", "pattern": "sliding", "window": 8}]})
+    with pytest.raises(UserError, match=r"layers '0-9': no layer 9 in the model, its last is 3"), open_store(spec):
+        pytest.fail("the job is taken")
+    assert not Path(settings["output"]["path"]).exists()
