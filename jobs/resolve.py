@@ -1,6 +1,6 @@
 """A JobSpec and what it speaks of -> a job that can be planned: everything settled that the model or the input decides.
 
-Nothing is written, and neither torch nor Ray is loaded, but for torch where cluster.expert_parallel or attention is set.
+Nothing is written, and neither torch nor Ray is loaded, but for torch with cluster.expert_parallel or attention set.
 """
 
 from __future__ import annotations
