@@ -1,9 +1,9 @@
-"""Which module knows which architecture. Adding one is adding a module and a line here."""
+"""Which module knows which architecture. Adding one is adding a module, its import here and its name in _MODULES."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pipeline.errors import UserError
 from workers.decoder.config import DecoderConfig
@@ -51,6 +51,7 @@ class Family(Protocol):
     def sources(self, config: DecoderConfig, names: Collection[str]) -> dict[str, Source]: ...
 
 
+@runtime_checkable
 class GgufFamily(Protocol):
     """A module of this folder whose architecture llama.cpp knows too, by one of GGUF_ARCHITECTURES.
 
@@ -91,31 +92,12 @@ _MODULES: tuple[Family, ...] = (
     qwen3_moe,
     xglm,
 )
-_GGUF_MODULES: tuple[GgufFamily, ...] = (
-    bloom,
-    deepseek,
-    gemma,
-    gemma2,
-    gemma3,
-    gpt2,
-    gpt_neox,
-    gpt_oss,
-    granite,
-    granitemoe,
-    llama,
-    mpt,
-    olmoe,
-    phi,
-    phi3,
-    phimoe,
-    qwen2,
-    qwen2_moe,
-    qwen3,
-    qwen3_moe,
-)
 FAMILIES: dict[str, Family] = {model_type: module for module in _MODULES for model_type in module.MODEL_TYPES}
 GGUF_FAMILIES: dict[str, GgufFamily] = {
-    architecture: module for module in _GGUF_MODULES for architecture in module.GGUF_ARCHITECTURES
+    architecture: module
+    for module in _MODULES
+    if isinstance(module, GgufFamily)
+    for architecture in module.GGUF_ARCHITECTURES
 }
 
 
