@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
+from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter
 from torch import Tensor
 
 from workers.decoder.attention import AttentionMetadata
@@ -117,3 +120,37 @@ def reference() -> Callable[[Path], Any]:
         return loaded[path]
 
     return load
+
+
+@pytest.fixture(scope="session")
+def write_gguf() -> Callable[..., None]:
+    """`write_gguf(path, arch, num_layers, keys, tensors)` -> tensors under the names that gguf's own map gives them.
+
+    `keys` adds the metadata to a GGUFWriter. `kind_of(name in the file, tensor)` says how numbers are stored.
+    """
+
+    def write(
+        path: Path,
+        arch: MODEL_ARCH,
+        num_layers: int,
+        keys: Callable[[GGUFWriter], None],
+        tensors: Mapping[str, Tensor],
+        kind_of: Callable[[str, Tensor], GGMLQuantizationType] = lambda *_: GGMLQuantizationType.F32,
+    ) -> None:
+        writer = GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+        keys(writer)
+        names = gguf.get_tensor_name_map(arch, num_layers)
+        for name, tensor in tensors.items():
+            published = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            assert published is not None, name
+            data, kind = np.ascontiguousarray(tensor.numpy()), kind_of(published, tensor)
+            if kind is GGMLQuantizationType.F32:
+                writer.add_tensor(published, data)
+            else:
+                writer.add_tensor(published, gguf.quantize(data, kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    return write

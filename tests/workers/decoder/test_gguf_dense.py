@@ -208,31 +208,28 @@ CASES: dict[str, tuple[MODEL_ARCH, Any, Any, str, dict[str, Any]]] = {
 }
 
 
-def write_gguf(path: Path, folder: Path, case: str) -> None:
-    arch, keys, convert, *_ = CASES[case]
-    config = json.loads((folder / "config.json").read_text())
-    layers = next(config[key] for key in ("num_hidden_layers", "n_layer", "n_layers") if key in config)
-    heads = next(config[key] for key in ("num_attention_heads", "n_head", "n_heads") if key in config)
-    writer = GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
-    keys(writer, config)
-    names = gguf.get_tensor_name_map(arch, layers)
-    for name, tensor in convert(load_file(folder / "model.safetensors"), heads).items():
-        published = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert published is not None, name
-        writer.add_tensor(published, np.ascontiguousarray(tensor.numpy()))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+@pytest.fixture
+def write_case(write_gguf: Callable[..., None]) -> Callable[[Path, Path, str], None]:
+    """`write_case(path, folder, case)`: what is in `folder` as a GGUF file."""
+
+    def write(path: Path, folder: Path, case: str) -> None:
+        arch, keys, convert, *_ = CASES[case]
+        config = json.loads((folder / "config.json").read_text())
+        layers = next(config[key] for key in ("num_hidden_layers", "n_layer", "n_layers") if key in config)
+        heads = next(config[key] for key in ("num_attention_heads", "n_head", "n_heads") if key in config)
+        tensors = convert(load_file(folder / "model.safetensors"), heads)
+        write_gguf(path, arch, layers, lambda writer: keys(writer, config), tensors)
+
+    return write
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_file_gives_the_logits_of_its_directory(
-    case: str, tmp_path: Path, tiny_model: Callable[..., Path], paged: Any
+    case: str, tmp_path: Path, tiny_model: Callable[..., Path], write_case: Callable[..., None], paged: Any
 ) -> None:
     *_, model_type, settings = CASES[case]
     folder = tiny_model(model_type, tokenizer=False, **settings)
-    write_gguf(tmp_path / "model.gguf", folder, case)
+    write_case(tmp_path / "model.gguf", folder, case)
     prompt = torch.randint(3, 603, (60,), generator=torch.Generator().manual_seed(1)).tolist()
     wanted = paged(folder).logits(prompt)
     assert (paged(tmp_path / "model.gguf").logits(prompt) - wanted).abs().max() / wanted.abs().max() < 1e-5

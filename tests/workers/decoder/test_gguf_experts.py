@@ -200,46 +200,45 @@ CASES: dict[str, tuple[MODEL_ARCH, Any, Any, str, dict[str, Any]]] = {
 }
 
 
-def write_gguf(path: Path, folder: Path, case: str, experts: GGMLQuantizationType = GGMLQuantizationType.F32) -> None:
-    """What is in `folder` as a GGUF file; stacked experts' numbers as `experts`."""
-    arch, keys, convert, *_ = CASES[case]
-    config = json.loads((folder / "config.json").read_text())
-    writer = GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
-    common_keys(writer, config)
-    keys(writer, config)
-    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
-    for name, tensor in convert(load_file(folder / "model.safetensors"), config).items():
-        published = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert published is not None, name
-        data = np.ascontiguousarray(tensor.numpy())
-        if published.endswith("exps.weight") and experts is not GGMLQuantizationType.F32:
-            writer.add_tensor(published, gguf.quantize(data, experts), raw_dtype=experts)
-        else:
-            writer.add_tensor(published, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+@pytest.fixture
+def write_case(write_gguf: Callable[..., None]) -> Callable[..., None]:
+    """`write_case(path, folder, case, experts=F32)`: `folder` as a GGUF file; stacked experts' numbers as `experts`."""
+
+    def write(path: Path, folder: Path, case: str, experts: GGMLQuantizationType = GGMLQuantizationType.F32) -> None:
+        arch, keys, convert, *_ = CASES[case]
+        config = json.loads((folder / "config.json").read_text())
+
+        def write_keys(writer: GGUFWriter) -> None:
+            common_keys(writer, config)
+            keys(writer, config)
+
+        def kind_of(name: str, _: Tensor) -> GGMLQuantizationType:
+            return experts if name.endswith("exps.weight") else GGMLQuantizationType.F32
+
+        tensors = convert(load_file(folder / "model.safetensors"), config)
+        write_gguf(path, arch, config["num_hidden_layers"], write_keys, tensors, kind_of)
+
+    return write
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_file_gives_the_logits_of_its_directory(
-    case: str, tmp_path: Path, tiny_model: Callable[..., Path], paged: Any
+    case: str, tmp_path: Path, tiny_model: Callable[..., Path], write_case: Callable[..., None], paged: Any
 ) -> None:
     *_, model_type, settings = CASES[case]
     folder = tiny_model(model_type, tokenizer=False, **settings)
-    write_gguf(tmp_path / "model.gguf", folder, case)
+    write_case(tmp_path / "model.gguf", folder, case)
     prompt = torch.randint(3, 603, (60,), generator=torch.Generator().manual_seed(1)).tolist()
     wanted = paged(folder).logits(prompt)
     assert (paged(tmp_path / "model.gguf").logits(prompt) - wanted).abs().max() / wanted.abs().max() < 1e-5
 
 
 def test_experts_stored_as_mxfp4_are_widened_as_gguf_widens_them(
-    tmp_path: Path, tiny_model: Callable[..., Path]
+    tmp_path: Path, tiny_model: Callable[..., Path], write_case: Callable[..., None]
 ) -> None:
     kind = GGMLQuantizationType.MXFP4
     folder = tiny_model("gpt_oss", tokenizer=False, **CASES["gpt-oss"][-1])
-    write_gguf(tmp_path / "model.gguf", folder, "gpt-oss", kind)
+    write_case(tmp_path / "model.gguf", folder, "gpt-oss", kind)
     published = {t.name: t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}["blk.2.ffn_up_exps.weight"]
     got = load_checkpoint(tmp_path / "model.gguf").read(
         "layers.2.feed_forward.experts.3.up.weight", (96, 64), torch.float32
@@ -248,9 +247,11 @@ def test_experts_stored_as_mxfp4_are_widened_as_gguf_widens_them(
     assert torch.equal(got, torch.from_numpy(gguf.dequantize(published.data, kind)[3]))
 
 
-def test_a_router_that_is_not_known_is_refused(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+def test_a_router_that_is_not_known_is_refused(
+    tmp_path: Path, tiny_model: Callable[..., Path], write_case: Callable[..., None]
+) -> None:
     case = "DeepSeek-V3, YaRN"
-    write_gguf(tmp_path / "model.gguf", tiny_model("deepseek_v3", tokenizer=False, **CASES[case][-1]), case)
+    write_case(tmp_path / "model.gguf", tiny_model("deepseek_v3", tokenizer=False, **CASES[case][-1]), case)
     data = (tmp_path / "model.gguf").read_bytes()
     at = data.index(b"deepseek2.expert_gating_func") + len(b"deepseek2.expert_gating_func") + 4  # its type before it
     assert data[at] == gguf.ExpertGatingFuncType.SIGMOID

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, TensorNameMap
-from gguf.quants import quantize
-from safetensors import safe_open
-from safetensors.torch import save_file
+from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter
+from safetensors.torch import load_file, save_file
 
 # A process of its own, so that its highest memory is that of loading. A first, small model brings in the code.
 MEASURE = """
@@ -75,30 +73,33 @@ def test_loading_takes_the_weights_and_one_tensor(
 
 
 @pytest.fixture(scope="module")
-def big_gguf(big: tuple[Path, int, int], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def big_gguf(
+    big: tuple[Path, int, int], write_gguf: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The same numbers in a Q8_0 file."""
     folder, _, _ = big
     config = json.loads((folder / "config.json").read_text())
     path = tmp_path_factory.mktemp("big") / "model.gguf"
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(1e-6)
-    names = TensorNameMap(MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    with safe_open(folder / "model.safetensors", "pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118
-            tensor = tensors.get_tensor(name).float().numpy()
-            ours = names.get_name(name.removesuffix(".weight"))
-            kind = GGMLQuantizationType.Q8_0 if tensor.ndim == 2 else GGMLQuantizationType.F32
-            writer.add_tensor(f"{ours}.weight", quantize(tensor, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+
+    def keys(writer: GGUFWriter) -> None:
+        writer.add_block_count(config["num_hidden_layers"])
+        writer.add_context_length(config["max_position_embeddings"])
+        writer.add_embedding_length(config["hidden_size"])
+        writer.add_feed_forward_length(config["intermediate_size"])
+        writer.add_head_count(config["num_attention_heads"])
+        writer.add_head_count_kv(config["num_key_value_heads"])
+        writer.add_layer_norm_rms_eps(1e-6)
+
+    tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    matrices, vectors = GGMLQuantizationType.Q8_0, GGMLQuantizationType.F32
+    write_gguf(
+        path,
+        MODEL_ARCH.LLAMA,
+        config["num_hidden_layers"],
+        keys,
+        tensors,
+        lambda _, x: matrices if x.ndim == 2 else vectors,
+    )
     return path
 
 
