@@ -128,6 +128,14 @@ def cluster_machines() -> list[dict[str, float]]:
     return [node["Resources"] for node in nodes if node["Alive"]]
 
 
+def living_nodes() -> dict[str, dict[str, float]]:
+    """What each living node of the connected Ray has, by its id and by resource."""
+    import ray
+
+    nodes = cast(list[dict[str, Any]], ray.nodes())  # type: ignore[no-untyped-call]
+    return {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
+
+
 def wait_for(references: list[Any], timeout_s: float) -> list[Any]:
     """Those that are ready, as soon as one is."""
     import ray
