@@ -10,10 +10,14 @@ from functools import partial
 from pathlib import Path
 
 from jobs.events import Lease, ReplicaDied, ShardId
+from jobs.hosts import candidates, hosts, refuse_wishes_of_nodes
 from jobs.layout import Layout, Machine, choose_layout
+from jobs.node_labels import without_nodes
+from jobs.nodes import living_nodes, out_of_reach
 from jobs.placements import ExpertLayers, place_experts
-from jobs.ray_session import cluster_machines, is_joined, ray_session, wait_for
+from jobs.ray_session import is_joined, ray_session, wait_for
 from jobs.spec import ClusterSpec
+from jobs.visibility import refuse_blind_nodes
 from pipeline.commits import Commit
 from pipeline.errors import JobError
 from pipeline.job_folder import JobFolder
@@ -22,7 +26,7 @@ from workers import devices
 from workers.assignment import Assignment, Base, ShardReport
 from workers.forecast import Forecast
 from workers.parallel.placement import Placement
-from workers.replica import Replica, ReplicaLost, Resources
+from workers.replica import FORMING_S, Location, Replica, ReplicaLost, Resources
 from workers.settings import ShardSettings
 
 STOPPING_S = 15.0  # for a step under way and the parts that are being written
@@ -60,14 +64,16 @@ class Fleet:
 
         A Ray that runs already is joined for it. UserError if it lacks what the job asks for.
         """
-        if self._joins:
-            self._connect(num_cpus=0)
-            machines = [_machine(resources) for resources in cluster_machines()]
-            machines = [machine for machine in machines if machine.num_cpus] or machines
-        else:
-            machines = [this_machine()]
-        probe = devices.cluster_gpu_bytes if self._joins else devices.gpu_bytes
+        if not self._joins:
+            refuse_wishes_of_nodes(self._cluster)
+            self._layout = choose_layout(self._cluster, [this_machine()], model=model, gpu_bytes=devices.gpu_bytes)
+            return self._layout
+        self._connect(num_cpus=0)
+        nodes = candidates(self._cluster)
+        machines = [node.machine for node in nodes]
+        probe = partial(devices.cluster_gpu_bytes, self._cluster.labels)
         self._layout = choose_layout(self._cluster, machines, model=model, gpu_bytes=probe)
+        refuse_blind_nodes(hosts(nodes, shard_resources(self._layout), self._layout, self._cluster), self._settings)
         return self._layout
 
     def start(self, replica: int, generation: int) -> None:
@@ -87,6 +93,8 @@ class Fleet:
                 name=name,
                 num_ranks=layout.ranks,
                 place=partial(self._place, name) if layout.ranks > 1 else None,
+                location=self._location(generation),
+                patience_s=self._cluster.wait_s or FORMING_S,
             ),
         )
 
@@ -94,6 +102,11 @@ class Fleet:
         if not self._connected:
             self._session.enter_context(ray_session(self._cluster.address, num_cpus=num_cpus))
             self._connected = True
+
+    def _location(self, generation: int) -> Location:
+        """One that forms again is kept off nodes that can't be reached: Ray may take them for alive for a while yet."""
+        avoided = [node.id for node in out_of_reach(living_nodes())] if generation and self._joins else []
+        return Location(labels=without_nodes(self._cluster.labels, avoided), apart=self._cluster.spread)
 
     def _place(self, gang: str, nodes: tuple[str, ...]) -> Placement:
         """Where a gang on these nodes holds its experts."""
@@ -204,11 +217,3 @@ def shard_resources(layout: Layout) -> Resources:
 
 def this_machine() -> Machine:
     return Machine(num_cpus=devices.num_cpus(), num_gpus=devices.num_gpus(), memory_bytes=devices.memory_bytes())
-
-
-def _machine(resources: Mapping[str, float]) -> Machine:
-    return Machine(
-        num_cpus=int(resources.get("CPU", 0)),
-        num_gpus=int(resources.get("GPU", 0)),
-        memory_bytes=int(resources.get("memory", 0)),
-    )

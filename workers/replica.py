@@ -10,8 +10,8 @@ this process, opens a rendezvous and gives each a seat; then they load their own
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import ray
@@ -46,8 +46,23 @@ class Resources:
         return {name: float(amount) for name, amount in wanted.items() if amount or name == "CPU"}
 
     def __str__(self) -> str:
-        return f"{self.num_cpus} CPUs" + (f" and {self.num_gpus} GPUs" if self.num_gpus else "")
+        amounts = [f"{self.num_cpus} {'CPU' if self.num_cpus == 1 else 'CPUs'}"]
+        if self.num_gpus:
+            amounts.append(f"{self.num_gpus} {'GPU' if self.num_gpus == 1 else 'GPUs'}")
+        if self.memory_bytes:
+            amounts.append(f"{self.memory_bytes / 2**30:,.1f} GiB of memory")
+        return " and ".join(amounts)
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Location:
+    """On which nodes a gang may be: `labels` are rules as of Ray's label selectors; `apart`: each rank on its own."""
+
+    labels: Mapping[str, str] = field(default_factory=dict)
+    apart: bool = False
+
+
+ANYWHERE = Location()
 
 # Each rank's node -> where the experts of a gang there are to lie.
 Place = Callable[[tuple[str, ...]], Placement]
@@ -68,8 +83,13 @@ class Replica:
         name: str,
         num_ranks: int = 1,
         place: Place | None = None,
+        location: Location = ANYWHERE,
+        patience_s: float = FORMING_S,
     ) -> None:
-        """`name` names the generation, too. `place` is asked once where there are several ranks."""
+        """`name` names the generation, too. `place` is asked once where there are several ranks.
+
+        `patience_s`: so long may Ray take to place it and to bring its processes up.
+        """
         assert num_ranks == 1 or place is not None
         self.name = name
         self.began_at = time.monotonic()
@@ -77,7 +97,12 @@ class Replica:
         self._num_ranks = num_ranks
         self._place = place
         self._rendezvous: Rendezvous | None = None
-        self._group: PlacementGroup = placement_group([resources.bundle()] * num_ranks, strategy="PACK")
+        self._patience_s = patience_s
+        self._group: PlacementGroup = placement_group(
+            [resources.bundle()] * num_ranks,
+            strategy="STRICT_SPREAD" if location.apart else "PACK",
+            bundle_label_selector=[dict(location.labels)] * num_ranks if location.labels else None,
+        )
         self._shards = [self._start(settings, rank) for rank in range(num_ranks)]
         self._heard_at: list[float | None] = [None] * num_ranks  # None until the first report
         self._phases = ["forming"] * num_ranks
@@ -128,7 +153,7 @@ class Replica:
         """ReplicaLost if a shard has been silent for too long, JobError if the gang can't be formed at all."""
         for rank, (phase, heard_at) in enumerate(zip(self._phases, self._heard_at, strict=True)):
             if heard_at is None:
-                if now - self.began_at > FORMING_S:
+                if now - self.began_at > self._patience_s:
                     raise JobError(self._why_not_formed())
             elif phase != "stopped" and now - heard_at > (LOADING_S if phase == "loading" else SILENCE_S):
                 raise ReplicaLost(f"{self._name_of(rank)} has said nothing for {now - heard_at:.0f} seconds")
@@ -208,7 +233,7 @@ class Replica:
                 need = f"each of a replica's {self._num_ranks} workers needs {self._resources}"
             return f"{need} and the whole cluster has {have}; set cluster.threads lower"
         have = ", ".join(f"{free.get(name, 0.0):g} {name}" for name in wanted)
-        return f"no node has had {self._resources} free for {FORMING_S:.0f} seconds (free in all: {have})"
+        return f"no node has had {self._resources} free for {self._patience_s:.0f} seconds (free in all: {have})"
 
 
 def own_node_address() -> str:
