@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from jobs import feasibility, node_labels
 from jobs.layout import Layout
-from jobs.nodes import Node, living_nodes
+from jobs.nodes import Node, living_nodes, out_of_reach
 from jobs.spec import ClusterSpec
 from pipeline.errors import UserError
-from workers.replica import Resources
+from workers.replica import Location, Resources
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What a gang may form on just now. `usable` nodes are named by the job, alive and within reach."""
+
+    usable: list[Node]
+    location: Location
+
+    @property
+    def rooms(self) -> dict[str, Mapping[str, float]]:
+        """Node id -> what it has in all, by Ray's names."""
+        return {node.id: node.resources for node in self.usable}
+
+
+def survey(cluster: ClusterSpec) -> Ground:
+    """Takes a second where a node can't be reached, which Ray itself may take for alive for a minute yet."""
+    nodes = living_nodes()
+    lost = {node.id for node in out_of_reach(nodes)}
+    named = [node for node in nodes if node_labels.matches(cluster.labels, node.labels)]
+    return Ground([node for node in named if node.id not in lost], own_location(cluster, lost))
+
+
+def own_location(cluster: ClusterSpec, avoided: Collection[str] = ()) -> Location:
+    """Where the job wants its gangs to be, but for some nodes, by id."""
+    return Location(labels=node_labels.without_nodes(cluster.labels, avoided), apart=cluster.spread)
 
 
 def candidates(cluster: ClusterSpec) -> list[Node]:

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
+from jobs.mourning import describe_deaths
 from jobs.progress import ROWS_PHASE, Progress
 from jobs.report_page import render
 from jobs.status import committed_status, latest_commits
@@ -172,6 +173,8 @@ def describe_report(report: dict[str, Any], out: Path) -> str:
     lines.append(f"  {tokens['prompt']:,} tokens read, {tokens['completion']:,} generated")
     if runs and runs[-1]["rows"]:
         lines[-1] += f"; this run: {runs[-1]['tokens_per_s']:,.0f} tokens/s, {human_seconds(runs[-1]['elapsed_s'])}"
+    if runs and runs[-1].get("deaths"):
+        lines.append(f"  {describe_deaths(runs[-1]['deaths'])}")
     lines.append(f"  results: {out / 'parts'}, {out / 'report.html'}")
     if report["index"] is not None:
         lines.append(f"  search:  {shlex.join(['gristmill', 'query', str(out)])} 'TEXT'")

@@ -16,7 +16,12 @@ from typing import Any, cast
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.errors import JobError
@@ -28,7 +33,7 @@ from workers.shard import ShardActor
 
 REPORT_S = 0.5  # how long a shard may wait before it reports that there is nothing new
 FORMING_S = 180.0  # until a worker process must have come up
-LOADING_S = 600.0  # of silence, while a model is loaded: reading weights may hold the interpreter
+LOADING_S = 120.0  # of silence, while a model is loaded: a tensor that is read may hold the interpreter
 CAUSE_S = 0.5  # for a death to be known of after it was felt
 SILENCE_S = 5.0  # of a shard that runs, until it is taken for stopped or cut off
 
@@ -69,7 +74,14 @@ Place = Callable[[tuple[str, ...]], Placement]
 
 
 class ReplicaLost(Exception):
-    """A shard of the gang died, fell silent or gave up. The message says why, in a line."""
+    """A shard of the gang died, fell silent or gave up. The message says why, in a line.
+
+    `silent_s`: how long ago that shard was last heard, None if it never was: within this time it happened.
+    """
+
+    def __init__(self, reason: str, silent_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.silent_s = silent_s
 
 
 class Replica:
@@ -84,12 +96,8 @@ class Replica:
         num_ranks: int = 1,
         place: Place | None = None,
         location: Location = ANYWHERE,
-        patience_s: float = FORMING_S,
     ) -> None:
-        """`name` names the generation, too. `place` is asked once where there are several ranks.
-
-        `patience_s`: so long may Ray take to place it and to bring its processes up.
-        """
+        """`name` names the generation, too. `place` is asked once where there are several ranks."""
         assert num_ranks == 1 or place is not None
         self.name = name
         self.began_at = time.monotonic()
@@ -97,7 +105,7 @@ class Replica:
         self._num_ranks = num_ranks
         self._place = place
         self._rendezvous: Rendezvous | None = None
-        self._patience_s = patience_s
+        self.location = location
         self._group: PlacementGroup = placement_group(
             [resources.bundle()] * num_ranks,
             strategy="STRICT_SPREAD" if location.apart else "PACK",
@@ -121,9 +129,10 @@ class Replica:
         try:
             report: ShardReport = ray.get(reference)
         except RayActorError as error:
-            raise ReplicaLost(_reason(error)) from None
+            raise ReplicaLost(_reason(error), self._silent_s(rank)) from None
         except RayError as error:
-            raise ReplicaLost(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from None
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise ReplicaLost(reason, self._silent_s(rank)) from None
         self._heard_at[rank] = time.monotonic()
         self._phases[rank] = report.phase
         self._nodes[rank] = report.node
@@ -135,7 +144,7 @@ class Replica:
             self._asked[self._ask(rank)] = rank
         return rank, report
 
-    def cause(self, told: str) -> str:
+    def cause(self, told: ReplicaLost) -> ReplicaLost:
         """Why the gang broke, where `told` is what one rank said of its own end.
 
         A rank's death breaks the others' exchange with it, and they may be heard first.
@@ -146,17 +155,31 @@ class Replica:
                 try:
                     self.take(reference)
                 except ReplicaLost as lost:
-                    return str(lost)
+                    return lost
         return told
 
     def check(self, now: float) -> None:
-        """ReplicaLost if a shard has been silent for too long, JobError if the gang can't be formed at all."""
+        """ReplicaLost if a shard has been silent for too long. One that Ray has not started yet can't be."""
         for rank, (phase, heard_at) in enumerate(zip(self._phases, self._heard_at, strict=True)):
-            if heard_at is None:
-                if now - self.began_at > self._patience_s:
-                    raise JobError(self._why_not_formed())
-            elif phase != "stopped" and now - heard_at > (LOADING_S if phase == "loading" else SILENCE_S):
-                raise ReplicaLost(f"{self._name_of(rank)} has said nothing for {now - heard_at:.0f} seconds")
+            if heard_at is None or phase == "stopped":
+                continue
+            if now - heard_at > (LOADING_S if phase == "loading" else SILENCE_S):
+                reason = f"{self._name_of(rank)} has said nothing for {now - heard_at:.0f} seconds"
+                raise ReplicaLost(reason, now - heard_at)
+
+    @property
+    def num_ranks(self) -> int:
+        return self._num_ranks
+
+    @property
+    def is_forming(self) -> bool:
+        """Whether a shard has still to be heard for the first time."""
+        return None in self._heard_at
+
+    def places(self) -> list[str]:
+        """The node of each rank, as Ray has set room aside for it; [] while there is not room for all."""
+        table = cast(dict[str, Any], placement_group_table(self._group))
+        return list(table["bundles_to_node_id"].values()) if table["state"] == "CREATED" else []
 
     def forgive(self, seconds: float) -> None:
         """The listener itself was away for so long: nobody is blamed for that silence."""
@@ -219,10 +242,15 @@ class Replica:
         ):
             shard.take_seat.options(concurrency_group="orders").remote(seat)
 
+    def _silent_s(self, rank: int) -> float | None:
+        heard_at = self._heard_at[rank]
+        return None if heard_at is None else time.monotonic() - heard_at
+
     def _ask(self, rank: int) -> Any:
         return self._shards[rank].report.options(concurrency_group="reports").remote(REPORT_S)
 
-    def _why_not_formed(self) -> str:
+    def why_not_formed(self) -> str:
+        """For people, once it has taken too long."""
         total = cast(dict[str, float], ray.cluster_resources())  # type: ignore[no-untyped-call]
         free = cast(dict[str, float], ray.available_resources())  # type: ignore[no-untyped-call]
         wanted = self._resources.bundle()
@@ -233,7 +261,8 @@ class Replica:
                 need = f"each of a replica's {self._num_ranks} workers needs {self._resources}"
             return f"{need} and the whole cluster has {have}; set cluster.threads lower"
         have = ", ".join(f"{free.get(name, 0.0):g} {name}" for name in wanted)
-        return f"no node has had {self._resources} free for {self._patience_s:.0f} seconds (free in all: {have})"
+        waited_s = time.monotonic() - self.began_at
+        return f"no node has had {self._resources} free for {waited_s:.0f} seconds (free in all: {have})"
 
 
 def own_node_address() -> str:
