@@ -10,12 +10,15 @@ from functools import partial
 from pathlib import Path
 
 from jobs.events import Lease, ReplicaDied, ReplicaResized, ShardId
+from jobs.hosts import candidates, hosts, own_location, refuse_wishes_of_nodes, survey
 from jobs.layout import Layout, Machine, choose_layout
+from jobs.nodes import Node
 from jobs.placements import ExpertLayers, place_experts
-from jobs.ray_session import cluster_machines, is_joined, ray_session, wait_for
+from jobs.ray_session import is_joined, ray_session, wait_for
 from jobs.recovery import RankNeeds, resized
 from jobs.room import RoomWatch
 from jobs.spec import ClusterSpec
+from jobs.visibility import refuse_blind_nodes
 from pipeline.commits import Commit
 from pipeline.errors import JobError
 from pipeline.job_folder import JobFolder
@@ -65,17 +68,22 @@ class Fleet:
 
         A Ray that runs already is joined for it. UserError if it lacks what the job asks for.
         """
+        cluster, nodes = self._cluster, list[Node]()
         if self._joins:
             self._connect(num_cpus=0)
-            machines = [_machine(resources) for resources in cluster_machines()]
-            machines = [machine for machine in machines if machine.num_cpus] or machines
+            nodes = candidates(cluster)
         else:
-            machines = [this_machine()]
-        probe = devices.cluster_gpu_bytes if self._joins else devices.gpu_bytes
-        self._layout = choose_layout(self._cluster, machines, model=model, gpu_bytes=probe)
-        self._model = model
-        self._room = RoomWatch(self._layout, self._rank_needs)
-        return self._layout
+            refuse_wishes_of_nodes(cluster)
+        machines = [node.machine for node in nodes] if self._joins else [this_machine()]
+        layout = choose_layout(cluster, machines, model=model, gpu_bytes=self._gpu_bytes)
+        if self._joins:
+            refuse_blind_nodes(hosts(nodes, shard_resources(layout), layout, cluster), self._settings)
+        self._layout, self._model = layout, model
+        self._room = RoomWatch(layout, self._rank_needs, cluster)
+        return layout
+
+    def _gpu_bytes(self) -> int | None:
+        return devices.cluster_gpu_bytes(self._cluster.labels) if self._joins else devices.gpu_bytes()
 
     def start(self, replica: int, generation: int) -> None:
         """UserError or JobError if there is no Ray to be had."""
@@ -103,15 +111,15 @@ class Fleet:
                 name=name,
                 num_ranks=layout.ranks,
                 place=partial(self._place, name) if layout.ranks > 1 else None,
+                location=survey(self._cluster).location if generation else own_location(self._cluster),
             ),
         )
 
     def _rank_needs(self) -> RankNeeds:
         assert self._layout is not None
         layout, forecast = self._layout, self._forecast()
-        probe = devices.cluster_gpu_bytes if self._joins else devices.gpu_bytes
         knows = forecast is not None and layout.device == "cuda"
-        return RankNeeds(layout=layout, forecast=forecast, gpu_bytes=probe() if knows else None)
+        return RankNeeds(layout=layout, forecast=forecast, gpu_bytes=self._gpu_bytes() if knows else None)
 
     def _forecast(self) -> Forecast | None:
         """Of the model, where it is spread; None where nothing is known of it, or it fits or doesn't as a whole."""
@@ -182,7 +190,7 @@ class Fleet:
     def _look_for_room(self, number: int, generation: int, replica: Replica) -> ReplicaResized | None:
         assert self._room is not None
         change = self._room.look(number, generation, replica, self._others(number), self._looked_at)
-        if change is not None and change.ranks not in (0, replica.num_ranks):
+        if change is not None and change.ranks and replica.is_forming:
             replica.release()
             self._form(number, generation, change.ranks)
         return change
@@ -249,11 +257,3 @@ def shard_resources(layout: Layout) -> Resources:
 
 def this_machine() -> Machine:
     return Machine(num_cpus=devices.num_cpus(), num_gpus=devices.num_gpus(), memory_bytes=devices.memory_bytes())
-
-
-def _machine(resources: Mapping[str, float]) -> Machine:
-    return Machine(
-        num_cpus=int(resources.get("CPU", 0)),
-        num_gpus=int(resources.get("GPU", 0)),
-        memory_bytes=int(resources.get("memory", 0)),
-    )

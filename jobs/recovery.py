@@ -69,21 +69,24 @@ def room_left(nodes: Mapping[str, Amounts], held: Iterable[tuple[str, Amounts]])
     return list(left.values())
 
 
-def num_places(rooms: Sequence[Amounts], needs: Amounts) -> int:
-    """How many ranks that need so much have room, each whole on one node.
+def num_places(rooms: Sequence[Amounts], needs: Amounts, *, apart: bool = False) -> int:
+    """How many ranks that need so much have room, each whole on one node, and `apart` at most one on each.
 
     >>> num_places([{"CPU": 5.0}, {"CPU": 1.0}], {"CPU": 2.0})
     2
     """
     wanted = [(name, amount) for name, amount in needs.items() if amount > 0]
     assert wanted, "a rank that needs nothing has room without end"
-    return sum(max(0, min(int(room.get(name, 0.0) // amount) for name, amount in wanted)) for room in rooms)
+    places = [max(0, min(int(room.get(name, 0.0) // amount) for name, amount in wanted)) for room in rooms]
+    return sum(min(count, 1) for count in places) if apart else sum(places)
 
 
-def most_ranks(rooms: Sequence[Amounts], needs: Callable[[int], Amounts | None], most: int) -> int:
+def most_ranks(
+    rooms: Sequence[Amounts], needs: Callable[[int], Amounts | None], most: int, *, apart: bool = False
+) -> int:
     """The largest gang, of up to `most` ranks, that has room; 0 if none has."""
     for ranks in range(most, 0, -1):
         amounts = needs(ranks)
-        if amounts is not None and num_places(rooms, amounts) >= ranks:
+        if amounts is not None and num_places(rooms, amounts, apart=apart) >= ranks:
             return ranks
     return 0

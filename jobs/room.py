@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jobs.events import ReplicaResized
+from jobs.hosts import Ground, survey
 from jobs.layout import Layout
-from jobs.ray_session import living_nodes
 from jobs.recovery import ROOM_S, RankNeeds, most_ranks, num_places, room_left
+from jobs.spec import ClusterSpec
 from workers.replica import FORMING_S, Replica, ReplicaLost
 
 LOOK_S = 1.0  # between two looks at what room there is
@@ -25,10 +26,11 @@ class _Watched:
 class RoomWatch:
     """Looks at the replicas that are forming, now and then, and says what is to change about them."""
 
-    def __init__(self, layout: Layout, needs: Callable[[], RankNeeds]) -> None:
+    def __init__(self, layout: Layout, needs: Callable[[], RankNeeds], cluster: ClusterSpec) -> None:
         """`needs` is asked once, when a replica lacks room for the first time."""
         self._layout = layout
         self._ask_needs = needs
+        self._cluster = cluster
         self._needs: RankNeeds | None = None
         self._watched: dict[int, _Watched] = {}
         self._sizes: dict[int, int] = {}  # of replicas that had to do with fewer ranks
@@ -37,14 +39,14 @@ class RoomWatch:
         """With how many ranks to form a replica: all, unless it lacked room before and still does."""
         if number not in self._sizes:
             return self._layout.ranks
-        ranks = self._most_ranks(others)[0] or self._sizes[number]
+        ranks = self._most_ranks(others, survey(self._cluster))[0] or self._sizes[number]
         self._resize(number, ranks)
         return ranks
 
     def look(
         self, number: int, generation: int, replica: Replica, others: list[Replica], now: float
     ) -> ReplicaResized | None:
-        """What is new about the replica's room. If it is another number of ranks than it has, it is to form again.
+        """What is new about the replica's room. If it is still forming and may have ranks, it is to form again.
 
         A replica that never had all of its ranks waits for them: only what was lost is made do without.
         ReplicaLost if it has had room for FORMING_S and its processes don't come up.
@@ -54,7 +56,8 @@ class RoomWatch:
             watched = self._watched[number] = _Watched(generation=generation)
         if not replica.is_forming:
             return self._found_room(number, watched, replica)
-        waited_s, patience_s = now - replica.began_at, ROOM_S if generation else FORMING_S
+        waited_s, forming_s = now - replica.began_at, self._cluster.wait_s or FORMING_S
+        patience_s = ROOM_S if generation else forming_s
         if waited_s < patience_s or now < watched.look_at:
             return None
         watched.look_at = now + LOOK_S
@@ -66,14 +69,15 @@ class RoomWatch:
         watched.placed_at = None
         if generation == 0:
             return self._wait(number, watched, replica.why_not_formed())
-        ranks, reason = self._most_ranks(others)
+        ground = survey(self._cluster)
+        ranks, reason = self._most_ranks(others, ground)
         if ranks == 0:
             return self._wait(number, watched, reason)
-        if ranks != replica.num_ranks:
+        if ranks != replica.num_ranks or replica.location != ground.location:  # or a node is within reach again
             watched.waits = False
             self._resize(number, ranks)
             return ReplicaResized(number, generation, ranks, reason)
-        return self._wait(number, watched, replica.why_not_formed()) if waited_s > FORMING_S else None
+        return self._wait(number, watched, replica.why_not_formed()) if waited_s > forming_s else None
 
     def _found_room(self, number: int, watched: _Watched, replica: Replica) -> ReplicaResized | None:
         if not watched.waits:
@@ -94,12 +98,13 @@ class RoomWatch:
         else:
             self._sizes.pop(number, None)
 
-    def _most_ranks(self, others: list[Replica]) -> tuple[int, str]:
+    def _most_ranks(self, others: list[Replica], ground: Ground) -> tuple[int, str]:
         """As many as have room beside the other replicas, and why not more."""
         needs = self._needs = self._needs or self._ask_needs()
         whole = needs.of(self._layout.ranks)
         assert whole is not None
         held = [(node, needs.of(other.num_ranks) or whole) for other in others for node in other.places()]
-        rooms = room_left(living_nodes(), held)
-        ranks = most_ranks(rooms, needs.of, self._layout.ranks)
-        return ranks, needs.why_not(self._layout.ranks, min(num_places(rooms, whole), self._layout.ranks))
+        rooms, apart = room_left(ground.rooms, held), self._cluster.spread
+        ranks = most_ranks(rooms, needs.of, self._layout.ranks, apart=apart)
+        places = min(num_places(rooms, whole, apart=apart), self._layout.ranks)
+        return ranks, needs.why_not(self._layout.ranks, places)

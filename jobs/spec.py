@@ -12,9 +12,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from jobs import node_labels
 from workers.decoder.attention_rules import AttentionRule
 
 JsonObject = dict[str, Any]
@@ -67,6 +68,12 @@ def _names_or_auto(value: object) -> object:
             raise _refusal("must name each column once")
         return tuple(value)
     raise _refusal("must be a list of column names, or auto")
+
+
+def _label_rules(value: dict[str, str]) -> dict[str, str]:
+    if found := node_labels.complaint(value):
+        raise _refusal(found)
+    return node_labels.plain(value)
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -201,6 +208,9 @@ class ClusterSpec(Section):
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     threads: CountOrAuto = "auto"
     address: Text | None = None
+    labels: Annotated[dict[str, str], AfterValidator(_label_rules)] = {}
+    spread: bool = False
+    wait_s: Annotated[float, Field(gt=0)] | None = None
 
 
 def _layers_text(value: object) -> object:

@@ -10,8 +10,8 @@ this process, opens a rendezvous and gives each a seat; then they load their own
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import ray
@@ -51,8 +51,23 @@ class Resources:
         return {name: float(amount) for name, amount in wanted.items() if amount or name == "CPU"}
 
     def __str__(self) -> str:
-        return f"{self.num_cpus} CPUs" + (f" and {self.num_gpus} GPUs" if self.num_gpus else "")
+        amounts = [f"{self.num_cpus} {'CPU' if self.num_cpus == 1 else 'CPUs'}"]
+        if self.num_gpus:
+            amounts.append(f"{self.num_gpus} {'GPU' if self.num_gpus == 1 else 'GPUs'}")
+        if self.memory_bytes:
+            amounts.append(f"{self.memory_bytes / 2**30:,.1f} GiB of memory")
+        return " and ".join(amounts)
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Location:
+    """On which nodes a gang may be: `labels` are rules as of Ray's label selectors; `apart`: each rank on its own."""
+
+    labels: Mapping[str, str] = field(default_factory=dict)
+    apart: bool = False
+
+
+ANYWHERE = Location()
 
 # Each rank's node -> where the experts of a gang there are to lie.
 Place = Callable[[tuple[str, ...]], Placement]
@@ -80,6 +95,7 @@ class Replica:
         name: str,
         num_ranks: int = 1,
         place: Place | None = None,
+        location: Location = ANYWHERE,
     ) -> None:
         """`name` names the generation, too. `place` is asked once where there are several ranks."""
         assert num_ranks == 1 or place is not None
@@ -89,7 +105,12 @@ class Replica:
         self._num_ranks = num_ranks
         self._place = place
         self._rendezvous: Rendezvous | None = None
-        self._group: PlacementGroup = placement_group([resources.bundle()] * num_ranks, strategy="PACK")
+        self.location = location
+        self._group: PlacementGroup = placement_group(
+            [resources.bundle()] * num_ranks,
+            strategy="STRICT_SPREAD" if location.apart else "PACK",
+            bundle_label_selector=[dict(location.labels)] * num_ranks if location.labels else None,
+        )
         self._shards = [self._start(settings, rank) for rank in range(num_ranks)]
         self._heard_at: list[float | None] = [None] * num_ranks  # None until the first report
         self._phases = ["forming"] * num_ranks
@@ -229,7 +250,7 @@ class Replica:
         return self._shards[rank].report.options(concurrency_group="reports").remote(REPORT_S)
 
     def why_not_formed(self) -> str:
-        """For people, once it has taken FORMING_S."""
+        """For people, once it has taken too long."""
         total = cast(dict[str, float], ray.cluster_resources())  # type: ignore[no-untyped-call]
         free = cast(dict[str, float], ray.available_resources())  # type: ignore[no-untyped-call]
         wanted = self._resources.bundle()
@@ -240,7 +261,8 @@ class Replica:
                 need = f"each of a replica's {self._num_ranks} workers needs {self._resources}"
             return f"{need} and the whole cluster has {have}; set cluster.threads lower"
         have = ", ".join(f"{free.get(name, 0.0):g} {name}" for name in wanted)
-        return f"no node has had {self._resources} free for {FORMING_S:.0f} seconds (free in all: {have})"
+        waited_s = time.monotonic() - self.began_at
+        return f"no node has had {self._resources} free for {waited_s:.0f} seconds (free in all: {have})"
 
 
 def own_node_address() -> str:

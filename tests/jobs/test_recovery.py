@@ -30,6 +30,7 @@ def test_a_rank_has_room_on_one_node_or_none() -> None:
     assert num_places(rooms, {"CPU": 2.0}) == 4
     assert num_places(rooms, {"CPU": 2.0, "GPU": 1.0}) == 1
     assert num_places(rooms, {"CPU": 2.0, "GPU": 0.0}) == 4
+    assert num_places(rooms, {"CPU": 2.0}, apart=True) == 2
     assert num_places([{"CPU": -3.0}], {"CPU": 2.0}) == 0, "others hold more than was counted on"
 
 

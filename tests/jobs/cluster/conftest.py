@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -109,6 +113,22 @@ def all_nodes(ray_cluster: str) -> Iterator[Nodes]:
         nodes = Nodes()
         stack.callback(nodes.shut_down)
         yield nodes
+
+
+@pytest.fixture
+def beside() -> Callable[[str], ModuleType]:
+    """A module that lies beside these tests, by its name."""
+
+    def load(name: str) -> ModuleType:
+        if name not in sys.modules:
+            spec = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+            assert spec is not None
+            assert spec.loader is not None
+            sys.modules[name] = module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+        return sys.modules[name]
+
+    return load
 
 
 @pytest.fixture
