@@ -38,7 +38,11 @@ class Finisher:
 
     def report(self) -> None:
         self.written_report = write_report(
-            self._store.folder.root, self._tally.history, self._tally.started_at, facts=self._tally.facts()
+            self._store.folder.root,
+            self._tally.history,
+            self._tally.started_at,
+            facts=self._tally.facts(),
+            gangs=self._tally.experts.gangs,
         )
 
     def _index_arguments(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
+from jobs.expert_report import describe_experts, expert_report
+from jobs.expert_tally import GangWork
+from jobs.placements import record_of
 from jobs.progress import ROWS_PHASE, Progress
 from jobs.report_page import render
 from jobs.status import committed_status, latest_commits
@@ -115,8 +119,8 @@ def histogram(lengths: Counter[int]) -> dict[str, list[int]]:
     return {"edges": [low + width * number for number in range(len(bins) + 1)], "counts": bins.tolist()}
 
 
-def make_report(folder: JobFolder, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The report of what is committed now. `runs`: a `run_record` for each run so far."""
+def make_report(folder: JobFolder, runs: list[dict[str, Any]], experts: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The report of what is committed now. `runs`: a `run_record` for each run so far. `experts`: see expert_report."""
     job, status, commits = read_job(folder), committed_status(folder), latest_commits(folder)
     summary = summarize([folder.part(split) for split in sorted(commits)])
     return {
@@ -136,21 +140,30 @@ def make_report(folder: JobFolder, runs: list[dict[str, Any]]) -> dict[str, Any]
             "completion_tokens": histogram(summary.completion_lengths),
         },
         "index": status["index"],
+        "experts": experts,
         "runs": runs,
         "spec": job["spec"],
     }
 
 
 def write_report(
-    out: Path, history: Sequence[Progress], started_at: str, *, facts: Mapping[str, Any] | None = None
+    out: Path,
+    history: Sequence[Progress],
+    started_at: str,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    gangs: Sequence[GangWork] = (),
 ) -> dict[str, Any]:
     """Write report.json and report.html after a run that reported `history`; earlier runs stay in it.
 
-    `facts` is what else the controller knows of the run: seconds by phase, deaths, the engine's own counts.
+    `facts` is what else the controller knows of the run: seconds by phase, deaths, the engine's own counts. `gangs`:
+    what the experts of its shards did.
     """
     folder = JobFolder(out)
-    runs = [*_earlier_runs(folder), *([run_record(history, started_at, facts or {})] if history else [])]
-    report = make_report(folder, runs)
+    earlier_runs, earlier_experts = _earlier(folder)
+    runs = [*earlier_runs, *([run_record(history, started_at, facts or {})] if history else [])]
+    experts = expert_report(earlier_experts, gangs, partial(record_of, folder))
+    report = make_report(folder, runs, experts)
     with storage_errors("writing the report in", out):
         replace_file(out / "report.json", json.dumps(report, indent=2).encode(), drafts=folder.attempts)
         page = render(report, yaml.safe_dump(report["spec"], sort_keys=False, allow_unicode=True))
@@ -172,19 +185,21 @@ def describe_report(report: dict[str, Any], out: Path) -> str:
     lines.append(f"  {tokens['prompt']:,} tokens read, {tokens['completion']:,} generated")
     if runs and runs[-1]["rows"]:
         lines[-1] += f"; this run: {runs[-1]['tokens_per_s']:,.0f} tokens/s, {human_seconds(runs[-1]['elapsed_s'])}"
+    lines += [f"  {line}" for line in describe_experts(report.get("experts"))]
     lines.append(f"  results: {out / 'parts'}, {out / 'report.html'}")
     if report["index"] is not None:
         lines.append(f"  search:  {shlex.join(['gristmill', 'query', str(out)])} 'TEXT'")
     return "\n".join(lines)
 
 
-def _earlier_runs(folder: JobFolder) -> list[dict[str, Any]]:
-    """Also of a report that a crash or a person damaged: then none, since it only says how fast things went."""
+def _earlier(folder: JobFolder) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """`runs` and `experts` of the last report. None of a damaged one: they only say how it went."""
     try:
-        runs = json.loads((folder.root / "report.json").read_text())["runs"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return runs if isinstance(runs, list) else []
+        report = json.loads((folder.root / "report.json").read_text())
+        runs, experts = report["runs"], report.get("experts")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [], None
+    return (runs if isinstance(runs, list) else []), (experts if isinstance(experts, dict) else None)
 
 
 def _total(lengths: Counter[int]) -> int:

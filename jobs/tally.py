@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jobs.events import CommittedSplit, ReplicaDied, ShardId
+from jobs.expert_tally import ExpertTally
 from jobs.layout import Layout
 from jobs.progress import Progress
 from workers.assignment import ShardReport
@@ -49,6 +50,7 @@ class Tally:
         self._first_steps: list[float] = []
         self._num_splits = 0
         self._layout: dict[str, Any] = {}
+        self.experts = ExpertTally()
         self.history: list[Progress] = []
         self.started_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
@@ -64,6 +66,7 @@ class Tally:
 
     def take(self, shard: ShardId, report: ShardReport) -> None:
         self._reports[shard] = report
+        self.experts.take(shard, report)
         if report.phase == "loading" and self._phase == "starting":
             self.enter("loading the model")
         if report.phase != "running":
