@@ -38,7 +38,7 @@ class Finisher:
 
     def report(self) -> None:
         self._tally.keep()
-        self.written_report = write_report(self._store.folder.root)
+        self.written_report = write_report(self._store.folder.root, gangs=self._tally.experts.gangs)
 
     def _index_arguments(self) -> dict[str, Any]:
         spec = self._store.job.spec

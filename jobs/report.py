@@ -11,6 +11,7 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
+from jobs.expert_report import describe_experts, expert_report
+from jobs.expert_tally import GangWork
 from jobs.history import read_runs
 from jobs.page.render import render
+from jobs.placements import record_of
 from jobs.status import committed_status, latest_commits
 from jobs.terminal import human_seconds
 from pipeline.durable import replace_file, storage_errors
@@ -106,8 +110,8 @@ def histogram(lengths: Counter[int]) -> dict[str, Any]:
     }
 
 
-def make_report(folder: JobFolder) -> dict[str, Any]:
-    """The report of what is committed now, and of the runs that runs.json has."""
+def make_report(folder: JobFolder, experts: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The report of what is committed now, and of the runs that runs.json has. `experts`: see expert_report."""
     job, status, commits = read_job(folder), committed_status(folder), latest_commits(folder)
     summary = summarize([folder.part(split) for split in sorted(commits)])
     return {
@@ -127,15 +131,19 @@ def make_report(folder: JobFolder) -> dict[str, Any]:
             "completion_tokens": histogram(summary.completion_lengths),
         },
         "index": status["index"],
+        "experts": experts,
         "runs": read_runs(folder),
         "spec": job["spec"],
     }
 
 
-def write_report(out: Path) -> dict[str, Any]:
-    """Write report.json and report.html from what lies in the job directory."""
+def write_report(out: Path, *, gangs: Sequence[GangWork] = ()) -> dict[str, Any]:
+    """Write report.json and report.html from what lies in the job directory.
+
+    `gangs`: what the experts of this run's shards did; the last report tells of those before.
+    """
     folder = JobFolder(out)
-    report = make_report(folder)
+    report = make_report(folder, expert_report(_earlier_experts(folder), gangs, partial(record_of, folder)))
     with storage_errors("writing the report in", out):
         replace_file(out / "report.json", json.dumps(report, indent=2).encode(), drafts=folder.attempts)
         page = render(report, yaml.safe_dump(report["spec"], sort_keys=False, allow_unicode=True))
@@ -157,10 +165,20 @@ def describe_report(report: dict[str, Any], out: Path) -> str:
     lines.append(f"  {tokens['prompt']:,} tokens read, {tokens['completion']:,} generated")
     if runs and runs[-1]["rows"]:
         lines[-1] += f"; this run: {runs[-1]['tokens_per_s']:,.0f} tokens/s, {human_seconds(runs[-1]['elapsed_s'])}"
+    lines += [f"  {line}" for line in describe_experts(report.get("experts"))]
     lines.append(f"  results: {out / 'parts'}, {out / 'report.html'}")
     if report["index"] is not None:
         lines.append(f"  search:  {shlex.join(['gristmill', 'query', str(out)])} 'TEXT'")
     return "\n".join(lines)
+
+
+def _earlier_experts(folder: JobFolder) -> dict[str, Any] | None:
+    """`experts` of the last report. None of a damaged one: they only say how it went."""
+    try:
+        experts = json.loads((folder.root / "report.json").read_text()).get("experts")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return experts if isinstance(experts, dict) else None
 
 
 def _total(lengths: Counter[int]) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jobs.events import CommittedSplit, ReplicaDied, ShardId
+from jobs.expert_tally import ExpertTally
 from jobs.history import History, JsonObject, run_record
 from jobs.layout import Layout
 from jobs.progress import Progress
@@ -56,6 +57,7 @@ class Tally:
         self._first_steps: list[float] = []
         self._num_splits = 0
         self._layout: dict[str, Any] = {}
+        self.experts = ExpertTally()
         self._history = History()
         self._started_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
@@ -71,6 +73,7 @@ class Tally:
 
     def take(self, shard: ShardId, report: ShardReport) -> None:
         self._reports[shard] = report
+        self.experts.take(shard, report)
         if report.phase == "loading" and self._phase == "starting":
             self.enter("loading the model")
         if report.phase != "running":
