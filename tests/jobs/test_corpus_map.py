@@ -1,0 +1,214 @@
+"""The map of the corpus: which rows are its points, what they say, and what they are coloured by."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from jobs import corpus_map
+from jobs.corpus_map import CorpusMap, FailedRow, MapPoint, make_map
+from jobs.found_rows import FoundRow
+from jobs.page.point_map import TEXT_BYTES, cut, point_map
+from jobs.spec import JobSpec
+from pipeline.commits import Commit, CommitLog
+from pipeline.errors import RowError
+from pipeline.index.vectors import part_vectors
+from pipeline.job_folder import JobFolder, write_job, write_plan
+from pipeline.parts import PartBuilder
+from pipeline.records import RecordLayout
+
+ROWS_A_SPLIT = 10
+WORDS = ["tuple list sequence", "file path folder", "await coroutine task"]
+
+Committed = Callable[..., tuple[JobFolder, dict[int, Commit]]]
+
+
+def vector_of(row: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """One of three directions, by the row's number, and a little of its own."""
+    vector = np.zeros(16, np.float32)
+    vector[row % 3] = 1.0
+    vector[3 + row % 13] += 0.2
+    return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+
+@pytest.fixture
+def committed(tmp_path: Path) -> Committed:
+    """A job over `count` rows whose columns are `body` and `kind`; every tenth of them failed, from row 5 on."""
+
+    def make(count: int, kinds: int = 200) -> tuple[JobFolder, dict[int, Commit]]:
+        folder = JobFolder(tmp_path / "out")
+        spec = JobSpec.model_validate(
+            {
+                "name": "mapped",
+                "model": "model",
+                "input": {"path": "rows.parquet"},
+                "prompt": {"template": "{{ body }}"},
+                "embed": {},
+                "output": {"path": str(folder.root), "columns": ["body", "kind"]},
+            }
+        )
+        folder.create()
+        splits = [
+            {"index": number, "first_row": first, "num_rows": min(ROWS_A_SPLIT, count - first)}
+            for number, first in enumerate(range(0, count, ROWS_A_SPLIT))
+        ]
+        write_plan(folder, fingerprint="this job", splits=splits, document={})
+        write_job(folder, fingerprint="this job", document={"spec": spec.to_json()})
+        log = CommitLog(folder, fingerprint="this job")
+        log.recover()
+        schema = pa.schema({"body": pa.string(), "kind": pa.string()})
+        layout = RecordLayout.of(samples=0, embeds="prompt", dimension=16, carried=schema)
+        for split in splits:
+            rows = range(split["first_row"], split["first_row"] + split["num_rows"])
+            builder = PartBuilder(
+                layout, split=split["index"], first_row=split["first_row"], num_rows=split["num_rows"]
+            )
+            table = {"body": [body_of(row) for row in rows], "kind": [f"kind {row % kinds}" for row in rows]}
+            builder.carry(rows[0], pa.record_batch(table, schema=schema))
+            for row in rows:
+                if row % 10 == 5:
+                    builder.fail(row, RowError("not_text", "it holds <null>"))
+                else:
+                    builder.add_vector(row, "prompt", vector_of(row), prompt_tokens=3)
+            log.publish(log.commit(builder.write(folder)))
+        return folder, dict(log.commits)
+
+    return make
+
+
+def body_of(row: int) -> str:
+    return f"{WORDS[row % 3]} number {row}"
+
+
+def test_points_are_rows_with_their_texts_and_failed_rows_are_aside(committed: Committed) -> None:
+    folder, commits = committed(60)
+    found = make_map(folder, commits)
+    assert found is not None
+    assert [point.row for point in found.points] == [row for row in range(60) if row % 10 != 5]
+    assert all(point.text == body_of(point.row) for point in found.points)
+    assert [row.row for row in found.failed] == [5, 15, 25, 35, 45, 55]
+    assert found.failed[0] == FailedRow(row=5, id="5", code="not_text", message="it holds <null>")
+    assert found.summary() | {"groups": None} == {
+        "rows": 60,
+        "points": 54,
+        "method": "t-SNE",
+        "centred": False,
+        "grouped_by": "clusters",
+        "groups": None,
+    }
+
+
+def test_clusters_are_named_after_the_words_that_tell_them_apart(
+    committed: Committed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus_map, "NUM_CLUSTERS", 3)
+    found = make_map(*committed(100))
+    assert found is not None
+    assert {frozenset(name.split(", ")) for name, _ in found.groups} == {frozenset(words.split()) for words in WORDS}
+    for point in found.points:
+        assert set(found.groups[point.group][0].split(", ")) == set(WORDS[point.row % 3].split())
+
+
+def test_a_carried_column_with_few_values_gives_the_colours(committed: Committed) -> None:
+    found = make_map(*committed(60, kinds=2))
+    assert found is not None
+    assert found.grouped_by == "kind"
+    assert found.groups == (("kind 0", 30), ("kind 1", 24))
+    assert all(found.groups[point.group][0] == f"kind {point.row % 2}" for point in found.points)
+
+
+def test_of_many_rows_few_are_looked_at_evenly(committed: Committed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_map, "MAX_POINTS", 12)
+    monkeypatch.setattr(corpus_map, "MAX_PARTS", 4)
+    folder, commits = committed(200)
+    read = []
+
+    def spying(folder: JobFolder, commit: Commit) -> Any:
+        read.append(commit.split)
+        return part_vectors(folder, commit)
+
+    monkeypatch.setattr(corpus_map, "part_vectors", spying)
+    found = make_map(folder, commits)
+    assert found is not None
+    assert read == [2, 7, 12, 17]
+    rows = [point.row for point in found.points] + [row.row for row in found.failed]
+    assert len(rows) == 12
+    assert {row // 50 for row in rows} == {0, 1, 2, 3}
+    assert found.rows == 200
+
+
+def test_the_rows_of_the_first_run_are_the_map_of_a_job_that_limit_cut(committed: Committed) -> None:
+    folder, commits = committed(40)
+    found = make_map(folder, {split: commit for split, commit in commits.items() if split < 2})
+    assert found is not None
+    assert found.rows == 20
+    assert max(point.row for point in found.points) == 19
+
+
+def test_without_vectors_there_is_no_map(committed: Committed) -> None:
+    folder, _ = committed(10)
+    assert make_map(folder, {}) is None
+
+
+def found_row(row: int, **columns: Any) -> FoundRow:
+    return FoundRow(row=row, id=str(row), sample=0, generation=None, passage="text", columns=columns)
+
+
+def test_columns_of_other_types_or_of_nearly_all_different_values_give_no_groups() -> None:
+    rows = [found_row(row, when=[1], name=f"name {row // 3}", flag=row % 2 == 0) for row in range(24)]
+    vectors = np.eye(24, dtype=np.float32)
+    column, names, members = corpus_map.group(rows, ["text"] * 24, vectors)
+    assert (column, names) == ("flag", ["True", "False"])
+    assert members == [0, 1] * 12
+    assert corpus_map.group([found_row(row) for row in range(24)], ["text"] * 24, vectors) == ("", ["all"], [0] * 24)
+
+
+def a_map(points: list[MapPoint], failed: tuple[FailedRow, ...] = ()) -> CorpusMap:
+    return CorpusMap(
+        rows=len(points),
+        method="PCA",
+        centred=False,
+        grouped_by="",
+        groups=(("all", len(points)),),
+        points=tuple(points),
+        failed=failed,
+    )
+
+
+def point(number: int, **values: Any) -> MapPoint:
+    random = np.random.default_rng(number)
+    x, y = random.normal(size=2)
+    defaults = {"x": x, "y": y, "row": number, "id": str(number), "group": 0, "text": "text", "generation": None}
+    return MapPoint(**defaults | values)
+
+
+@pytest.mark.parametrize("letter", ["a", "<", "\U0001f600", "\ud800", "\x00"])
+def test_two_thousand_points_stay_below_two_megabytes_whatever_their_texts_are(letter: str) -> None:
+    long = letter * 5000
+    drawn = point_map(a_map([point(number, text=long, generation=long, id=long) for number in range(2000)]))
+    assert len(drawn.encode()) < 1_700_000
+
+
+def test_a_cut_text_is_its_beginning() -> None:
+    assert cut("short", TEXT_BYTES) == "short"
+    assert cut("a" * 500, 20) == "a" * 17 + "…"
+    assert cut("<<<<<<", 14) == "<<…"
+
+
+def test_points_lie_inside_the_map_with_both_directions_at_the_same_scale() -> None:
+    corners = [point(0, x=0.0, y=0.0), point(1, x=4.0, y=0.0), point(2, x=0.0, y=1.0)]
+    drawn = ET.fromstring(point_map(a_map(corners, (FailedRow(row=3, id="c", code="not_text", message="null"),))))
+    _, _, width, height = map(float, drawn.get("viewBox", "").split())
+    dots = [dot for dot in drawn.iter("circle") if "point" in dot.get("class", "")]
+    places = [(float(dot.get("cx", "")), float(dot.get("cy", ""))) for dot in dots]
+    assert all(0 < x < width and 0 < y < height for x, y in places)
+    assert places[1][0] - places[0][0] == pytest.approx(4 * (places[0][1] - places[2][1]), rel=0.01)
+    said = [title.text for title in drawn.iter("title")]
+    assert said[0] == "row 0\ntext"
+    assert said[-1] == "row 3 · c\nnot_text: null"
