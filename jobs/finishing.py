@@ -48,6 +48,7 @@ class Finisher:
             "provenance": self._provenance(),
             "kind": spec.index.kind,
             "shards": 1 if spec.index.shards == "auto" else spec.index.shards,
+            "memory_bytes": None if spec.index.memory_bytes == "auto" else spec.index.memory_bytes,
         }
 
     def _provenance(self) -> Provenance:

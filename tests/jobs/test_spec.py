@@ -253,6 +253,7 @@ OTHER_VALUES = {
     "cluster.address": "auto",
     "index.kind": "Flat",
     "index.shards": 2,
+    "index.memory_bytes": 1 << 30,
     "name": "other",
 }
 NOT_TESTED = {"model", "input.path", "input.job", "output.rows_per_split", "embed.routing_weight"}
