@@ -92,10 +92,13 @@ class RowMapWriter:
 
 
 class RowMap:
-    """Finds what vectors belong to. Holds the row groups that were asked for, about 25 bytes a vector in them."""
+    """Finds what vectors belong to. Holds the row groups that were asked for, about 25 bytes a vector in them.
+
+    The file stays open: what takes its name later, when another index is built, is not read.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._file = path.open("rb")
         self._groups: dict[int, pa.Table] = {}
 
     def places(self, vectors: Sequence[int] | npt.NDArray[np.int64]) -> list[Place]:
@@ -111,6 +114,6 @@ class RowMap:
 
     def _group(self, number: int) -> pa.Table:
         if number not in self._groups:
-            with pq.ParquetFile(self._path, read_dictionary=["job", "field"]) as file:
-                self._groups[number] = file.read_row_group(number)
+            file = pq.ParquetFile(self._file, read_dictionary=["job", "field"])
+            self._groups[number] = file.read_row_group(number)
         return self._groups[number]

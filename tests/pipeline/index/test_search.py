@@ -236,3 +236,17 @@ def test_faisss_deserialization_limits_are_set_while_it_reads(
     VectorIndex.open(folder.index)
     assert 0 < seen[0] < 1 << 22
     assert faiss.get_deserialization_vector_byte_limit() == before
+
+
+def test_an_open_index_answers_as_before_when_another_takes_its_place(
+    committed: Committed, provenance: Provenance
+) -> None:
+    """The map of rows is read when it is asked for: it must be the one that was there."""
+    vectors = unit(9)
+    folder, log = committed(vectors)
+    build_index(folder, log.commits, job="mine", provenance=provenance)
+    index = VectorIndex.open(folder.index)
+    build_index(folder, {1: log.commits[1]}, job="yours", provenance=provenance)
+    (hits,) = index.search(vectors[0], 9)
+    assert [hit.place.row for hit in hits] == [hit.vector for hit in hits]
+    assert {hit.place.job for hit in hits} == {"mine"}
