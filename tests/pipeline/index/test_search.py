@@ -156,12 +156,13 @@ def test_a_folder_without_an_index_says_so(committed: Committed) -> None:
         search_index(folder.index, np.ones(8), 3)
 
 
+@pytest.mark.parametrize("kind", ["Flat", "IVF2,SQ8", "HNSW4"])
 def test_damaged_files_give_one_line_and_faiss_never_sees_them(
-    committed: Committed, provenance: Provenance, monkeypatch: pytest.MonkeyPatch
+    committed: Committed, provenance: Provenance, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """A few hundred mutations: bytes flipped, cut off, added, zeroed; other files in their place; files removed."""
     folder, log = committed(unit(20))
-    build_index(folder, log.commits, job="mine", provenance=provenance)
+    build_index(folder, log.commits, job="mine", provenance=provenance, kind=kind)
     whole = {path: path.read_bytes() for path in folder.index.iterdir()}
     seen: list[bytes] = []
     read_index = faiss.read_index
