@@ -106,6 +106,25 @@ def query(
 
 
 @app.command()
+def export(
+    context: typer.Context,
+    out: JobDirectory,
+    atlas: Annotated[bool, typer.Option("--atlas", help="As embedding-atlas reads it.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.parquet", help="Instead of OUT/atlas.parquet.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A job's texts and vectors for other programs: with --atlas, Parquet to look at with embedding-atlas."""
+    from jobs.atlas import export_atlas
+
+    if not atlas:
+        raise UserError("export: say as what: --atlas")
+    done = export_atlas(out, output)
+    context.obj.answer(done.to_json(), done.describe())
+
+
+@app.command()
 def embed(
     context: typer.Context,
     source: Annotated[

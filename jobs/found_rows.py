@@ -43,7 +43,7 @@ class FoundRows:
         spec = JobSpec.model_validate(read_job(self._folder)["spec"])
         self._first_rows = [split["first_row"] for split in read_plan(self._folder)["splits"]]
         assert spec.output.columns != "auto", "columns are settled when a job is planned"
-        self._carried = carried_names(spec.output.columns)  # input column -> its column in the parts
+        self.carried = carried_names(spec.output.columns)  # input column -> its column in the parts
         own = spec.embed.template if spec.embed is not None else None
         self._template = own or spec.prompt.template
         self._column = None if self._template is not None else spec.prompt.column
@@ -66,13 +66,13 @@ class FoundRows:
 
     def _records(self, split: int, rows: list[int]) -> list[FoundRow]:
         path = self._folder.part(split)
-        columns = ["row", "id", "sample", "text", *self._carried.values()]
+        columns = ["row", "id", "sample", "text", *self.carried.values()]
         try:
             table = ds.dataset(path, format="parquet").to_table(columns=columns, filter=ds.field("row").isin(rows))
         except (OSError, pa.ArrowException) as error:
             raise JobError(f"{path}: can't be read ({' '.join(str(error).split())}); run verify") from error
-        passages = self._passages(table)
-        carried = {name: _plain_values(table[column]) for name, column in self._carried.items()}
+        passages = self.passages(table)
+        carried = {name: _plain_values(table[column]) for name, column in self.carried.items()}
         records = zip(
             *(table[name].to_pylist() for name in ("row", "sample")),
             *(_plain_values(table[name]) for name in ("id", "text")),
@@ -91,8 +91,9 @@ class FoundRows:
             for number, (row, sample, id, text, passage) in enumerate(records)
         ]
 
-    def _passages(self, table: pa.Table) -> list[str | None]:
-        inputs = pa.table({name: table[column] for name, column in self._carried.items()})
+    def passages(self, table: pa.Table) -> list[str | None]:
+        """For records of a part, with its carried columns, the text that was embedded; None where it is lost."""
+        inputs = pa.table({name: table[column] for name, column in self.carried.items()})
         if inputs.num_columns == 0 or table.num_rows == 0:
             return [None] * table.num_rows
         try:

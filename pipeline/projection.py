@@ -76,6 +76,7 @@ def _tsne(vectors: Matrix) -> Places:
 
 
 def _beginning(vectors: Matrix) -> Places:
-    """As scikit-learn begins with init="pca": the principal axes, made small."""
+    """The principal axes, made small as scikit-learn makes them, and shaken: equal places would stay equal for ever."""
     places = principal_axes(vectors)
-    return places / max(float(places[:, 0].std()), 1e-12) * 1e-4
+    shaken = places / max(float(places[:, 0].std()), 1e-12) + np.random.default_rng(0).normal(0.0, 0.05, places.shape)
+    return np.asarray(1e-4 * shaken, np.float32)

@@ -4,94 +4,30 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from jobs import corpus_map
 from jobs.corpus_map import CorpusMap, FailedRow, MapPoint, make_map
 from jobs.found_rows import FoundRow
 from jobs.page.point_map import TEXT_BYTES, cut, point_map
-from jobs.spec import JobSpec
-from pipeline.commits import Commit, CommitLog
-from pipeline.errors import RowError
+from pipeline.commits import Commit
 from pipeline.index.vectors import part_vectors
-from pipeline.job_folder import JobFolder, write_job, write_plan
-from pipeline.parts import PartBuilder
-from pipeline.records import RecordLayout
-
-ROWS_A_SPLIT = 10
-WORDS = ["tuple list sequence", "file path folder", "await coroutine task"]
+from pipeline.job_folder import JobFolder
 
 Committed = Callable[..., tuple[JobFolder, dict[int, Commit]]]
 
 
-def vector_of(row: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """One of three directions, by the row's number, and a little of its own."""
-    vector = np.zeros(16, np.float32)
-    vector[row % 3] = 1.0
-    vector[3 + row % 13] += 0.2
-    return (vector / np.linalg.norm(vector)).astype(np.float32)
-
-
-@pytest.fixture
-def committed(tmp_path: Path) -> Committed:
-    """A job over `count` rows whose columns are `body` and `kind`; every tenth of them failed, from row 5 on."""
-
-    def make(count: int, kinds: int = 200) -> tuple[JobFolder, dict[int, Commit]]:
-        folder = JobFolder(tmp_path / "out")
-        spec = JobSpec.model_validate(
-            {
-                "name": "mapped",
-                "model": "model",
-                "input": {"path": "rows.parquet"},
-                "prompt": {"template": "{{ body }}"},
-                "embed": {},
-                "output": {"path": str(folder.root), "columns": ["body", "kind"]},
-            }
-        )
-        folder.create()
-        splits = [
-            {"index": number, "first_row": first, "num_rows": min(ROWS_A_SPLIT, count - first)}
-            for number, first in enumerate(range(0, count, ROWS_A_SPLIT))
-        ]
-        write_plan(folder, fingerprint="this job", splits=splits, document={})
-        write_job(folder, fingerprint="this job", document={"spec": spec.to_json()})
-        log = CommitLog(folder, fingerprint="this job")
-        log.recover()
-        schema = pa.schema({"body": pa.string(), "kind": pa.string()})
-        layout = RecordLayout.of(samples=0, embeds="prompt", dimension=16, carried=schema)
-        for split in splits:
-            rows = range(split["first_row"], split["first_row"] + split["num_rows"])
-            builder = PartBuilder(
-                layout, split=split["index"], first_row=split["first_row"], num_rows=split["num_rows"]
-            )
-            table = {"body": [body_of(row) for row in rows], "kind": [f"kind {row % kinds}" for row in rows]}
-            builder.carry(rows[0], pa.record_batch(table, schema=schema))
-            for row in rows:
-                if row % 10 == 5:
-                    builder.fail(row, RowError("not_text", "it holds <null>"))
-                else:
-                    builder.add_vector(row, "prompt", vector_of(row), prompt_tokens=3)
-            log.publish(log.commit(builder.write(folder)))
-        return folder, dict(log.commits)
-
-    return make
-
-
-def body_of(row: int) -> str:
-    return f"{WORDS[row % 3]} number {row}"
-
-
-def test_points_are_rows_with_their_texts_and_failed_rows_are_aside(committed: Committed) -> None:
+def test_points_are_rows_with_their_texts_and_failed_rows_are_aside(
+    committed: Committed, text_of: Callable[[int], str]
+) -> None:
     folder, commits = committed(60)
     found = make_map(folder, commits)
     assert found is not None
     assert [point.row for point in found.points] == [row for row in range(60) if row % 10 != 5]
-    assert all(point.text == body_of(point.row) for point in found.points)
+    assert all(point.text == text_of(point.row) for point in found.points)
     assert [row.row for row in found.failed] == [5, 15, 25, 35, 45, 55]
     assert found.failed[0] == FailedRow(row=5, id="5", code="not_text", message="it holds <null>")
     assert found.summary() | {"groups": None} == {
@@ -105,14 +41,15 @@ def test_points_are_rows_with_their_texts_and_failed_rows_are_aside(committed: C
 
 
 def test_clusters_are_named_after_the_words_that_tell_them_apart(
-    committed: Committed, monkeypatch: pytest.MonkeyPatch
+    committed: Committed, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpus_map, "NUM_CLUSTERS", 3)
     found = make_map(*committed(100))
     assert found is not None
-    assert {frozenset(name.split(", ")) for name, _ in found.groups} == {frozenset(words.split()) for words in WORDS}
+    names = {frozenset(name.split(", ")) for name, _ in found.groups}
+    assert names == {frozenset(subject.split()) for subject in words}
     for point in found.points:
-        assert set(found.groups[point.group][0].split(", ")) == set(WORDS[point.row % 3].split())
+        assert set(found.groups[point.group][0].split(", ")) == set(words[point.row % 3].split())
 
 
 def test_a_carried_column_with_few_values_gives_the_colours(committed: Committed) -> None:
