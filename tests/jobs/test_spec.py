@@ -262,6 +262,7 @@ OTHER_VALUES = {
     "cluster.spare_experts": 2,
     "index.kind": "Flat",
     "index.shards": 2,
+    "index.memory_bytes": 1 << 30,
     "name": "other",
     "attention": [{"pattern": "sliding", "window": 5}],
 }
