@@ -110,7 +110,8 @@ def _run(
     report = store.report()
     if not state.num_open and report is not None and finisher.index_is_current():
         return JobResult(out=store.folder.root, report=report)
-    settings = worker_settings(store, engine_factory)
+    rows_to_do = state.total_rows - sum(split.rows for split in committed.values())
+    settings = worker_settings(store, engine_factory, rows_to_do=rows_to_do)
     with Fleet(settings, spec.cluster) as fleet:
         layout = fleet.lay_out(partial(_forecast, settings.engine) if engine_factory == DEFAULT_ENGINE else None)
         tally.lay_out(layout)
