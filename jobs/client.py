@@ -21,6 +21,7 @@ from jobs.spec import JobSpec, JsonObject
 from jobs.specfile import load_spec, parse_spec
 from jobs.state import JobState
 from jobs.store import JobStore, open_store
+from jobs.submission import note_submission
 from jobs.tally import OnProgress, Tally
 from jobs.worker_settings import worker_settings
 from pipeline.errors import JobError, UserError
@@ -78,6 +79,7 @@ def run(
     else:
         spec = parse_spec(job) if isinstance(job, Mapping) else load_spec(job)
     with open_store(spec) as store, run_log(store.folder.root, "controller"):
+        note_submission(store.folder)
         return _run(store, limit, retry_errors, on_progress, engine_factory)
 
 

@@ -51,6 +51,11 @@ def ray_session(address: str | None, *, num_cpus: int) -> Iterator[None]:
 def _join(address: str) -> None:
     import ray
 
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"cluster.address {address}: that is a dashboard, where jobs are submitted (gristmill submit); "
+            "to join a Ray, name its own address, such as HEAD:6379, or auto"
+        )
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
