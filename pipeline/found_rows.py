@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from jobs.spec import JobSpec
 from pipeline.errors import JobError, UserError
 from pipeline.job_folder import JobFolder, read_job, read_plan
 from pipeline.records import carried_names
@@ -40,13 +39,13 @@ class FoundRows:
 
     def __init__(self, out: Path) -> None:
         self._folder = JobFolder(out)
-        spec = JobSpec.model_validate(read_job(self._folder)["spec"])
+        spec = read_job(self._folder)["spec"]
         self._first_rows = [split["first_row"] for split in read_plan(self._folder)["splits"]]
-        assert spec.output.columns != "auto", "columns are settled when a job is planned"
-        self._carried = carried_names(spec.output.columns)  # input column -> its column in the parts
-        own = spec.embed.template if spec.embed is not None else None
-        self._template = own or spec.prompt.template
-        self._column = None if self._template is not None else spec.prompt.column
+        assert spec["output"]["columns"] != "auto", "columns are settled when a job is planned"
+        self._carried = carried_names(spec["output"]["columns"])  # input column -> its column in the parts
+        own = spec["embed"]["template"] if spec["embed"] is not None else None
+        self._template = own or spec["prompt"]["template"]
+        self._column = None if self._template is not None else spec["prompt"]["column"]
 
     def read(self, wanted: Collection[tuple[int, int]]) -> dict[tuple[int, int], FoundRow]:
         """(row, sample) -> its record. JobError if one is not there, as after damage."""
