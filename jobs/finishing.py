@@ -51,6 +51,7 @@ class Finisher:
             "kind": spec.index.kind,
             "shards": 1 if spec.index.shards == "auto" else spec.index.shards,
             "center": spec.embed.center is True,
+            "memory_bytes": None if spec.index.memory_bytes == "auto" else spec.index.memory_bytes,
         }
 
     def _provenance(self) -> Provenance:

@@ -3,8 +3,8 @@
 A Flat shard goes straight to its file; other kinds are held in memory a shard at a time, and trained once on a sample
 spread evenly over all vectors. The new index is made under `_attempts/` and takes the place of the old one whole.
 
-Built twice from the same parts, a Flat index has the same bytes; so have the others where FAISS is deterministic (IVF
-with one thread is, HNSW with several is not).
+Built twice from the same parts, an index has the same bytes where FAISS is deterministic: Flat, SQ and IVF are with any
+number of threads; HNSW is only with one, so that it is built with one.
 """
 
 from __future__ import annotations
@@ -52,24 +52,28 @@ def build_index(
     provenance: Provenance,
     kind: str = faiss_files.FLAT,
     shards: int = 1,
+    memory_bytes: int | None = None,
     threads: int | None = None,
     center: bool = False,
 ) -> IndexManifest:
     """Builds `index/` from the parts of `commits`, which are published, and puts it in the place of the one there.
 
-    `job` is how rows.parquet calls the job; `kind` is `auto` or a FAISS factory string. Shards hold equal shares, as
-    far as can be, of consecutive vectors; there are no more of them than vectors. With `center` the mean of all vectors
-    is taken out of each and kept in center.npy; `provenance` says so too.
+    `job` is how rows.parquet calls the job; `kind` is `auto` (see `kinds`, which `memory_bytes` is for; None for its
+    default) or a FAISS factory string. Shards hold equal shares, as far as can be, of consecutive vectors; there are no
+    more of them than vectors. With `center` the mean of all vectors is taken out of each and kept in center.npy;
+    `provenance` says so too.
 
     UserError for a kind that FAISS can't make or train; JobError if a part or the storage fails. The index that is
     there stays until the new one is complete, also through a crash.
     """
     assert shards >= 1
-    kind = faiss_files.canonical_kind(kind)
     dimension = dimension_of(folder, commits)
     if dimension is None:
         raise UserError(f"{folder.root} holds no embeddings to index: its job has no `embed`, or nothing is done yet")
     source = _source(commits, job)
+    kind = faiss_files.settled_kind(
+        kind, num_vectors=source.num_vectors, dimension=dimension, memory_bytes=memory_bytes
+    )
     draft = folder.attempts / f"index-{uuid.uuid4().hex}"
     try:
         with storage_errors("writing the index in", draft), faiss_files.faiss_threads(threads):
@@ -118,6 +122,7 @@ def index_is_current(
     provenance: Provenance,
     kind: str,
     shards: int,
+    memory_bytes: int | None = None,
     center: bool = False,
 ) -> bool:
     """Whether `build_index` with these arguments would build what is there. Of the files it looks at the sizes only.
@@ -131,9 +136,13 @@ def index_is_current(
     except (UserError, JobError):
         return False
     source = _source(commits, job)
+    if manifest.jobs != (source,):
+        return False
+    wanted = faiss_files.settled_kind(
+        kind, num_vectors=source.num_vectors, dimension=manifest.dimension, memory_bytes=memory_bytes
+    )
     return (
-        manifest.jobs == (source,)
-        and manifest.kind == faiss_files.canonical_kind(kind)
+        manifest.kind == wanted
         and len(manifest.shards) == len(_shares(source.num_vectors, shards))
         and manifest.provenance == provenance
         and (manifest.center is not None) == center
@@ -220,9 +229,10 @@ def _write_flat(path: Path, matrices: Iterator[Matrix], dimension: int, first: i
 def _write_shard(path: Path, matrices: Iterator[Matrix], template: Any, first: int) -> Contents:
     index = faiss_files.with_numbers(faiss.clone_index(template), first)
     number = first
-    for matrix in matrices:
-        faiss_files.add_numbered(index, matrix, number)
-        number += len(matrix)
+    with faiss_files.faiss_threads(1 if faiss_files.is_graph(template) else None):
+        for matrix in matrices:
+            faiss_files.add_numbered(index, matrix, number)
+            number += len(matrix)
     return faiss_files.write_index(index, path, first_vector=first)
 
 

@@ -14,9 +14,11 @@ import numpy.typing as npt
 
 from pipeline.durable import file_sha256, storage_errors
 from pipeline.errors import JobError, UserError
+from pipeline.index.kinds import AUTO, DEFAULT_MEMORY_BYTES, choose_kind
 from pipeline.index.manifest import Contents
 
 FLAT: Final = "Flat"
+_EF_SEARCH: Final = 64  # of HNSW: FAISS's own default, 16, misses many neighbours
 _LIMIT_SLACK_BYTES: Final = 1 << 20
 
 
@@ -32,19 +34,38 @@ def faiss_threads(threads: int | None) -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
-def canonical_kind(kind: str) -> str:
-    """`auto` and any spelling of flat are Flat; everything else is a FAISS factory string as it is."""
-    return FLAT if kind.strip().lower() in ("auto", "flat") else kind.strip()
+def settled_kind(kind: str, *, num_vectors: int, dimension: int, memory_bytes: int | None) -> str:
+    """`auto` -> what `kinds.choose_kind` says; any spelling of flat -> Flat; else the factory string as it is."""
+    asked = kind.strip()
+    if asked.lower() == AUTO:
+        return choose_kind(num_vectors, dimension, DEFAULT_MEMORY_BYTES if memory_bytes is None else memory_bytes)
+    return FLAT if asked.lower() == FLAT.lower() else asked
 
 
 def make_index(kind: str, dimension: int) -> Any:
     """An empty inner-product index. UserError where FAISS doesn't know the factory string or can't have it so wide."""
     try:
-        return faiss.index_factory(dimension, kind, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(dimension, kind, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise UserError(
             f"index.kind {kind!r} is no FAISS factory string for {dimension} dimensions: {_reason(error)}"
         ) from error
+    graph = _graph_of(index)
+    if graph is not None:
+        graph.hnsw.efSearch = _EF_SEARCH
+    return index
+
+
+def is_graph(index: Any) -> bool:
+    """Whether vectors become nodes of a graph, whose edges depend on the order in which they are added."""
+    return _graph_of(index) is not None
+
+
+def _graph_of(index: Any) -> Any:
+    inner: Any = faiss.downcast_index(index)
+    while isinstance(inner, faiss.IndexPreTransform):
+        inner = faiss.downcast_index(inner.index)
+    return inner if isinstance(inner, faiss.IndexHNSW) else None
 
 
 def num_training_vectors(index: Any, limit: int) -> int:
