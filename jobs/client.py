@@ -28,12 +28,10 @@ from pipeline.errors import JobError, UserError
 from workers import devices
 from workers.forecast import Forecast, forecast
 from workers.run_log import run_log
-from workers.settings import EngineSettings
+from workers.settings import DEFAULT_ENGINE, EngineSettings
 
 if TYPE_CHECKING:
     from jobs.query import QueryResult
-
-DEFAULT_ENGINE = "workers.engine_factory:load_engine"
 
 
 class JobInterrupted(KeyboardInterrupt):
