@@ -132,7 +132,7 @@ def query(
     context.obj.answer({"results": [result.to_json() for result in results]}, describe_results(results))
 
 
-@app.command()
+@app.command("serve-index")
 def serve_index(
     context: typer.Context,
     out: JobDirectory,
