@@ -149,7 +149,7 @@ def query(
     context.obj.answer({"results": [result.to_json() for result in results]}, describe_results(results))
 
 
-@app.command()
+@app.command("serve-index")
 def serve_index(
     context: typer.Context,
     out: JobDirectory,
@@ -186,6 +186,7 @@ def serve_index(
     return 0
 
 
+@app.command()
 def export(
     context: typer.Context,
     out: JobDirectory,

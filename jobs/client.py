@@ -32,6 +32,7 @@ from workers.settings import DEFAULT_ENGINE, EngineSettings
 
 if TYPE_CHECKING:
     from jobs.query import QueryResult
+    from jobs.served import ServedIndex
 
 
 class JobInterrupted(KeyboardInterrupt):
@@ -54,6 +55,17 @@ class JobResult:
         from jobs.query import query_texts
 
         return query_texts(self.out, texts, k)
+
+
+def connect(index: str | Path, address: str | None = None) -> ServedIndex:
+    """A client of an index that `gristmill serve-index` serves: `with connect(...) as index: index.search(texts, k)`.
+
+    `index` is the job directory or the name that it is served as; `address` is the Ray's, else RAY_ADDRESS or the Ray
+    that is connected. UserError where it is not served there.
+    """
+    from jobs import served
+
+    return served.connect(index, address)
 
 
 def run(
