@@ -69,10 +69,6 @@ class Nodes:
         (raylet,) = self._named[name].all_processes["raylet"]
         return psutil.Process(raylet.process.pid)
 
-    def shards(self, name: str) -> list[psutil.Process]:
-        """The node's actors that hold decoder shards, by the title that Ray gives their processes."""
-        return [child for child in self.raylet(name).children() if child.name().startswith("ray::ShardActor")]
-
     def kill(self, name: str) -> None:
         """SIGKILL everything that runs on the node, as if its power were cut."""
         raylet = self.raylet(name)
