@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from jobs.calibration_watch import CalibrationWatch
 from jobs.events import Lease, ReplicaDied, ShardId
 from jobs.layout import Layout, Machine, choose_layout
 from jobs.placements import ExpertLayers, gang_name, place_experts, record_calibration
@@ -47,6 +48,7 @@ class Fleet:
         self._connected = False
         self._layout: Layout | None = None
         self._experts: ExpertLayers | None = None
+        self._calibrations = CalibrationWatch()
         self._replicas: dict[int, tuple[int, Replica]] = {}
         self._looked_at = time.monotonic()
 
@@ -100,14 +102,21 @@ class Fleet:
         """Where a gang on these nodes holds its experts."""
         if self._experts is None:
             self._experts = ExpertLayers.of(Path(self._settings.engine.model_path))
-        return place_experts(
+        layout = self._layout
+        assert layout is not None
+        # What memory leaves is known of gangs as they were laid out.
+        is_known = len(nodes) == layout.ranks or self._cluster.spare_experts != "auto"
+        seating = place_experts(
             self._folder,
             self._experts,
             nodes,
             gang=gang,
-            spare_slots=self._layout.spare_experts if self._layout is not None else 0,
-            calibrates=self._settings.calibration is not None,
+            spare_slots=layout.spare_experts if is_known else 0,
+            calibrates=self._settings.calibration is not None and not self._calibrations.gave_up,
         )
+        if seating.calibrates:
+            self._calibrations.begin(gang)
+        return seating
 
     def grant(self, shard: ShardId, assignments: list[Assignment]) -> None:
         if replica := self._current(shard):
@@ -142,6 +151,7 @@ class Fleet:
                     continue
                 heard.append(Heard(ShardId(number, generation, rank), report))
                 if report.calibrated is not None:
+                    self._calibrations.end(replica.name)
                     record_calibration(self._folder, replica.nodes, report.calibrated, gang=replica.name)
                 if report.failure is not None and report.failure.kind == "crash":
                     heard.append(self._lose(number, replica.cause(report.failure.message)))
@@ -183,6 +193,7 @@ class Fleet:
     def _lose(self, number: int, reason: str) -> ReplicaDied:
         generation, replica = self._replicas.pop(number)
         replica.release()
+        self._calibrations.lose(replica.name)
         return ReplicaDied(number, generation, reason)
 
     def _forgive(self, seconds: float) -> None:

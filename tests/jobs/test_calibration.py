@@ -100,15 +100,20 @@ def test_a_gang_places_experts_by_what_the_jobs_prompts_choose(
     assert recorded[0]["placement"] == recorded[1]["placement"]
 
 
-def test_a_rank_that_dies_while_its_gang_calibrates_is_replaced(
+def test_gangs_that_die_while_they_calibrate_are_replaced_and_in_the_end_by_one_that_does_not(
     ray_cluster: str, job: Callable[..., dict[str, Any]], biased_model: Path, tmp_path: Path
 ) -> None:
-    model = shutil.copytree(biased_model, tmp_path / "model")
+    model = Path(shutil.copytree(biased_model, tmp_path / "model"))
+    (model / "deaths").write_text("2")
     settings = job("mended", model=model, expert_parallel=2, calibration_rows=4)
     result = run(settings, engine_factory="dying_engine:load", limit=8)
-    assert (model / "died").exists()
-    (death,) = result.report["runs"][-1]["deaths"]
-    assert "worker process died" in death["reason"]
+    deaths = result.report["runs"][-1]["deaths"]
+    assert len(deaths) == 2
+    assert all("worker process died" in death["reason"] for death in deaths)
     assert result.report["rows"]["ok"] == 8
     (record,) = records(result.out)
-    assert (record["gang"], record["origin"]) == ("worker-0.1", "measured loads")
+    assert (record["gang"], record["origin"]) == ("worker-0.2", "round robin")
+
+    result = run(settings, engine_factory="dying_engine:load")
+    assert result.report["rows"]["ok"] == NUM_ROWS
+    assert records(result.out)[-1]["origin"] == "measured loads", "the next run tries again"
