@@ -13,13 +13,15 @@ from workers.parallel.seat import Seat
 
 JsonObject = dict[str, Any]
 
+DEFAULT_ENGINE = "workers.engine_factory:load_engine"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """None leaves a setting to the engine. `factory` is `module:callable`: EngineSettings -> the engine."""
 
     model_path: str
-    factory: str = "workers.engine_factory:load_engine"
+    factory: str = DEFAULT_ENGINE
     device: str = "cpu"
     dtype: str = "auto"
     threads: int = 1
