@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from jobs.events import Lease, ReplicaDied, ReplicaResized, ShardId
-from jobs.hosts import candidates, hosts, own_location, refuse_wishes_of_nodes, survey
+from jobs.hosts import candidates, hosts, judge, own_location, refuse_wishes_of_nodes, survey
 from jobs.layout import Layout, Machine, choose_layout
 from jobs.nodes import Node
-from jobs.placements import ExpertLayers, place_experts
+from jobs.placements import ExpertLayers, gang_name, place_experts
 from jobs.ray_session import is_joined, ray_session, wait_for
 from jobs.recovery import RankNeeds, resized
 from jobs.room import RoomWatch
@@ -77,7 +77,9 @@ class Fleet:
         machines = [node.machine for node in nodes] if self._joins else [this_machine()]
         layout = choose_layout(cluster, machines, model=model, gpu_bytes=self._gpu_bytes)
         if self._joins:
-            refuse_blind_nodes(hosts(nodes, shard_resources(layout), layout, cluster), self._settings)
+            needs = shard_resources(layout)
+            layout = judge(nodes, needs, layout, cluster)
+            refuse_blind_nodes(hosts(nodes, needs), self._settings)
         self._layout, self._model = layout, model
         self._room = RoomWatch(layout, self._rank_needs, cluster)
         return layout
@@ -102,7 +104,7 @@ class Fleet:
         assert self._layout is not None
         layout = resized(self._layout, ranks, self._forecast() if ranks != self._layout.ranks else None)
         engine = replace(self._settings.engine, threads=layout.threads, device=layout.device, sharers=layout.sharers)
-        name = f"worker-{number}.{generation}"
+        name = gang_name(number, generation)
         self._replicas[number] = (
             generation,
             Replica(

@@ -29,7 +29,8 @@ class Machine:
 class Layout:
     """`threads` are each shard's; `memory_bytes` is set aside for each, where its machine can't hold several.
 
-    `sharers`: so many shards may share a machine.
+    `sharers`: so many shards may share a machine. `lacks`: what the nodes that there are can't give, where that is
+    waited for.
     """
 
     replicas: int
@@ -39,6 +40,7 @@ class Layout:
     sharers: int = 1
     memory_bytes: int = 0
     why: str
+    lacks: str = ""
 
     @property
     def num_shards(self) -> int:

@@ -121,16 +121,18 @@ def moe_job(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., di
 
 
 @pytest.fixture(scope="session")
-def moe_rows(
-    ray_cluster: str,
-    tiny_model: Callable[..., Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> list[dict[str, Any]]:
-    """What `moe_job` gives on one rank that nothing happens to."""
+def moe_alone(ray_cluster: str, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The result of `moe_job` on one rank that nothing happens to."""
     from jobs.client import run
 
     folder = tmp_path_factory.mktemp("moe")
-    rows = read_rows(run(moe_settings(tiny_model("mixtral"), folder, "alone", expert_parallel=1)).out)
+    return run(moe_settings(tiny_model("mixtral"), folder, "alone", expert_parallel=1))
+
+
+@pytest.fixture(scope="session")
+def moe_rows(moe_alone: Any) -> list[dict[str, Any]]:
+    """Its rows."""
+    rows = read_rows(moe_alone.out)
     assert len(rows) == NUM_MOE_ROWS
     assert len({row["text"] for row in rows}) > NUM_MOE_ROWS / 2
     return rows

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -28,10 +29,15 @@ def rank_processes() -> list[psutil.Process]:
 def test_rows_are_the_same_over_several_ranks_and_replicas_and_after_a_rank_was_killed(
     ray_cluster: str,
     moe_job: Callable[..., dict[str, Any]],
+    moe_alone: Any,
     moe_rows: list[dict[str, Any]],
     rows_of: Callable[..., list[dict[str, Any]]],
 ) -> None:
-    alone = moe_rows
+    alone, experts = moe_rows, moe_alone.report["experts"]
+    assert (experts["layers"], experts["gangs"]) == ([0, 1, 2, 3], [])
+    (chosen,) = {sum(rows) for rows in experts["rows"]}
+    assert chosen > 2 * moe_alone.report["runs"][-1]["engine"]["prefill_tokens"], "two experts a token"
+
     out = Path(moe_job("spread")["output"]["path"])
     killed: list[int] = []
 
@@ -62,3 +68,8 @@ def test_rows_are_the_same_over_several_ranks_and_replicas_and_after_a_rank_was_
     layout, engine = (result.report["runs"][-1][key] for key in ("layout", "engine"))
     assert (layout["replicas"], layout["ranks"]) == (2, 2)
     assert engine["exchanges"] > 0
+    for gang in result.report["experts"]["gangs"][-2:]:
+        assert np.shape(gang["rows"]) == (4, 2)
+        assert gang["nodes"] == [0, 0]
+        assert 1 <= gang["balance"]["achieved"] < 2
+        assert gang["bytes"]["within"] > 0 == gang["bytes"]["across"]

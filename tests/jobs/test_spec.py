@@ -263,6 +263,7 @@ OTHER_VALUES = {
     "cluster.wait_s": 60,
     "index.kind": "Flat",
     "index.shards": 2,
+    "index.memory_bytes": 1 << 30,
     "name": "other",
     "attention": [{"pattern": "sliding", "window": 5}],
 }
