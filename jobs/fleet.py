@@ -13,7 +13,7 @@ from jobs.events import Lease, ReplicaDied, ReplicaResized, ShardId
 from jobs.hosts import candidates, hosts, judge, own_location, refuse_wishes_of_nodes, survey
 from jobs.layout import Layout, Machine, choose_layout
 from jobs.nodes import Node
-from jobs.placements import ExpertLayers, gang_name, place_experts
+from jobs.placements import ExpertLayers, gang_name, place_experts, record_calibration
 from jobs.ray_session import is_joined, ray_session, wait_for
 from jobs.recovery import RankNeeds, resized
 from jobs.room import RoomWatch
@@ -26,7 +26,7 @@ from pipeline.source import Split
 from workers import devices
 from workers.assignment import Assignment, Base, ShardReport
 from workers.forecast import Forecast
-from workers.parallel.placement import Placement
+from workers.parallel.seat import Seating
 from workers.replica import Replica, ReplicaLost, Resources
 from workers.settings import ShardSettings
 
@@ -45,6 +45,7 @@ class Fleet:
 
     def __init__(self, settings: ShardSettings, cluster: ClusterSpec) -> None:
         self._settings = settings
+        self._folder = JobFolder(Path(settings.out))
         self._cluster = cluster
         self._session = ExitStack()
         self._joins = is_joined(cluster.address)
@@ -112,7 +113,7 @@ class Fleet:
                 shard_resources(layout),
                 name=name,
                 num_ranks=layout.ranks,
-                place=partial(self._place, name) if layout.ranks > 1 else None,
+                place=partial(self._place, name, layout.spare_experts) if layout.ranks > 1 else None,
                 location=survey(self._cluster).location if generation else own_location(self._cluster),
             ),
         )
@@ -137,11 +138,18 @@ class Fleet:
             self._session.enter_context(ray_session(self._cluster.address, num_cpus=num_cpus))
             self._connected = True
 
-    def _place(self, gang: str, nodes: tuple[str, ...]) -> Placement:
+    def _place(self, gang: str, spare_slots: int, nodes: tuple[str, ...]) -> Seating:
         """Where a gang on these nodes holds its experts."""
         if self._experts is None:
             self._experts = ExpertLayers.of(Path(self._settings.engine.model_path))
-        return place_experts(JobFolder(Path(self._settings.out)), self._experts, nodes, gang=gang)
+        return place_experts(
+            self._folder,
+            self._experts,
+            nodes,
+            gang=gang,
+            spare_slots=spare_slots,
+            calibrates=self._settings.calibration is not None,
+        )
 
     def grant(self, shard: ShardId, assignments: list[Assignment]) -> None:
         if replica := self._current(shard):
@@ -176,6 +184,8 @@ class Fleet:
                     heard.append(self._lose(number, lost))
                     continue
                 heard.append(Heard(ShardId(number, generation, rank), report))
+                if report.calibrated is not None:
+                    record_calibration(self._folder, replica.nodes, report.calibrated, gang=replica.name)
                 if report.failure is not None and report.failure.kind == "crash":
                     told = ReplicaLost(report.failure.message, 0.0)
                     heard.append(self._lose(number, replica.cause(told)))

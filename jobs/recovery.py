@@ -52,11 +52,15 @@ class RankNeeds:
 
 
 def resized(layout: Layout, ranks: int, forecast: Forecast | None) -> Layout:
-    """The layout of a gang that has so many ranks. What `auto` set aside for each is what each takes then."""
+    """The layout of a gang that has so many ranks. What `auto` set aside for each is what each takes then.
+
+    Room for copies of experts was reckoned for all ranks: fewer, which hold more each, make none.
+    """
     memory_bytes = layout.memory_bytes
     if memory_bytes and forecast is not None:
         memory_bytes = forecast.rank_bytes(ranks) if ranks > 1 else 0
-    return replace(layout, ranks=ranks, memory_bytes=memory_bytes)
+    spare = layout.spare_experts if ranks == layout.ranks else 0
+    return replace(layout, ranks=ranks, memory_bytes=memory_bytes, spare_experts=spare)
 
 
 def room_left(nodes: Mapping[str, Amounts], held: Iterable[tuple[str, Amounts]]) -> list[dict[str, float]]:

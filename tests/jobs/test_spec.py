@@ -261,6 +261,8 @@ OTHER_VALUES = {
     "cluster.labels": {"pool": "gpu"},
     "cluster.spread": True,
     "cluster.wait_s": 60,
+    "cluster.calibration_rows": 0,
+    "cluster.spare_experts": 2,
     "index.kind": "Flat",
     "index.shards": 2,
     "index.memory_bytes": 1 << 30,
