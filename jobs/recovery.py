@@ -52,15 +52,20 @@ class RankNeeds:
 
 
 def resized(layout: Layout, ranks: int, forecast: Forecast | None) -> Layout:
-    """The layout of a gang that has so many ranks. What `auto` set aside for each is what each takes then.
+    """The layout of a gang that has so many ranks.
 
-    Room for copies of experts was reckoned for all ranks: fewer, which hold more each, make none.
+    Each has spare slots for as many experts as leave it no larger than before, and what `auto` set aside for it is what
+    it takes then. `forecast` None: nothing is known of the model.
     """
-    memory_bytes = layout.memory_bytes
-    if memory_bytes and forecast is not None:
-        memory_bytes = forecast.rank_bytes(ranks) if ranks > 1 else 0
-    spare = layout.spare_experts if ranks == layout.ranks else 0
-    return replace(layout, ranks=ranks, memory_bytes=memory_bytes, spare_experts=spare)
+    if ranks == layout.ranks:
+        return layout
+    if forecast is None:
+        return replace(layout, ranks=ranks, spare_experts=0)
+    more = -(-forecast.num_experts // ranks) - -(-forecast.num_experts // layout.ranks)
+    spare = max(0, layout.spare_experts - more) if ranks > 1 else 0
+    memory_bytes = forecast.rank_bytes(ranks) + spare * forecast.bytes_of_an_expert
+    aside = memory_bytes if layout.memory_bytes and ranks > 1 else 0
+    return replace(layout, ranks=ranks, spare_experts=spare, memory_bytes=aside)
 
 
 def room_left(nodes: Mapping[str, Amounts], held: Iterable[tuple[str, Amounts]]) -> list[dict[str, float]]:

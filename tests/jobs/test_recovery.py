@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,15 @@ def test_memory_that_is_set_aside_grows_with_a_ranks_share(mixtral: Forecast) ->
     assert resized(aside, 2, mixtral).memory_bytes == mixtral.rank_bytes(2) > aside.memory_bytes
     assert (resized(aside, 1, mixtral).memory_bytes, resized(aside, 1, mixtral).ranks) == (0, 1)
     assert resized(layout(3), 2, mixtral).memory_bytes == 0
+    assert resized(layout(3), 3, None) == layout(3)
+
+
+def test_spare_slots_make_room_for_the_experts_that_fewer_ranks_hold(mixtral: Forecast) -> None:
+    for before, spare, ranks, after in ((3, 2, 2, 1), (5, 1, 4, 0), (4, 3, 3, 3), (3, 3, 1, 0)):
+        given = replace(layout(before, memory_bytes=1), spare_experts=spare)
+        assert resized(given, ranks, mixtral).spare_experts == after
+    roomy = resized(replace(layout(3, memory_bytes=1), spare_experts=2), 2, mixtral)
+    assert roomy.memory_bytes == mixtral.rank_bytes(2) + mixtral.bytes_of_an_expert
 
 
 def test_a_death_is_over_with_the_first_step_after_it() -> None:
