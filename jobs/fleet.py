@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jobs.calibration_watch import CalibrationWatch
 from jobs.events import Lease, ReplicaDied, ReplicaResized, ShardId
-from jobs.hosts import candidates, hosts, own_location, refuse_wishes_of_nodes, survey
+from jobs.hosts import candidates, hosts, judge, own_location, refuse_wishes_of_nodes, survey
 from jobs.layout import Layout, Machine, choose_layout
 from jobs.nodes import Node
 from jobs.placements import ExpertLayers, gang_name, place_experts, record_calibration
@@ -80,7 +80,9 @@ class Fleet:
         machines = [node.machine for node in nodes] if self._joins else [this_machine()]
         layout = choose_layout(cluster, machines, model=model, gpu_bytes=self._gpu_bytes)
         if self._joins:
-            refuse_blind_nodes(hosts(nodes, shard_resources(layout), layout, cluster), self._settings)
+            needs = shard_resources(layout)
+            layout = judge(nodes, needs, layout, cluster)
+            refuse_blind_nodes(hosts(nodes, needs), self._settings)
         self._layout, self._model = layout, model
         self._room = RoomWatch(layout, self._rank_needs, cluster)
         return layout

@@ -16,6 +16,7 @@ from jobs.progress import Progress
 from pipeline.index.manifest import Shard
 from workers.assignment import ShardReport
 
+WAITING_PHASE = "waiting for nodes"
 SHOWN_EVERY_S = 0.5
 KEPT_EVERY_S = 10.0
 
@@ -66,6 +67,8 @@ class Tally:
     def lay_out(self, layout: Layout) -> None:
         """How many shards of what size the run has."""
         self._layout = {"replicas": layout.replicas, "ranks": layout.ranks, "why": layout.why}
+        if layout.lacks:
+            self.enter(WAITING_PHASE)
 
     def indexed(self, kind: str, shard: Shard, seconds: tuple[float, ...]) -> None:
         """A shard of an index was built, and searched in `seconds` with each of the efforts that were tried."""
@@ -89,7 +92,7 @@ class Tally:
     def take(self, shard: ShardId, report: ShardReport) -> None:
         self._reports[shard] = report
         self.experts.take(shard, report)
-        if report.phase == "loading" and self._phase == "starting":
+        if report.phase == "loading" and self._phase in ("starting", WAITING_PHASE):
             self.enter("loading the model")
         if report.phase != "running":
             return
