@@ -18,9 +18,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from jobs.found_rows import FoundRow, FoundRows
 from pipeline.commits import Commit
 from pipeline.errors import JobError
+from pipeline.found_rows import FoundRow, FoundRows
 from pipeline.index.faiss_files import faiss_threads
 from pipeline.index.manifest import MANIFEST_NAME, read_manifest
 from pipeline.index.search import read_centering

@@ -11,9 +11,9 @@ import pytest
 
 from jobs import corpus_map
 from jobs.corpus_map import CorpusMap, FailedRow, MapPoint, make_map
-from jobs.found_rows import FoundRow
 from jobs.page.point_map import TEXT_BYTES, cut, point_map
 from pipeline.commits import Commit
+from pipeline.found_rows import FoundRow
 from pipeline.index.vectors import part_vectors
 from pipeline.job_folder import JobFolder
 
