@@ -60,6 +60,7 @@ def throughput(runs: Sequence[Mapping[str, Any]]) -> Markup | None:
     ticks = round_ticks(most, 4)
     axes = Axes(canvas=canvas, low_x=0.0, high_x=end, high_y=ticks[-1])
     axes.mark_y(ticks)
+    named_up_to = 0.0
     for number in range(len(parts)):
         mine = [(low, high, rates) for low, high, owner, rates in bins if owner == number]
         read = [(x, rates["prompt_tokens"]) for low, high, rates in mine for x in (low, high)]
@@ -69,8 +70,12 @@ def throughput(runs: Sequence[Mapping[str, Any]]) -> Markup | None:
         _area(axes, read, [(x, 0.0) for x, _ in read], "area first")
         _area(axes, both, read, "area second")
         if number:
-            axes.canvas.line((axes.x(mine[0][0]), axes.top), (axes.x(mine[0][0]), axes.floor), "seam")
-            axes.canvas.text(axes.x(mine[0][0]) + 4, axes.top + 9, "resumed", style="tick")
+            x = axes.x(mine[0][0])
+            canvas.line((x, axes.top), (x, axes.floor), "seam")
+            if x > named_up_to:
+                is_last = x > canvas.width - 60
+                canvas.text(x - 4 if is_last else x + 4, axes.top + 9, "resumed", "end" if is_last else "start")
+                named_up_to = x + 60
     for low, high, _, rates in bins:
         label = (
             f"{human_seconds(low)} to {human_seconds(high)}: {rates['prompt_tokens']:,.0f} tokens/s read, "
