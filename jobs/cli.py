@@ -151,11 +151,15 @@ def embed(
 def generate(
     model: Annotated[str, typer.Option(metavar="M", help="The model.", show_default=False)],
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to ask it.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the answer, at most.")] = 64,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "int8"], typer.Option(help="Of the weights, as cluster.dtype.")
+    ] = "auto",
 ) -> None:
     """Answer one prompt, to try a model. Runs here, without Ray."""
     from jobs.trial import answer_prompt
 
-    print(answer_prompt(model, prompt))
+    print(answer_prompt(model, prompt, max_new_tokens=max_new_tokens, dtype=dtype))
 
 
 @app.command()

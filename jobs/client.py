@@ -16,6 +16,7 @@ import pyarrow.dataset as ds
 from jobs.controller import Controller
 from jobs.finishing import Finisher
 from jobs.fleet import Fleet
+from jobs.history import RunRecords
 from jobs.spec import JobSpec, JsonObject
 from jobs.specfile import load_spec, parse_spec
 from jobs.state import JobState
@@ -100,7 +101,13 @@ def _run(
         )
 
     state = new_state(1, 1)
-    tally = Tally(rows_total=state.total_rows, committed=committed, retry_errors=retry_errors, on_progress=on_progress)
+    tally = Tally(
+        rows_total=state.total_rows,
+        committed=committed,
+        retry_errors=retry_errors,
+        on_progress=on_progress,
+        keep=RunRecords(store.folder).keep,
+    )
     finisher = Finisher(store, tally)
     report = store.report()
     if not state.num_open and report is not None and finisher.index_is_current():

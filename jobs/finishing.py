@@ -37,9 +37,8 @@ class Finisher:
         return tuple(audit(self._store.folder.root).problems)
 
     def report(self) -> None:
-        self.written_report = write_report(
-            self._store.folder.root, self._tally.history, self._tally.started_at, facts=self._tally.facts()
-        )
+        self._tally.keep()
+        self.written_report = write_report(self._store.folder.root, gangs=self._tally.experts.gangs)
 
     def _index_arguments(self) -> dict[str, Any]:
         spec = self._store.job.spec
@@ -51,6 +50,7 @@ class Finisher:
             "kind": spec.index.kind,
             "shards": 1 if spec.index.shards == "auto" else spec.index.shards,
             "center": spec.embed.center is True,
+            "memory_bytes": None if spec.index.memory_bytes == "auto" else spec.index.memory_bytes,
         }
 
     def _provenance(self) -> Provenance:

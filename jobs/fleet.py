@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jobs.events import Lease, ReplicaDied, ShardId
 from jobs.layout import Layout, Machine, choose_layout
-from jobs.placements import ExpertLayers, place_experts
+from jobs.placements import ExpertLayers, gang_name, place_experts
 from jobs.ray_session import cluster_machines, is_joined, ray_session, wait_for
 from jobs.spec import ClusterSpec
 from pipeline.commits import Commit
@@ -78,7 +78,7 @@ class Fleet:
         # A Ray of our own is told that this machine has its CPUs, or more where the job insists on more threads.
         self._connect(num_cpus=max(devices.num_cpus(), layout.num_shards * layout.threads))
         engine = replace(self._settings.engine, threads=layout.threads, device=layout.device, sharers=layout.sharers)
-        name = f"worker-{replica}.{generation}"
+        name = gang_name(replica, generation)
         self._replicas[replica] = (
             generation,
             Replica(

@@ -58,6 +58,19 @@ def last_that_fits(folder: JobFolder, experts: ExpertLayers, nodes: Sequence[str
     return None
 
 
+def record_of(folder: JobFolder, gang: str) -> dict[str, Any] | None:
+    """The last record of a gang of that name: of the latest run that had one."""
+    for path in sorted(folder.placements.glob("*.json"), reverse=True):
+        record = _read(path)
+        if record is not None and record.get("gang") == gang:
+            return record
+    return None
+
+
+def gang_name(replica: int, generation: int) -> str:
+    return f"worker-{replica}.{generation}"
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     """None for one that is damaged: another placement does as well."""
     try:

@@ -22,6 +22,8 @@ from jobs.status import job_status
 from jobs.terminal import human_bytes, human_seconds
 from pipeline.embedding import EmbeddedText, TextEncoder, TextForm
 from pipeline.errors import RowError, UserError
+from pipeline.index.faiss_files import make_index, settled_kind
+from pipeline.index.kinds import index_bytes
 from pipeline.prompts import Example, ModelText, PromptBuilder, PromptSettings, TextBuilder
 from pipeline.row_text import RowText
 from pipeline.source import Rows, Split
@@ -117,8 +119,17 @@ class Plan:
         if spec.embed is not None:
             samples = spec.generate.n if spec.generate is not None and spec.embed.of != "prompt" else 1
             vectors = self.job.source.num_rows * (samples + (1 if spec.embed.of == "both" else 0))
-            text += f"; index: {human_bytes(vectors * self.dimension * 4)} of vectors"
+            text += f"; index: {self._index(vectors)}"
         return text
+
+    def _index(self, vectors: int) -> str:
+        asked, width = self.job.spec.index, self.dimension
+        if asked is None:
+            return "none"
+        memory_bytes = None if asked.memory_bytes == "auto" else asked.memory_bytes
+        kind = settled_kind(asked.kind, num_vectors=vectors, dimension=width, memory_bytes=memory_bytes)
+        make_index(kind, width)  # says what is wrong with a kind that is none
+        return f"{kind}, {human_bytes(index_bytes(kind, vectors, width))} for {vectors:,} vectors"
 
     def _where(self) -> str:
         cluster, layout = self.job.spec.cluster, self.layout

@@ -175,6 +175,7 @@ class EmbedSpec(Section):
 class IndexSpec(Section):
     kind: Text = "auto"
     shards: CountOrAuto = "auto"
+    memory_bytes: BytesOrAuto = "auto"
 
 
 class OutputSpec(Section):

@@ -138,6 +138,7 @@ def build_runner(settings: ShardSettings) -> RowRunner:
         embeds_generation=embed is not None and embed.of != "prompt",
         batch_rows=settings.engine.max_sequences or DEFAULT_BATCH_ROWS,
         lock_step=loaded.lock_step,
+        expert_work=loaded.expert_work,
     )
 
 

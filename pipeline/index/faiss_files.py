@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from pipeline.durable import file_sha256, storage_errors
 from pipeline.errors import JobError, UserError
+from pipeline.index.kinds import AUTO, DEFAULT_MEMORY_BYTES, choose_kind
 from pipeline.index.manifest import Contents
 
 FLAT: Final = "Flat"
@@ -32,9 +33,12 @@ def faiss_threads(threads: int | None) -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
-def canonical_kind(kind: str) -> str:
-    """`auto` and any spelling of flat are Flat; everything else is a FAISS factory string as it is."""
-    return FLAT if kind.strip().lower() in ("auto", "flat") else kind.strip()
+def settled_kind(kind: str, *, num_vectors: int, dimension: int, memory_bytes: int | None) -> str:
+    """`auto` -> what `kinds.choose_kind` says; any spelling of flat -> Flat; else the factory string as it is."""
+    asked = kind.strip()
+    if asked.lower() == AUTO:
+        return choose_kind(num_vectors, dimension, DEFAULT_MEMORY_BYTES if memory_bytes is None else memory_bytes)
+    return FLAT if asked.lower() == FLAT.lower() else asked
 
 
 def make_index(kind: str, dimension: int) -> Any:
@@ -62,9 +66,6 @@ def train(index: Any, sample: npt.NDArray[np.float32], kind: str) -> None:
         index.train(sample)
     except RuntimeError as error:
         raise UserError(f"index.kind {kind!r} can't be trained on {len(sample)} vectors: {_reason(error)}") from error
-    ivf = faiss.try_extract_index_ivf(index)
-    if ivf is not None:
-        ivf.nprobe = min(ivf.nlist, 16 + ivf.nlist // 16)  # FAISS's own default, 1, misses most neighbours
 
 
 def with_numbers(index: Any, first_vector: int) -> Any:

@@ -22,7 +22,8 @@ import numpy.typing as npt
 from pipeline.errors import JobError, UserError
 from pipeline.index import faiss_files
 from pipeline.index.centering import Centering
-from pipeline.index.manifest import Contents, IndexManifest, read_manifest
+from pipeline.index.effort import search_parameters
+from pipeline.index.manifest import IndexManifest, Shard, read_manifest
 from pipeline.index.row_map import Place, RowMap
 
 Matrix = npt.NDArray[np.float32]
@@ -44,9 +45,9 @@ class Hit:
 
 
 class IndexShard:
-    """One shard's vectors, ready to be searched. May be used by several threads at once."""
+    """One shard's vectors, ready to be searched with its own effort. May be used by several threads at once."""
 
-    def __init__(self, index: Any, contents: Contents, *, kind: str) -> None:
+    def __init__(self, index: Any, contents: Shard, *, kind: str) -> None:
         self._index = index
         self._contents = contents
         self._matrix: Matrix | None = None  # [n, d] of a Flat shard: FAISS's own memory
@@ -70,7 +71,8 @@ class IndexShard:
         if k == 0 or not len(queries):
             return np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
         if self._matrix is None:
-            scores, numbers = self._index.search(queries, k)
+            parameters = search_parameters(self._index, self._contents.effort)
+            scores, numbers = self._index.search(queries, k, params=parameters)
             return best([(scores.astype(np.float64), numbers)], k)
         found = [
             self._search_flat(self._matrix, queries[start : start + _QUERIES_AT_ONCE], k)

@@ -260,6 +260,7 @@ OTHER_VALUES = {
     "cluster.address": "auto",
     "index.kind": "Flat",
     "index.shards": 2,
+    "index.memory_bytes": 1 << 30,
     "name": "other",
     "attention": [{"pattern": "sliding", "window": 5}],
 }

@@ -13,6 +13,7 @@ from workers.decoder.attention import AttentionMetadata
 from workers.decoder.config import DecoderConfig, ExpertsConfig
 from workers.decoder.model import Decoder
 from workers.parallel.dispatch import Compute, Dispatcher
+from workers.parallel.expert_work import ExpertWork
 from workers.parallel.loads import ExpertLoads
 
 # Is told a decoder layer's index and its tokens' experts, [T, k] int64, ascending in each row.
@@ -37,6 +38,9 @@ class ListeningDispatcher(Dispatcher):
     ) -> Tensor:
         self.listener(layer, expert_ids.cpu().numpy())
         return self.inner.run(layer, num_experts, x, expert_ids, weights, compute)
+
+    def work(self) -> ExpertWork:
+        return self.inner.work()
 
 
 def empty_loads(config: DecoderConfig) -> ExpertLoads:
