@@ -23,6 +23,7 @@ from pipeline.errors import JobError, UserError
 from pipeline.index import faiss_files
 from pipeline.index.centering import Centering
 from pipeline.index.effort import search_parameters
+from pipeline.index.kinds import FLAT
 from pipeline.index.manifest import IndexManifest, Shard, read_manifest
 from pipeline.index.row_map import Place, RowMap
 
@@ -51,7 +52,7 @@ class IndexShard:
         self._index = index
         self._contents = contents
         self._matrix: Matrix | None = None  # [n, d] of a Flat shard: FAISS's own memory
-        if kind == faiss_files.FLAT and contents.num_vectors:
+        if kind == FLAT and contents.num_vectors:
             self._matrix = flat_matrix(index)
             self._longest = max(
                 float(np.sqrt(np.einsum("ij,ij->i", block, block, dtype=np.float64).max()))
