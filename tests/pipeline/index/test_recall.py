@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.commits import CommitLog
 from pipeline.errors import JobError
-from pipeline.index import kinds, recall
+from pipeline.index import faiss_files, kinds, recall
 from pipeline.index.build import build_index, index_is_current
 from pipeline.index.manifest import Provenance, read_manifest
 from pipeline.index.recall import ExactSearch, Found, Queries, merged, query_numbers, recall_of
