@@ -184,7 +184,7 @@ def test_throughput_is_drawn_over_all_runs_with_a_seam_where_one_was_resumed() -
 
 
 def test_a_run_that_had_no_rows_to_do_has_no_throughput() -> None:
-    idle = run(0) | {"series": dict.fromkeys(("seconds", "rows", "prompt_tokens", "completion_tokens"), [0, 0])}
+    idle = run(0) | {"series": {key: [0, 0] for key in ("seconds", "rows", "prompt_tokens", "completion_tokens")}}
     text = render(report(runs=[idle, run(40), idle]), "")
     (drawn,) = [figure for figure in figures(text) if "Tokens a second" in figure.get("aria-label", "")]
     assert not [found for found in drawn.iter("text") if found.text == "resumed"]
