@@ -31,6 +31,7 @@ from workers import devices
 
 ROWS_PER_SPLIT = 4096
 K = 10
+PAUSE_S = 0.01  # until the threads of the last search, which wait for more by spinning, have gone to sleep
 
 
 def main() -> None:
@@ -104,10 +105,13 @@ def measure(folder: JobFolder, manifest: IndexManifest, num_queries: int) -> Non
 def timed(
     ways: dict[str, Callable[[npt.NDArray[np.float32]], object]], queries: npt.NDArray[np.float32]
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Milliseconds of each query in each way; the first tenth only warms up. All ways take turns."""
+    """Milliseconds of each query in each way; the first tenth only warms up. All ways take turns, in any order."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
+    random = np.random.default_rng(2)
     for number in range(len(queries)):
-        for name, ask in ways.items():
+        for name in random.permutation(list(ways)).tolist():
+            ask = ways[name]
+            time.sleep(PAUSE_S)
             begun = time.perf_counter()
             ask(queries[number : number + 1])
             taken[name].append((time.perf_counter() - begun) * 1e3)
