@@ -16,10 +16,19 @@ from typing import Annotated, Any, Literal, NoReturn, TextIO
 
 import typer
 
+from jobs.cluster_commands import (
+    INTERRUPTED,
+    Address,
+    AsJson,
+    Target,
+    cancel,
+    is_submission_id,
+    logs,
+    submit,
+    submitted_status,
+)
 from jobs.terminal import reserved_stdout, say, write_json
 from pipeline.errors import JobError, UserError
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     help="Batch generation, embedding and similarity search with decoder language models, on a Ray cluster.",
@@ -33,7 +42,6 @@ app.add_typer(tokenizer_app, name="tokenizer")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
 JobDirectory = Annotated[Path, typer.Argument(metavar="OUT", help="A job directory.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 
 @app.command()
@@ -65,12 +73,21 @@ def run(
 
 
 @app.command()
-def status(context: typer.Context, out: JobDirectory, as_json: AsJson = False) -> None:
-    """A job directory's progress."""
+def status(context: typer.Context, out: Target, address: Address = None, as_json: AsJson = False) -> None:
+    """A job's progress: from its directory, or of a submitted job from the cluster."""
     from jobs.status import describe_status, job_status
 
-    found = job_status(out)
-    context.obj.answer(found, describe_status(found))
+    if address is None and not is_submission_id(out):
+        if "/" not in out and not Path(out).exists():
+            raise UserError(f"{out}: no such job directory; for a submitted job, name its cluster with --address URL")
+        found = job_status(Path(out))
+        context.obj.answer(found, describe_status(found))
+    else:
+        context.obj.answer(*submitted_status(out, address))
+
+
+for submitting in (submit, logs, cancel):
+    app.command()(submitting)
 
 
 @app.command()
@@ -184,6 +201,25 @@ def serve_index(
 
 
 @app.command()
+def export(
+    context: typer.Context,
+    out: JobDirectory,
+    atlas: Annotated[bool, typer.Option("--atlas", help="As embedding-atlas reads it.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.parquet", help="Instead of OUT/atlas.parquet.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A job's texts and vectors for other programs: with --atlas, Parquet to look at with embedding-atlas."""
+    from jobs.atlas import export_atlas
+
+    if not atlas:
+        raise UserError("export: say as what: --atlas")
+    done = export_atlas(out, output)
+    context.obj.answer(done.to_json(), done.describe())
+
+
+@app.command()
 def embed(
     context: typer.Context,
     source: Annotated[
@@ -291,13 +327,18 @@ class Answers:
 def _run(spec: Any, answers: Answers, *, limit: int | None = None, retry_errors: bool = False) -> int:
     from jobs.client import run as run_job
     from jobs.report import describe_report
+    from jobs.submission import current_submission, own_version
     from jobs.terminal import ProgressDisplay
 
+    submission = current_submission()
+    if submission is not None and submission.version not in (None, own_version()):
+        say(f"gristmill: submitted by version {submission.version}, and the cluster has {own_version()}")
     try:
         with ProgressDisplay() as display:
             result = run_job(spec, limit=limit, retry_errors=retry_errors, on_progress=display)
     except (KeyboardInterrupt, SystemExit) as stop:
-        return _stopped(stop, answers)
+        again = answers.command_line if submission is None else submission.command or "submit the job again"
+        return _stopped(stop, answers, again)
     answers.answer(result.report, describe_report(result.report, Path(spec.output.path)))
     return 0
 
@@ -310,7 +351,7 @@ def _query_many(answers: Answers, out: Path, file: str, output: Path, **options:
         with ProgressDisplay() as display:
             result = bulk_query(out, file, output, on_progress=display, **options)
     except (KeyboardInterrupt, SystemExit) as stop:
-        return _stopped(stop, answers)
+        return _stopped(stop, answers, answers.command_line)
     failed = f", {result['errors']:,} of them failed" if result["errors"] else ""
     answers.answer(
         result, f"{result['queries']:,} queries{failed}: {result['neighbours']:,} neighbours in {output / 'parts'}"
@@ -318,10 +359,10 @@ def _query_many(answers: Answers, out: Path, file: str, output: Path, **options:
     return 0
 
 
-def _stopped(stop: BaseException, answers: Answers) -> int:
+def _stopped(stop: BaseException, answers: Answers, again: str) -> int:
     if isinstance(stop, SystemExit) and stop.code != signal.SIGTERM:  # as Ray answers SIGTERM while it starts
         raise stop
-    return answers.refuse(f"stopped; what is done is kept. To go on: {answers.command_line}", INTERRUPTED)
+    return answers.refuse(f"stopped; what is done is kept. To go on: {again}", INTERRUPTED)
 
 
 def execute(arguments: Sequence[str]) -> int:

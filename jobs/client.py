@@ -21,6 +21,7 @@ from jobs.spec import JobSpec, JsonObject
 from jobs.specfile import load_spec, parse_spec
 from jobs.state import JobState
 from jobs.store import JobStore, open_store
+from jobs.submission import note_submission
 from jobs.tally import OnProgress, Tally
 from jobs.worker_settings import worker_settings
 from pipeline.errors import JobError, UserError
@@ -88,6 +89,7 @@ def run(
     else:
         spec = parse_spec(job) if isinstance(job, Mapping) else load_spec(job)
     with open_store(spec) as store, run_log(store.folder.root, "controller"):
+        note_submission(store.folder)
         return _run(store, limit, retry_errors, on_progress, engine_factory)
 
 
@@ -120,7 +122,8 @@ def _run(
     report = store.report()
     if not state.num_open and report is not None and finisher.index_is_current():
         return JobResult(out=store.folder.root, report=report)
-    settings = worker_settings(store, engine_factory)
+    rows_to_do = state.total_rows - sum(split.rows for split in committed.values())
+    settings = worker_settings(store, engine_factory, rows_to_do=rows_to_do)
     with Fleet(settings, spec.cluster) as fleet:
         layout = fleet.lay_out(partial(_forecast, settings.engine) if engine_factory == DEFAULT_ENGINE else None)
         tally.lay_out(layout)

@@ -51,7 +51,7 @@ class FoundRows:
         spec = read_job(self._folder)["spec"]
         self._first_rows = [split["first_row"] for split in read_plan(self._folder)["splits"]]
         assert spec["output"]["columns"] != "auto", "columns are settled when a job is planned"
-        self._carried = carried_names(spec["output"]["columns"])  # input column -> its column in the parts
+        self.carried = carried_names(spec["output"]["columns"])  # input column -> its column in the parts
         own = spec["embed"]["template"] if spec["embed"] is not None else None
         self._template = own or spec["prompt"]["template"]
         self._column = None if self._template is not None else spec["prompt"]["column"]
@@ -105,8 +105,8 @@ class FoundRows:
         part = self._part(split)
         at = part["row"].to_numpy()
         table = part.take(np.flatnonzero(np.isin(at, np.asarray(rows, at.dtype))))
-        passages = self._passages(table)
-        carried = {name: _plain_values(table[column]) for name, column in self._carried.items()}
+        passages = self.passages(table)
+        carried = {name: _plain_values(table[column]) for name, column in self.carried.items()}
         records = zip(
             *(table[name].to_pylist() for name in ("row", "sample")),
             *(_plain_values(table[name]) for name in ("id", "text")),
@@ -129,7 +129,7 @@ class FoundRows:
         if split in self._tables:
             self._tables.move_to_end(split)
             return self._tables[split]
-        table = self._read(split, ["row", "id", "sample", "text", *self._carried.values()])
+        table = self._read(split, ["row", "id", "sample", "text", *self.carried.values()])
         self._tables[split] = table
         while self._tables and sum(one.nbytes for one in self._tables.values()) > self._cache_bytes:
             self._tables.popitem(last=False)
@@ -142,8 +142,9 @@ class FoundRows:
         except (OSError, pa.ArrowException) as error:
             raise JobError(f"{path}: can't be read ({' '.join(str(error).split())}); run verify") from error
 
-    def _passages(self, table: pa.Table) -> list[str | None]:
-        inputs = pa.table({name: table[column] for name, column in self._carried.items()})
+    def passages(self, table: pa.Table) -> list[str | None]:
+        """For records of a part, with its carried columns, the text that was embedded; None where it is lost."""
+        inputs = pa.table({name: table[column] for name, column in self.carried.items()})
         if inputs.num_columns == 0 or table.num_rows == 0:
             return [None] * table.num_rows
         form = self._row_text(inputs.schema)
