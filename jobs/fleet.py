@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from jobs.calibration_watch import CalibrationWatch
 from jobs.events import Lease, ReplicaDied, ReplicaResized, ShardId
-from jobs.hosts import candidates, hosts, own_location, refuse_wishes_of_nodes, survey
+from jobs.hosts import candidates, hosts, judge, own_location, refuse_wishes_of_nodes, survey
 from jobs.layout import Layout, Machine, choose_layout
 from jobs.nodes import Node
 from jobs.placements import ExpertLayers, gang_name, place_experts, record_calibration
@@ -55,6 +56,7 @@ class Fleet:
         self._room: RoomWatch | None = None
         self._news: list[ReplicaResized] = []  # to be told when somebody listens
         self._experts: ExpertLayers | None = None
+        self._calibrations = CalibrationWatch()
         self._replicas: dict[int, tuple[int, Replica]] = {}
         self._looked_at = time.monotonic()
 
@@ -78,7 +80,9 @@ class Fleet:
         machines = [node.machine for node in nodes] if self._joins else [this_machine()]
         layout = choose_layout(cluster, machines, model=model, gpu_bytes=self._gpu_bytes)
         if self._joins:
-            refuse_blind_nodes(hosts(nodes, shard_resources(layout), layout, cluster), self._settings)
+            needs = shard_resources(layout)
+            layout = judge(nodes, needs, layout, cluster)
+            refuse_blind_nodes(hosts(nodes, needs), self._settings)
         self._layout, self._model = layout, model
         self._room = RoomWatch(layout, self._rank_needs, cluster)
         return layout
@@ -140,14 +144,17 @@ class Fleet:
         """Where a gang on these nodes holds its experts."""
         if self._experts is None:
             self._experts = ExpertLayers.of(Path(self._settings.engine.model_path))
-        return place_experts(
+        seating = place_experts(
             self._folder,
             self._experts,
             nodes,
             gang=gang,
             spare_slots=spare_slots,
-            calibrates=self._settings.calibration is not None,
+            calibrates=self._settings.calibration is not None and not self._calibrations.gave_up,
         )
+        if seating.calibrates:
+            self._calibrations.begin(gang)
+        return seating
 
     def grant(self, shard: ShardId, assignments: list[Assignment]) -> None:
         if replica := self._current(shard):
@@ -183,6 +190,7 @@ class Fleet:
                     continue
                 heard.append(Heard(ShardId(number, generation, rank), report))
                 if report.calibrated is not None:
+                    self._calibrations.end(replica.name)
                     record_calibration(self._folder, replica.nodes, report.calibrated, gang=replica.name)
                 if report.failure is not None and report.failure.kind == "crash":
                     told = ReplicaLost(report.failure.message, 0.0)
@@ -236,6 +244,7 @@ class Fleet:
     def _lose(self, number: int, lost: ReplicaLost) -> ReplicaDied:
         generation, replica = self._replicas.pop(number)
         replica.release()
+        self._calibrations.lose(replica.name)
         return ReplicaDied(number, generation, str(lost), lost.silent_s)
 
     def _forgive(self, seconds: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jobs import feasibility, node_labels
 from jobs.layout import Layout
@@ -51,17 +51,19 @@ def candidates(cluster: ClusterSpec) -> list[Node]:
     return [node for node in named if node.machine.num_cpus] or named
 
 
-def hosts(nodes: Sequence[Node], needs: Resources, layout: Layout, cluster: ClusterSpec) -> list[Node]:
-    """Those of the candidates on which a shard may come to lie.
-
-    UserError if they can never hold all shards, unless the job is to wait.
-    """
+def judge(nodes: Sequence[Node], needs: Resources, layout: Layout, cluster: ClusterSpec) -> Layout:
+    """The layout, with what the candidates lack for it. UserError if that is anything and the job isn't to wait."""
     machines = [node.machine for node in nodes]
-    missing = feasibility.complaint(layout, needs, machines, apart=cluster.spread, labels=cluster.labels)
-    if missing and cluster.wait_s is None:
-        raise UserError(missing)
-    if missing:
-        log.warning("waiting up to %.0f seconds for more nodes: %s", cluster.wait_s, missing)
+    lacks = feasibility.complaint(layout, needs, machines, apart=cluster.spread, labels=cluster.labels) or ""
+    if lacks and cluster.wait_s is None:
+        raise UserError(lacks)
+    if lacks:
+        log.warning("waiting up to %.0f seconds for more nodes: %s", cluster.wait_s, lacks)
+    return replace(layout, lacks=lacks)
+
+
+def hosts(nodes: Sequence[Node], needs: Resources) -> list[Node]:
+    """Those on which a shard may come to lie."""
     return [node for node in nodes if feasibility.room_for(needs, node.machine)]
 
 

@@ -232,7 +232,7 @@ class JobState:
             self._barren_deaths += 1
         else:
             self._idle_deaths += 1
-        if self._idle_deaths >= MAX_IDLE_DEATHS:
+        if self._idle_deaths >= MAX_IDLE_DEATHS + self._num_replicas - 1:  # what one cause does to each is not a habit
             return self._end(Outcome("failed", f"workers die before they take any work: {event.reason}"))
         if self._barren_deaths > self._patience:
             times = f"{self._barren_deaths} times"

@@ -13,8 +13,10 @@ from jobs.history import History, JsonObject, run_record
 from jobs.layout import Layout
 from jobs.mourning import Mourning
 from jobs.progress import Progress
+from pipeline.index.manifest import Shard
 from workers.assignment import ShardReport
 
+WAITING_PHASE = "waiting for nodes"
 SHOWN_EVERY_S = 0.5
 KEPT_EVERY_S = 10.0
 
@@ -57,6 +59,7 @@ class Tally:
         self._first_steps: list[float] = []
         self._num_splits = 0
         self._layout: dict[str, Any] = {}
+        self._index_trials: list[dict[str, Any]] = []
         self.experts = ExpertTally()
         self._history = History()
         self._started_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -64,6 +67,21 @@ class Tally:
     def lay_out(self, layout: Layout) -> None:
         """How many shards of what size the run has."""
         self._layout = {"replicas": layout.replicas, "ranks": layout.ranks, "why": layout.why}
+        if layout.lacks:
+            self.enter(WAITING_PHASE)
+
+    def indexed(self, kind: str, shard: Shard, seconds: tuple[float, ...]) -> None:
+        """A shard of an index was built, and searched in `seconds` with each of the efforts that were tried."""
+        self._index_trials += [
+            {
+                "kind": kind,
+                "shard": shard.file,
+                "effort": trial.effort,
+                "recall": trial.recall,
+                "seconds": round(took, 4),
+            }
+            for trial, took in zip(shard.trials, seconds, strict=True)
+        ]
 
     def enter(self, phase: str) -> None:
         now = time.monotonic()
@@ -74,7 +92,7 @@ class Tally:
     def take(self, shard: ShardId, report: ShardReport) -> None:
         self._reports[shard] = report
         self.experts.take(shard, report)
-        if report.phase == "loading" and self._phase == "starting":
+        if report.phase == "loading" and self._phase in ("starting", WAITING_PHASE):
             self.enter("loading the model")
         if report.phase != "running":
             return
@@ -144,6 +162,7 @@ class Tally:
             "first_step_at": min(first_steps, default=None),  # seconds since 1970
             "first_token_s": round(min(first_steps) - self._began_wall, 3) if first_steps else None,
             "layout": self._layout,
+            "index_trials": self._index_trials,
             "splits_committed": self._num_splits,
             **self._mourning.facts(),
             "embedded_tokens": int(totals["embedded_tokens"]),
