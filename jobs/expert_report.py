@@ -63,6 +63,8 @@ def _gang(gang: GangWork, layers: list[int], loads: Counts, record: Mapping[str,
     placement = Placement.from_json(record["placement"])
     if len(gang.work) != placement.num_ranks or placement.layers != tuple(layers):
         return []
+    if any(work.rows.keys() != set(layers) for work in gang.work.values()):  # it died before a rank's first step
+        return []
     ranks = range(placement.num_ranks)
     topology = Topology.of([gang.nodes[rank] for rank in ranks])
     busy = np.array([[int(gang.work[rank].rows[layer].sum()) for rank in ranks] for layer in layers])  # [L, R]

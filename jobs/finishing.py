@@ -12,8 +12,10 @@ from jobs.store import JobStore
 from jobs.tally import Tally
 from pipeline.audit import audit
 from pipeline.index.build import build_index, index_is_current
+from pipeline.index.kinds import DEFAULT_MEMORY_BYTES
 from pipeline.index.manifest import Provenance
 from pipeline.tokenizer import load_tokenizer
+from workers.index_builders import builders_at_hand
 
 
 class Finisher:
@@ -33,7 +35,13 @@ class Finisher:
 
     def ensure_index(self) -> None:
         if not self.index_is_current():
-            build_index(self._store.folder, self._store.log.commits, **self._index_arguments())
+            build_index(
+                self._store.folder,
+                self._store.log.commits,
+                **self._index_arguments(),
+                builders=builders_at_hand(),
+                on_shard=self._tally.indexed,
+            )
 
     def audit(self) -> tuple[str, ...]:
         return tuple(audit(self._store.folder.root).problems)
@@ -55,9 +63,10 @@ class Finisher:
             "job": spec.name,
             "provenance": self._provenance(),
             "kind": spec.index.kind,
-            "shards": 1 if spec.index.shards == "auto" else spec.index.shards,
+            "shards": None if spec.index.shards == "auto" else spec.index.shards,
+            "memory_bytes": DEFAULT_MEMORY_BYTES if spec.index.memory_bytes == "auto" else spec.index.memory_bytes,
+            "recall": spec.index.recall,
             "center": spec.embed.center is True,
-            "memory_bytes": None if spec.index.memory_bytes == "auto" else spec.index.memory_bytes,
         }
 
     def _provenance(self) -> Provenance:

@@ -23,8 +23,10 @@ from pipeline.errors import JobError, UserError
 from pipeline.index import faiss_files
 from pipeline.index.centering import Centering
 from pipeline.index.effort import search_parameters
+from pipeline.index.kinds import FLAT
 from pipeline.index.manifest import IndexManifest, Shard, read_manifest
 from pipeline.index.row_map import Place, RowMap
+from pipeline.index.soundness import refuse_unsound_shard
 
 Matrix = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float64]
@@ -51,7 +53,7 @@ class IndexShard:
         self._index = index
         self._contents = contents
         self._matrix: Matrix | None = None  # [n, d] of a Flat shard: FAISS's own memory
-        if kind == faiss_files.FLAT and contents.num_vectors:
+        if kind == FLAT and contents.num_vectors:
             self._matrix = flat_matrix(index)
             self._longest = max(
                 float(np.sqrt(np.einsum("ij,ij->i", block, block, dtype=np.float64).max()))
@@ -60,9 +62,10 @@ class IndexShard:
 
     @staticmethod
     def load(folder: Path, manifest: IndexManifest, number: int) -> IndexShard:
-        """JobError if the shard's file is missing or damaged. Memory: the file's size."""
+        """JobError if the shard's file is missing, damaged or not sound. Memory: the file's size."""
         shard = manifest.shards[number]
         index = faiss_files.read_shard(folder, shard, dimension=manifest.dimension)
+        refuse_unsound_shard(index, folder / shard.file, shard, exact=manifest.kind == FLAT)
         return IndexShard(index, shard, kind=manifest.kind)
 
     def search(self, queries: Matrix, k: int) -> tuple[Scores, Numbers]:
@@ -186,6 +189,7 @@ def best(found: Sequence[tuple[Scores, Numbers]], k: int) -> tuple[Scores, Numbe
     """
     scores = np.concatenate([scores for scores, _ in found], axis=1)
     numbers = np.concatenate([numbers for _, numbers in found], axis=1)
+    numbers = np.where(np.isnan(scores), -1, numbers)
     scores = np.where(numbers < 0, -np.inf, scores)
     order = np.lexsort((numbers, -scores), axis=1)[:, :k]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(numbers, order, axis=1)

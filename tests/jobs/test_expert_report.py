@@ -80,7 +80,8 @@ def test_a_rank_alone_counts_and_is_no_gang() -> None:
 
 def test_a_gang_that_was_not_heard_as_a_whole_is_only_counted() -> None:
     half = GangWork("worker-0.0", nodes={0: "a"}, work={0: TWO_RANKS.work[0]})
-    for gang, records in ((half, {"worker-0.0": RECORD}), (TWO_RANKS, {})):
+    early = work("worker-0.0", {1: [40, 10, 0, 0], 2: [20, 5, 0, 0]}, {})
+    for gang, records in ((half, {"worker-0.0": RECORD}), (early, {"worker-0.0": RECORD}), (TWO_RANKS, {})):
         report = expert_report(None, [gang], records.get)
         assert report is not None
         assert report["gangs"] == []
