@@ -124,7 +124,7 @@ class Plan:
             weights_text += f"; all experts of the replica together: {human_bytes(shard.expert_bytes)}"
         parts = [f"{weights_text})", f"at most {human_bytes(shard.kv_cache_bytes)} of KV cache"]
         text = f"a {'shard' if ranks > 1 else 'replica'}: {', '.join(parts)}"
-        if spec.embed is not None:
+        if spec.embed is not None and spec.index is not None:
             samples = spec.generate.n if spec.generate is not None and spec.embed.of != "prompt" else 1
             vectors = self.job.source.num_rows * (samples + (1 if spec.embed.of == "both" else 0))
             text += f"; index: {self._index(vectors)}"

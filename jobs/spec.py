@@ -251,7 +251,10 @@ class AttentionRuleSpec(Section):
 
 
 class JobSpec(Section):
-    """One job. `output.path` is `out/NAME` and `index` is on for a job that embeds, unless they are given."""
+    """One job. `output.path` is `out/NAME`, and `index` is on for a job that embeds, unless they are given.
+
+    `index: false` in a job file is None here.
+    """
 
     name: Annotated[str, Field(pattern=r"^[^/\\\s][^/\\\n]*$")] = "job"
     model: Text
@@ -273,7 +276,9 @@ class JobSpec(Section):
             return given
         optional = ("prompt", "index", "output", "engine", "limits", "cluster")
         filled = {key: value for key, value in given.items() if not (value is None and key in optional)}
-        if filled.get("embed") is not None:
+        if filled.get("index") is False:  # vectors and no index
+            filled["index"] = None
+        elif filled.get("embed") is not None:
             filled.setdefault("index", {})
         output = filled.setdefault("output", {})
         if isinstance(output, Mapping) and output.get("path") is None:
@@ -309,7 +314,10 @@ class JobSpec(Section):
         return tuple(rule.model_dump(mode="json", exclude_defaults=True) for rule in self.attention or ())
 
     def to_json(self) -> JsonObject:
-        return self.model_dump(mode="json")
+        document = self.model_dump(mode="json")
+        if self.embed is not None and self.index is None:
+            document["index"] = False
+        return document
 
 
 def fingerprint_parts(

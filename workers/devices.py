@@ -1,11 +1,12 @@
-"""What this machine has for decoders to run on, and what a cluster's GPUs have."""
+"""What this machine has for decoders to run on, and what a cluster's GPUs have.
+
+torch is loaded where GPUs are asked for: those who only count processors, such as an index's shards, do without.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-
-import torch
 
 PROBE_S = 120.0
 
@@ -16,6 +17,8 @@ def num_cpus() -> int:
 
 
 def num_gpus() -> int:
+    import torch
+
     return torch.cuda.device_count()
 
 
@@ -25,6 +28,8 @@ def memory_bytes() -> int:
 
 def gpu_bytes() -> int | None:
     """The memory of this machine's first GPU; None where there is none."""
+    import torch
+
     return torch.cuda.mem_get_info(0)[1] if torch.cuda.is_available() else None
 
 

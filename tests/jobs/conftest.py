@@ -153,6 +153,29 @@ def read_rows(out: Path | str) -> list[dict[str, Any]]:
     return [row for part in parts for row in pq.read_table(part, partitioning=None).to_pylist()]
 
 
+@pytest.fixture(scope="session")
+def indexed_job(ray_cluster: str, tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job of 60 rows that is done, whose index has three shards. Rows 17 and 41 have the same text."""
+    from jobs.client import run
+
+    folder = tmp_path_factory.mktemp("indexed")
+    shutil.copytree(tiny_tokenizer_dir, folder / "model")
+    (folder / "model" / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model" / "model.safetensors").write_bytes(b"weights")
+    texts = [f"text number {17 if row == 41 else row}" for row in range(60)]
+    pq.write_table(pa.table({"body": texts, "key": [f"key-{row}" for row in range(60)]}), folder / "rows.parquet")
+    settings = {
+        "model": str(folder / "model"),
+        "input": {"path": str(folder / "rows.parquet"), "id": "key"},
+        "prompt": {"column": "body"},
+        "embed": {"pooling": "mean"},
+        "index": {"kind": "Flat", "shards": 3},
+        "output": {"path": str(folder / "out"), "rows_per_split": 16},
+        "cluster": {"threads": 1},
+    }
+    return run(settings, engine_factory=CHEAP).out
+
+
 @pytest.fixture
 def rows_of() -> Callable[[Path | str], list[dict[str, Any]]]:
     """A job's directory -> all committed records, in order."""

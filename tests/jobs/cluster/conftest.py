@@ -73,6 +73,13 @@ class Nodes:
         """The node's actors that hold decoder shards, by the title that Ray gives their processes."""
         return [child for child in self.raylet(name).children() if child.name().startswith("ray::ShardActor")]
 
+    def is_idle(self) -> bool:
+        """Whether nothing of any job is left: no placement group, and every CPU free."""
+        state = self._cluster.global_state
+        groups = [group for group in state.placement_group_table().values() if group["state"] != "REMOVED"]
+        free = state.available_resources().get("CPU", 0)
+        return not groups and free == state.cluster_resources().get("CPU", 0)
+
     def kill(self, name: str) -> None:
         """SIGKILL everything that runs on the node, as if its power were cut."""
         raylet = self.raylet(name)
