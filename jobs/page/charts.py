@@ -46,13 +46,13 @@ def throughput(runs: Sequence[Mapping[str, Any]]) -> Markup | None:
 
     None where no run lasted long enough to have a speed. What is pointed at says the rows a second too.
     """
-    parts = [(run, run["series"]) for run in runs if len(run["series"]["seconds"]) > 1]
-    end = sum(series["seconds"][-1] for _, series in parts)
-    if not end:
+    parts = [run["series"] for run in runs if run["series"]["seconds"] and run["series"]["seconds"][-1] > 0]
+    if not parts:
         return None
+    end = sum(series["seconds"][-1] for series in parts)
     bins: list[tuple[float, float, int, dict[str, float]]] = []  # from, to, run, what happened a second
     begin, stretch = 0.0, end / NUM_STRETCHES
-    for number, (_, series) in enumerate(parts):
+    for number, series in enumerate(parts):
         bins += [(begin + low, begin + high, number, rates) for low, high, rates in _rates(series, stretch)]
         begin += series["seconds"][-1]
     canvas = Canvas(_WIDTH, _HEIGHT + 20, title="Tokens a second over time")

@@ -183,6 +183,14 @@ def test_throughput_is_drawn_over_all_runs_with_a_seam_where_one_was_resumed() -
     assert "resumed 1 time" in text
 
 
+def test_a_run_that_had_no_rows_to_do_has_no_throughput() -> None:
+    idle = run(0) | {"series": {key: [0, 0] for key in ("seconds", "rows", "prompt_tokens", "completion_tokens")}}
+    text = render(report(runs=[idle, run(40), idle]), "")
+    (drawn,) = [figure for figure in figures(text) if "Tokens a second" in figure.get("aria-label", "")]
+    assert not [found for found in drawn.iter("text") if found.text == "resumed"]
+    assert "Tokens a second over" not in render(report(runs=[idle]), "")
+
+
 def test_a_job_without_rows_runs_index_or_errors_has_a_page_too() -> None:
     empty = histogram(Counter())
     page = render(
