@@ -183,6 +183,17 @@ def test_throughput_is_drawn_over_all_runs_with_a_seam_where_one_was_resumed() -
     assert "resumed 1 time" in text
 
 
+def test_a_rest_too_short_to_have_a_speed_belongs_to_the_stretch_before_it() -> None:
+    burst, last = run(600), {"seconds": 600.5, "rows": 700, "prompt_tokens": 5600, "completion_tokens": 1400}
+    burst["series"] = {name: [*values, last[name]] for name, values in burst["series"].items()}
+    (drawn,) = [f for f in figures(render(report(runs=[burst]), "")) if "Tokens a second" in f.get("aria-label", "")]
+    said = [title.text or "" for title in drawn.iter("title")]
+    assert said[0].startswith("0:00 to 0:11: 8 tokens/s read")
+    assert len(said) <= 60
+    assert "tokens/s read" in said[-1]
+    assert float(said[-1].split(": ")[1].split()[0].replace(",", "")) < 200, "and not 1,600"
+
+
 def test_a_run_that_had_no_rows_to_do_has_no_throughput() -> None:
     idle = run(0) | {"series": {key: [0, 0] for key in ("seconds", "rows", "prompt_tokens", "completion_tokens")}}
     text = render(report(runs=[idle, run(40), idle]), "")
