@@ -64,7 +64,7 @@ def committed_status(folder: JobFolder) -> dict[str, Any]:
     total = sum(split["num_rows"] for split in splits)
     done, failed = sum(commit.rows for commit in commits.values()), sum(commit.errors for commit in commits.values())
     index = index_summary(folder, commits)
-    indexed = job["spec"]["index"] is None or (index is not None and index["current"])
+    indexed = job["spec"]["index"] in (None, False) or (index is not None and index["current"])
     codes: Counter[str] = Counter()
     for commit in commits.values():
         codes.update(commit.error_codes)

@@ -130,7 +130,7 @@ def _deaths(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
             "at": human_seconds(death["at_s"]),
             "replica": death["replica"],
             "reason": death["reason"],
-            "recovered": f"{death['recovered_after_s']:,.1f} s" if "recovered_after_s" in death else "–",
+            "recovered": "–" if (seconds := death.get("recovered_after_s")) is None else f"{seconds:,.1f} s",
         }
         for number, run in enumerate(runs, start=1)
         for death in run.get("deaths", ())
