@@ -223,12 +223,22 @@ def test_a_job_without_rows_runs_index_or_errors_has_a_page_too() -> None:
 
 def test_deaths_say_how_long_the_rows_stood_still() -> None:
     deaths = [
-        {"replica": 1, "at_s": 75.0, "reason": "rank 2 was killed", "recovered_after_s": 3.25},
+        {
+            "replica": 1,
+            "at_s": 75.0,
+            "reason": "rank 2 was killed",
+            "unheard_s": 0.75,
+            "splits_again": 4,
+            "recovered_after_s": 3.25,
+            "ranks": 3,
+        },
         {"replica": 0, "at_s": 80.0, "reason": "rank 0 was killed", "recovered_after_s": None},
     ]
     page = render(report(runs=[run(4), run(100, deaths=deaths)]), "")
     assert '<td class="number">1:15</td>' in page
-    assert "3.2 s" in page
+    cells = re.findall(r'<td class="number">(.*?)</td>', page)
+    assert cells[-14:-7] == ["2", "1:15", "1", "0.8 s", "4", "3.2 s", "3"]
+    assert cells[-7:] == ["2", "1:20", "0", "–", "–", "–", "as before"]
     assert "rank 0 was killed" in page
 
 
