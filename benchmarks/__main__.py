@@ -5,6 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 
-for name in ("startup", "rows", "generation", "int8", "placement", "expert_parallel", "retrieval", "index"):
+NAMES = (
+    "startup",
+    "rows",
+    "generation",
+    "embedding",
+    "int8",
+    "placement",
+    "expert_parallel",
+    "retrieval",
+    "index",
+)
+
+for name in NAMES:
     print(f"== {name}", flush=True)
     subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], check=True)

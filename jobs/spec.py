@@ -12,9 +12,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from jobs import node_labels
 from workers.decoder.attention_rules import AttentionRule
 
 JsonObject = dict[str, Any]
@@ -34,6 +35,12 @@ def _count_or_auto(value: object) -> object:
     if value == "auto" or _is_count(value):
         return value
     raise _refusal("must be a whole number of at least 1, or auto")
+
+
+def _number_or_auto(value: object) -> object:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise _refusal("must be a whole number of at least 0, or auto")
 
 
 def _bytes_or_auto(value: object) -> object:
@@ -67,6 +74,12 @@ def _names_or_auto(value: object) -> object:
             raise _refusal("must name each column once")
         return tuple(value)
     raise _refusal("must be a list of column names, or auto")
+
+
+def _label_rules(value: dict[str, str]) -> dict[str, str]:
+    if found := node_labels.complaint(value):
+        raise _refusal(found)
+    return node_labels.plain(value)
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -203,6 +216,11 @@ class ClusterSpec(Section):
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     threads: CountOrAuto = "auto"
     address: Text | None = None
+    labels: Annotated[dict[str, str], AfterValidator(_label_rules)] = {}
+    spread: bool = False
+    wait_s: Annotated[float, Field(gt=0)] | None = None
+    calibration_rows: Annotated[int | Literal["auto"], BeforeValidator(_number_or_auto)] = "auto"
+    spare_experts: Annotated[int | Literal["auto"], BeforeValidator(_number_or_auto)] = "auto"
 
 
 def _layers_text(value: object) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
 
@@ -27,12 +28,15 @@ def gpu_bytes() -> int | None:
     return torch.cuda.mem_get_info(0)[1] if torch.cuda.is_available() else None
 
 
-def cluster_gpu_bytes() -> int | None:
-    """The memory of a GPU of the Ray that is connected; None where none was free in time, or it can't be told."""
+def cluster_gpu_bytes(labels: Mapping[str, str]) -> int | None:
+    """The memory of a GPU of the Ray that is connected; None where none was free in time, or it can't be told.
+
+    `labels`: rules as of Ray's label selectors, for the node that has it.
+    """
     import ray
     from ray.exceptions import RayError
 
-    probe = ray.remote(num_gpus=1, num_cpus=0)(gpu_bytes).remote()
+    probe = ray.remote(num_gpus=1, num_cpus=0, label_selector=dict(labels))(gpu_bytes).remote()
     try:
         found: int | None = ray.get(probe, timeout=PROBE_S)
     except (RayError, TimeoutError):

@@ -26,6 +26,7 @@ from pipeline.index.effort import search_parameters
 from pipeline.index.kinds import FLAT
 from pipeline.index.manifest import IndexManifest, Shard, read_manifest
 from pipeline.index.row_map import Place, RowMap
+from pipeline.index.soundness import refuse_unsound_shard
 
 Matrix = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float64]
@@ -61,9 +62,10 @@ class IndexShard:
 
     @staticmethod
     def load(folder: Path, manifest: IndexManifest, number: int) -> IndexShard:
-        """JobError if the shard's file is missing or damaged. Memory: the file's size."""
+        """JobError if the shard's file is missing, damaged or not sound. Memory: the file's size."""
         shard = manifest.shards[number]
         index = faiss_files.read_shard(folder, shard, dimension=manifest.dimension)
+        refuse_unsound_shard(index, folder / shard.file, shard, exact=manifest.kind == FLAT)
         return IndexShard(index, shard, kind=manifest.kind)
 
     def search(self, queries: Matrix, k: int) -> tuple[Scores, Numbers]:
@@ -187,6 +189,7 @@ def best(found: Sequence[tuple[Scores, Numbers]], k: int) -> tuple[Scores, Numbe
     """
     scores = np.concatenate([scores for scores, _ in found], axis=1)
     numbers = np.concatenate([numbers for _, numbers in found], axis=1)
+    numbers = np.where(np.isnan(scores), -1, numbers)
     scores = np.where(numbers < 0, -np.inf, scores)
     order = np.lexsort((numbers, -scores), axis=1)[:, :k]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(numbers, order, axis=1)
