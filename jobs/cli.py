@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TextIO
@@ -103,7 +104,12 @@ def verify(context: typer.Context, out: JobDirectory, as_json: AsJson = False) -
 @app.command()
 def query(
     context: typer.Context,
-    out: JobDirectory,
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="A job directory; with --address also the name it is served as.", show_default=False
+        ),
+    ],
     text: Annotated[
         list[str] | None, typer.Argument(metavar="TEXT", help="What to look for.", show_default=False)
     ] = None,
@@ -111,15 +117,92 @@ def query(
     vector: Annotated[
         Path | None, typer.Option(metavar="FILE.npy", help="Vectors to look for instead: [d] or [n, d].")
     ] = None,
+    file: Annotated[
+        str | None, typer.Option("--file", metavar="FILE", help="Texts to look for instead: a row each, of any format.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(metavar="C", help="The column of --file that holds them.")] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Ask the index that serve-index serves on this Ray.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """The nearest rows by cosine similarity, best first."""
-    from jobs.query import describe_results, query_texts, query_vectors
+    from jobs.query import describe_results, query_texts, query_vectors, read_vectors
+    from jobs.query_file import read_queries
 
-    if bool(text) == (vector is not None):
-        raise UserError("query: give either a TEXT or --vector FILE.npy")
-    results = query_vectors(out, vector, k) if vector is not None else query_texts(out, text or [], k)
+    if bool(text) + (vector is not None) + (file is not None) != 1:
+        raise UserError("query: give either a TEXT, --file FILE or --vector FILE.npy")
+    if column is not None and file is None:
+        raise UserError(f"query: --column {column} names a column of --file FILE, which is not given")
+    texts = read_queries(file, column) if file is not None else text or []
+    if address is not None:
+        from jobs.served import connect
+
+        with connect(out, address) as served:
+            if vector is None:
+                results = served.search(texts, k)
+            else:
+                names, vectors = read_vectors(vector)
+                results = served.search_vectors(vectors, k, names=names)
+    else:
+        results = query_texts(out, texts, k) if vector is None else query_vectors(out, vector, k)
     context.obj.answer({"results": [result.to_json() for result in results]}, describe_results(results))
+
+
+@app.command("serve-index")
+def serve_index(
+    context: typer.Context,
+    out: JobDirectory,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="The Ray to serve it on; else RAY_ADDRESS, else its own."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What clients may call it; else its directory.")
+    ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where queries are embedded; else as the job says.")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Keep an index and its model loaded, for `query --address` and the Python client, until Ctrl-C."""
+    from jobs.served import serving
+
+    try:
+        with serving(out, address=address, name=name, device=device) as about:
+            words = (
+                f"serving {about['output']}: {about['vectors']:,} vectors, {about['kind']}, shards: {about['shards']}, "
+                f"model {about['model']}\nask with: gristmill query {shlex.quote(name or str(out))} TEXT "
+                f"--address {about['address']}"
+            )
+            context.obj.answer(about, words)
+            sys.stdout.flush()
+            while True:
+                time.sleep(3600)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != signal.SIGTERM:  # as Ray answers SIGTERM while it starts
+            raise
+        say(f"stopped serving {out}")
+    return 0
+
+
+@app.command()
+def export(
+    context: typer.Context,
+    out: JobDirectory,
+    atlas: Annotated[bool, typer.Option("--atlas", help="As embedding-atlas reads it.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.parquet", help="Instead of OUT/atlas.parquet.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A job's texts and vectors for other programs: with --atlas, Parquet to look at with embedding-atlas."""
+    from jobs.atlas import export_atlas
+
+    if not atlas:
+        raise UserError("export: say as what: --atlas")
+    done = export_atlas(out, output)
+    context.obj.answer(done.to_json(), done.describe())
 
 
 @app.command()

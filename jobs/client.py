@@ -28,12 +28,11 @@ from pipeline.errors import JobError, UserError
 from workers import devices
 from workers.forecast import Forecast, forecast
 from workers.run_log import run_log
-from workers.settings import EngineSettings
+from workers.settings import DEFAULT_ENGINE, EngineSettings
 
 if TYPE_CHECKING:
     from jobs.query import QueryResult
-
-DEFAULT_ENGINE = "workers.engine_factory:load_engine"
+    from jobs.served import ServedIndex
 
 
 class JobInterrupted(KeyboardInterrupt):
@@ -56,6 +55,17 @@ class JobResult:
         from jobs.query import query_texts
 
         return query_texts(self.out, texts, k)
+
+
+def connect(index: str | Path, address: str | None = None) -> ServedIndex:
+    """A client of an index that `gristmill serve-index` serves: `with connect(...) as index: index.search(texts, k)`.
+
+    `index` is the job directory or the name that it is served as; `address` is the Ray's, else RAY_ADDRESS or the Ray
+    that is connected. UserError where it is not served there.
+    """
+    from jobs import served
+
+    return served.connect(index, address)
 
 
 def run(
@@ -112,7 +122,8 @@ def _run(
     report = store.report()
     if not state.num_open and report is not None and finisher.index_is_current():
         return JobResult(out=store.folder.root, report=report)
-    settings = worker_settings(store, engine_factory)
+    rows_to_do = state.total_rows - sum(split.rows for split in committed.values())
+    settings = worker_settings(store, engine_factory, rows_to_do=rows_to_do)
     with Fleet(settings, spec.cluster) as fleet:
         layout = fleet.lay_out(partial(_forecast, settings.engine) if engine_factory == DEFAULT_ENGINE else None)
         tally.lay_out(layout)

@@ -17,17 +17,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jobs.found_rows import FoundRow, FoundRows
 from jobs.spec import JobSpec
 from jobs.status import open_job
-from pipeline.embedding import EmbeddedText, TextEncoder, query_forms
 from pipeline.errors import RowError, UserError
+from pipeline.found_rows import FoundRow, FoundRows
 from pipeline.index.manifest import Provenance
 from pipeline.index.search import VectorIndex
 from pipeline.job_folder import read_job
-from pipeline.model_path import model_digest, resolve_model
-from pipeline.prompts import QueryText
-from pipeline.tokenizer import load_tokenizer
+from pipeline.model_path import resolve_model
+from workers.settings import DEFAULT_ENGINE, EngineSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +53,7 @@ class QueryResult:
 
 def query_texts(out: Path, texts: Sequence[str], k: int) -> list[QueryResult]:
     """The k rows nearest to each text. UserError where there is no index, or the model is another than the index's."""
-    if not all(text.strip() for text in texts):
-        raise UserError("query: the text is empty; say what to look for")
+    refuse_empty(texts)
     folder = open_job(out)
     index = VectorIndex.open(folder.index)
     spec = JobSpec.model_validate(read_job(folder)["spec"])
@@ -64,10 +61,21 @@ def query_texts(out: Path, texts: Sequence[str], k: int) -> list[QueryResult]:
     return _search(out, index, list(texts), vectors, k)
 
 
+def refuse_empty(texts: Sequence[str]) -> None:
+    if not all(text.strip() for text in texts):
+        raise UserError("query: the text is empty; say what to look for")
+
+
 def query_vectors(out: Path, file: Path, k: int) -> list[QueryResult]:
     """The same for vectors in a .npy file, [d] or [n, d]."""
     folder = open_job(out)
     index = VectorIndex.open(folder.index)
+    names, vectors = read_vectors(file)
+    return _search(out, index, names, vectors, k)
+
+
+def read_vectors(file: Path) -> tuple[list[str], npt.NDArray[Any]]:
+    """Vectors of a .npy file, and what each is called. UserError where it is none."""
     try:
         vectors = np.load(file, allow_pickle=False)
     except FileNotFoundError:
@@ -76,52 +84,41 @@ def query_vectors(out: Path, file: Path, k: int) -> list[QueryResult]:
         raise UserError(f"--vector {file}: not a .npy file of numbers ({' '.join(str(error).split())})") from None
     if not isinstance(vectors, np.ndarray):
         raise UserError(f"--vector {file}: an archive of arrays; save one array with numpy.save")
-    names = [str(file)] if vectors.ndim < 2 else [f"{file}[{number}]" for number in range(len(vectors))]
-    return _search(out, index, names, vectors, k)
+    return [str(file)] if vectors.ndim < 2 else [f"{file}[{number}]" for number in range(len(vectors))], vectors
 
 
 def embed_queries(texts: Sequence[str], made: Provenance, spec: JobSpec) -> npt.NDArray[np.float32]:
     """Texts -> vectors [n, d], as `made` says. Loads the model, in this process; device and dtype are the job's."""
-    from workers.engine_factory import load_engine
-    from workers.settings import EngineSettings
+    from workers.query_embedder import QueryEmbedder
 
-    model_path = resolve_model(made.model)
-    tokenizer = load_tokenizer(model_path)
-    here = dataclasses.replace(made, model_files=model_digest(model_path), tokenizer=tokenizer.digest)
-    difference = made.difference(here)
-    if difference is not None:
-        raise UserError(
-            f"model {made.model}: changed since the index was made ({difference}); put the old one back or embed anew"
-        )
-    query_text = QueryText(made.query_template)
-    try:
-        form, text_form = query_forms(made.pooling, made.settings)
-    except ValueError as error:
-        raise UserError(f"query: {error}") from None
-    encoded = TextEncoder(tokenizer, text_form).encode([query_text.build(text) for text in texts])
-    tokens: list[EmbeddedText] = []
-    for text, one in zip(texts, encoded, strict=True):
+    engine = query_engine(made, spec, threads=_num_cpus(), max_sequences=min(64, len(texts)))
+    return all_vectors(texts, QueryEmbedder(made, engine).embed(texts))
+
+
+def query_engine(
+    made: Provenance, spec: JobSpec, *, threads: int, max_sequences: int, factory: str | None = None
+) -> EngineSettings:
+    """The engine that embeds queries as the job embedded its rows. UserError where there is no such model."""
+    return EngineSettings(
+        model_path=str(resolve_model(made.model).absolute()),
+        factory=factory or DEFAULT_ENGINE,
+        device=spec.cluster.device,
+        dtype=spec.cluster.dtype,
+        threads=threads,
+        max_context=None if spec.engine.max_context == "auto" else spec.engine.max_context,  # LongRoPE's factors
+        max_sequences=max_sequences,
+        attention=spec.attention_rules,
+    )
+
+
+def all_vectors(texts: Sequence[str], found: Sequence[npt.NDArray[np.float32] | RowError]) -> npt.NDArray[np.float32]:
+    """[n, d]. UserError for the first text that has no vector."""
+    vectors = []
+    for text, one in zip(texts, found, strict=True):
         if isinstance(one, RowError):
             raise UserError(f"query {_shown(text)}: {one.message}")
-        tokens.append(one)
-    loaded = load_engine(
-        EngineSettings(
-            model_path=str(model_path),
-            device=spec.cluster.device,
-            dtype=spec.cluster.dtype,
-            threads=_num_cpus(),
-            max_context=None if spec.engine.max_context == "auto" else spec.engine.max_context,  # LongRoPE's factors
-            max_sequences=min(64, len(texts)),
-            attention=spec.attention_rules,
-        )
-    )
-    try:
-        vectors: npt.NDArray[np.float32] = loaded.engine.embed(
-            tokens, form.pooling, dimensions=form.dimensions, routing_weight=form.routing_weight
-        )
-    except ValueError as error:
-        raise UserError(f"query: {error}") from None
-    return vectors
+        vectors.append(one)
+    return np.stack(vectors)
 
 
 def describe_results(results: Sequence[QueryResult]) -> str:
@@ -149,13 +146,13 @@ def _search(
     return [
         QueryResult(
             query=name,
-            hits=tuple(_hit(rows[hit.place.row, hit.place.sample], hit.place.field, hit.score) for hit in hits),
+            hits=tuple(hit_of(rows[hit.place.row, hit.place.sample], hit.place.field, hit.score) for hit in hits),
         )
         for name, hits in zip(names, found, strict=True)
     ]
 
 
-def _hit(row: FoundRow, field: str, score: float) -> Hit:
+def hit_of(row: FoundRow, field: str, score: float) -> Hit:
     return Hit(
         row=row.row,
         id=row.id,

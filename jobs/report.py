@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
+from jobs.corpus_map import CorpusMap, make_map
 from jobs.expert_report import describe_experts, expert_report
 from jobs.expert_tally import GangWork
 from jobs.history import read_runs
@@ -28,6 +29,7 @@ from jobs.page.render import render
 from jobs.placements import record_of
 from jobs.status import committed_status, latest_commits
 from jobs.terminal import human_seconds
+from pipeline.commits import Commit
 from pipeline.durable import replace_file, storage_errors
 from pipeline.index.manifest import parts_digest
 from pipeline.job_folder import JobFolder, read_job
@@ -110,9 +112,11 @@ def histogram(lengths: Counter[int]) -> dict[str, Any]:
     }
 
 
-def make_report(folder: JobFolder, experts: dict[str, Any] | None = None) -> dict[str, Any]:
+def make_report(
+    folder: JobFolder, commits: Mapping[int, Commit], corpus_map: CorpusMap | None, experts: dict[str, Any] | None
+) -> dict[str, Any]:
     """The report of what is committed now, and of the runs that runs.json has. `experts`: see expert_report."""
-    job, status, commits = read_job(folder), committed_status(folder), latest_commits(folder)
+    job, status = read_job(folder), committed_status(folder)
     summary = summarize([folder.part(split) for split in sorted(commits)])
     return {
         "name": job["spec"]["name"],
@@ -131,6 +135,7 @@ def make_report(folder: JobFolder, experts: dict[str, Any] | None = None) -> dic
             "completion_tokens": histogram(summary.completion_lengths),
         },
         "index": status["index"],
+        "map": None if corpus_map is None else corpus_map.summary(),
         "experts": experts,
         "runs": read_runs(folder),
         "spec": job["spec"],
@@ -143,10 +148,13 @@ def write_report(out: Path, *, gangs: Sequence[GangWork] = ()) -> dict[str, Any]
     `gangs`: what the experts of this run's shards did; the last report tells of those before.
     """
     folder = JobFolder(out)
-    report = make_report(folder, expert_report(_earlier_experts(folder), gangs, partial(record_of, folder)))
+    commits = latest_commits(folder)
+    experts = expert_report(_earlier_experts(folder), gangs, partial(record_of, folder))
+    corpus_map = make_map(folder, commits)
+    report = make_report(folder, commits, corpus_map, experts)
     with storage_errors("writing the report in", out):
         replace_file(out / "report.json", json.dumps(report, indent=2).encode(), drafts=folder.attempts)
-        page = render(report, yaml.safe_dump(report["spec"], sort_keys=False, allow_unicode=True))
+        page = render(report, yaml.safe_dump(report["spec"], sort_keys=False, allow_unicode=True), corpus_map)
         replace_file(out / "report.html", page.encode(), drafts=folder.attempts)
     return report
 

@@ -12,15 +12,18 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from jobs.corpus_map import CorpusMap
 from jobs.page.canvas import printable
 from jobs.page.charts import histogram, shares, throughput
+from jobs.page.heat_map import expert_maps
+from jobs.page.point_map import point_map
 from jobs.terminal import human_seconds
 
 Fact = tuple[str, str]
 
 
-def render(report: Mapping[str, Any], spec_yaml: str) -> str:
-    """The page for a report as `jobs.report` makes it, and the job it is about.
+def render(report: Mapping[str, Any], spec_yaml: str, corpus_map: CorpusMap | None = None) -> str:
+    """The page for a report as `jobs.report` makes it, the job it is about, and the map of its corpus if it has one.
 
     All text in it is escaped, since it may come from rows. The page's policy lets no other script run than the one
     whose hash it names, should a text get past that.
@@ -44,7 +47,10 @@ def render(report: Mapping[str, Any], spec_yaml: str) -> str:
         deaths=_deaths(runs),
         lengths=_lengths(report["lengths"]),
         endings=shares("How generations ended", report["finish_reasons"]) if report["finish_reasons"] else None,
+        experts=expert_maps(report.get("experts")),
         index=_index(report["index"]),
+        map=point_map(corpus_map) if corpus_map is not None else None,
+        corpus=corpus_map,
         spec_yaml=spec_yaml,
         version=version("gristmill"),
         style=Markup(_asset("page.css")),

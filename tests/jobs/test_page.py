@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import tomllib
 import xml.etree.ElementTree as ET
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -190,3 +192,56 @@ def test_deaths_say_how_long_the_rows_stood_still() -> None:
     assert '<td class="number">1:15</td>' in page
     assert "3.2 s" in page
     assert "rank 0 was killed" in page
+
+
+def experts(num_layers: int, num_experts: int, num_ranks: int = 0) -> dict[str, Any]:
+    gang = {
+        "gang": "worker-0.1",
+        "nodes": list(range(num_ranks)),
+        "rows": [[10 * rank for rank in range(num_ranks)]] * num_layers,
+        "balance": {"predicted": None, "achieved": 1.25, "round_robin": 2.5},
+    }
+    return {
+        "layers": [3 + layer for layer in range(num_layers)],
+        "rows": [list(range(num_experts))] * num_layers,
+        "gangs": [gang] if num_ranks else [],
+    }
+
+
+def test_a_cell_is_as_dark_as_its_expert_is_busy() -> None:
+    text = render(report(experts=experts(2, 4, num_ranks=2)), "")
+    by_expert, by_rank = (f for f in figures(text) if (f.get("aria-label") or "").startswith("Load of each"))
+    cells = [cell for cell in by_expert.iter("rect") if cell.find("title") is not None]
+    assert [cell.findtext("title") for cell in cells[:4]] == [
+        "layer 3, expert 0: 0 tokens, 0.00 × the mean",
+        "layer 3, expert 1: 1 tokens, 0.67 × the mean",
+        "layer 3, expert 2: 2 tokens, 1.33 × the mean",
+        "layer 3, expert 3: 3 tokens, 2.00 × the mean",
+    ]
+    dark = [float(cell.get("fill-opacity", "")) for cell in cells[:4]]
+    assert dark == sorted(dark)
+    assert (dark[0], dark[3]) == (0.05, 1.0)
+    assert len([cell for cell in by_rank.iter("rect") if cell.find("title") is not None]) == 4
+    assert "The busiest rank computed 1.25 times the mean; experts dealt out in turn: 2.50." in text
+    assert "2 experts of single layers were never chosen" in text
+
+
+def test_a_heat_map_of_many_experts_is_bounded_and_shows_the_busiest() -> None:
+    text = render(report(experts=experts(130, 1000)), "")
+    assert len(text) < 800_000
+    (drawn,) = (f for f in figures(text) if (f.get("aria-label") or "").startswith("Load of each"))
+    cells = [cell.findtext("title") or "" for cell in drawn.iter("rect") if cell.find("title") is not None]
+    assert len(cells) <= 64 * 64
+    assert any("expert 999: 999 tokens, 2.00 × the mean" in cell for cell in cells)
+
+
+def test_a_dense_model_has_no_heat_map() -> None:
+    assert "Expert load" not in render(report(experts=None), "")
+
+
+def test_the_page_s_files_are_in_the_distribution() -> None:
+    """As setuptools finds them: the installed command has no source tree to read them from."""
+    root = Path(__file__).parents[2]
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["jobs.page"]
+    packaged = {path.name for pattern in patterns for path in (root / "jobs" / "page").glob(pattern)}
+    assert {path.name for path in (root / "jobs" / "page").iterdir() if path.suffix not in (".py", "")} == packaged

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -63,14 +64,21 @@ def measure_loads(decoder: Decoder, sequences: Iterable[Sequence[int]]) -> Exper
     return loads
 
 
-def listen_to(decoder: Decoder, sequences: Iterable[Sequence[int]], listener: ChoiceListener) -> None:
-    """Run token sequences through a decoder, and tell the listener what each layer's tokens choose in each step."""
+@contextmanager
+def listening(decoder: Decoder, listener: ChoiceListener) -> Iterator[None]:
+    """While it lasts, tell the listener what each layer's tokens choose in each step."""
     plain = decoder.dispatcher
     decoder.dispatcher = ListeningDispatcher(plain, listener)
     try:
-        run_sequences(decoder, sequences)
+        yield
     finally:
         decoder.dispatcher = plain
+
+
+def listen_to(decoder: Decoder, sequences: Iterable[Sequence[int]], listener: ChoiceListener) -> None:
+    """Run token sequences through a decoder, and tell the listener what each layer's tokens choose in each step."""
+    with listening(decoder, listener):
+        run_sequences(decoder, sequences)
 
 
 def run_sequences(decoder: Decoder, sequences: Iterable[Sequence[int]]) -> None:

@@ -57,11 +57,17 @@ class AllToAllDispatcher(Dispatcher):
     """
 
     def __init__(self, gang: Exchange, placement: Placement, topology: Topology) -> None:
+        self._gang = gang
+        self.topology = topology
+        self.place(placement)
+
+    def place(self, placement: Placement) -> None:
+        """From the next step on experts lie so, on all ranks; `traffic` counts from here on."""
+        gang = self._gang
         if placement.num_ranks != gang.num_ranks:
             raise ValueError(f"a placement over {placement.num_ranks} ranks for a gang of {gang.num_ranks}")
-        self._gang = gang
-        self._placement = placement
-        self._layers = {layer: _layer(placement, topology, layer, gang.rank) for layer in placement.layers}
+        self.placement = placement
+        self._layers = {layer: _layer(placement, self.topology, layer, gang.rank) for layer in placement.layers}
         self.traffic = Traffic(bytes_to=[0] * gang.num_ranks)
 
     def run(
@@ -82,7 +88,7 @@ class AllToAllDispatcher(Dispatcher):
         return combine(by_pair, weights)
 
     def work(self) -> ExpertWork:
-        traffic, placement, rank = self.traffic, self._placement, self._gang.rank
+        traffic, placement, rank = self.traffic, self.placement, self._gang.rank
         rows = {
             layer: by_expert(rows.numpy(), placement.held(layer, rank), placement.num_experts)
             for layer, rows in sorted(traffic.rows.copy().items())
