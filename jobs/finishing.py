@@ -14,6 +14,7 @@ from pipeline.index.build import build_index, index_is_current
 from pipeline.index.kinds import DEFAULT_MEMORY_BYTES
 from pipeline.index.manifest import Provenance
 from pipeline.tokenizer import load_tokenizer
+from workers.index_builders import builders_at_hand
 
 
 class Finisher:
@@ -32,7 +33,13 @@ class Finisher:
 
     def ensure_index(self) -> None:
         if not self.index_is_current():
-            build_index(self._store.folder, self._store.log.commits, **self._index_arguments())
+            build_index(
+                self._store.folder,
+                self._store.log.commits,
+                **self._index_arguments(),
+                builders=builders_at_hand(),
+                on_shard=self._tally.indexed,
+            )
 
     def audit(self) -> tuple[str, ...]:
         return tuple(audit(self._store.folder.root).problems)

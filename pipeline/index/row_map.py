@@ -123,6 +123,18 @@ class RowMap:
                 found[number] = Place(record["job"], record["row"], record["sample"], record["field"])
         return [found[number] for number in numbers.tolist()]
 
+    def table(self, vectors: npt.NDArray[np.int64]) -> pa.Table:
+        """The records of these vectors, in their order: SCHEMA."""
+        groups = vectors // GROUP_ROWS
+        order = np.argsort(groups, kind="stable")
+        taken = [SCHEMA.empty_table()]
+        for group in np.unique(groups).tolist():
+            offsets = vectors[order[groups[order] == group]] - group * GROUP_ROWS
+            taken.append(self._group(group).take(pa.array(offsets)).cast(SCHEMA))
+        back = np.empty(len(order), np.int64)
+        back[order] = np.arange(len(order))
+        return pa.concat_tables(taken).take(back).combine_chunks()
+
     def _group(self, number: int) -> pa.Table:
         if number not in self._groups:
             file = pq.ParquetFile(self._file, read_dictionary=["job", "field"])
