@@ -46,7 +46,8 @@ def throughput(runs: Sequence[Mapping[str, Any]]) -> Markup | None:
 
     None where no run lasted long enough to have a speed. What is pointed at says the rows a second too.
     """
-    parts = [run["series"] for run in runs if run["series"]["seconds"] and run["series"]["seconds"][-1] > 0]
+    every = [run["series"] for run in runs]
+    parts = [one for one in every if one["seconds"] and one["seconds"][-1] > one["seconds"][0]]
     if not parts:
         return None
     end = sum(series["seconds"][-1] for series in parts)

@@ -202,6 +202,13 @@ def test_a_run_that_had_no_rows_to_do_has_no_throughput() -> None:
     assert "Tokens a second over" not in render(report(runs=[idle]), "")
 
 
+def test_a_run_that_was_looked_at_once_has_no_speed_beside_others() -> None:
+    long, once = run(60), run(60)
+    once["series"] = {name: counts[-1:] for name, counts in once["series"].items()}
+    assert "Tokens a second over" not in render(report(runs=[once]), "")
+    assert "Tokens a second over" in render(report(runs=[long, once]), "")
+
+
 def test_a_job_without_rows_runs_index_or_errors_has_a_page_too() -> None:
     empty = histogram(Counter())
     page = render(
