@@ -28,7 +28,7 @@ def num_commits(out: Path) -> int:
     return len(list(out.glob("commits/*.json")))
 
 
-def wait_until(condition: Any, what: str, timeout_s: float = 60.0) -> float:
+def wait_until(condition: Any, what: str, timeout_s: float = 150.0) -> float:
     """How long it took."""
     began = time.monotonic()
     while not condition():
