@@ -39,7 +39,7 @@ class Finisher:
                 self._store.folder,
                 self._store.log.commits,
                 **self._index_arguments(),
-                builders=builders_at_hand(),
+                builders=builders_at_hand(self._store.job.spec.cluster.labels),
                 on_shard=self._tally.indexed,
             )
 
