@@ -78,11 +78,13 @@ class IndexManifest:
     jobs: tuple[IndexedJob, ...]
     metric: Literal["inner_product"] = "inner_product"
     center: Contents | None = None  # the mean that was taken out of the vectors; queries lose it too
+    deleted: Contents | None = None  # the numbers of vectors that are not to be found any more
+    version: int = 1  # one more with each change to what the index holds
 
     @property
     def files(self) -> tuple[Contents, ...]:
         """All that the index consists of beside index.json."""
-        return (self.rows, *((self.center,) if self.center is not None else ()), *self.shards)
+        return (self.rows, *(one for one in (self.center, self.deleted) if one is not None), *self.shards)
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **dataclasses.asdict(self)}
@@ -96,8 +98,8 @@ class IndexManifest:
         values["provenance"] = Provenance(**values["provenance"])
         values["shards"] = tuple(Contents(**shard) for shard in values["shards"])
         values["rows"] = Contents(**values["rows"])
-        center = values.get("center")
-        values["center"] = None if center is None else Contents(**center)
+        for name in ("center", "deleted"):
+            values[name] = None if values.get(name) is None else Contents(**values[name])
         values["jobs"] = tuple(IndexedJob(**job) for job in values["jobs"])
         return IndexManifest(**values)
 
