@@ -9,6 +9,7 @@ number of threads; HNSW is only with one, so that it is built with one.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ from pipeline.durable import replace_folder, seal, storage_errors, sync_folder, 
 from pipeline.errors import JobError, UserError
 from pipeline.index import faiss_files
 from pipeline.index.centering import CENTER_NAME, Centering
+from pipeline.index.effort import is_graph
 from pipeline.index.flat_file import FlatFile
 from pipeline.index.manifest import (
     MANIFEST_NAME,
@@ -32,6 +34,8 @@ from pipeline.index.manifest import (
     IndexedJob,
     IndexManifest,
     Provenance,
+    Recall,
+    Shard,
     parts_digest,
     read_manifest,
 )
@@ -41,6 +45,7 @@ from pipeline.job_folder import JobFolder
 
 Matrix = npt.NDArray[np.float32]
 
+DEFAULT_RECALL: Final = 0.95
 _SAMPLE_BYTES: Final = 256 << 20
 
 
@@ -53,6 +58,7 @@ def build_index(
     kind: str = faiss_files.FLAT,
     shards: int = 1,
     memory_bytes: int | None = None,
+    recall: float = DEFAULT_RECALL,
     threads: int | None = None,
     center: bool = False,
 ) -> IndexManifest:
@@ -81,7 +87,7 @@ def build_index(
             centering = _centering(folder, commits, dimension) if center else None
             _train(template, folder, commits, kind, source.num_vectors, centering)
             draft.mkdir()
-            contents: list[Contents] = []
+            contents: list[Shard] = []
             with RowMapWriter.open(draft / ROWS_NAME, job=job) as rows:
                 stream = _Stream(committed_vectors(folder, commits), rows, centering)
                 first = 0
@@ -101,6 +107,7 @@ def build_index(
                 shards=tuple(contents),
                 rows=rows.contents(),
                 jobs=(source,),
+                recall=Recall(target=recall, reached=1.0 if kind == faiss_files.FLAT else None, num_queries=0),
                 center=None
                 if centering is None
                 else centering.write(draft / CENTER_NAME, num_vectors=source.num_vectors),
@@ -123,6 +130,7 @@ def index_is_current(
     kind: str,
     shards: int,
     memory_bytes: int | None = None,
+    recall: float = DEFAULT_RECALL,
     center: bool = False,
 ) -> bool:
     """Whether `build_index` with these arguments would build what is there. Of the files it looks at the sizes only.
@@ -145,6 +153,7 @@ def index_is_current(
         manifest.kind == wanted
         and len(manifest.shards) == len(_shares(source.num_vectors, shards))
         and manifest.provenance == provenance
+        and manifest.recall.target == recall
         and (manifest.center is not None) == center
         and all(_has_size(folder.index, contents) for contents in manifest.files)
     )
@@ -219,21 +228,21 @@ def _train(
     faiss_files.train(index, vectors if centering is None else centering.apply(vectors), kind)
 
 
-def _write_flat(path: Path, matrices: Iterator[Matrix], dimension: int, first: int, count: int) -> Contents:
+def _write_flat(path: Path, matrices: Iterator[Matrix], dimension: int, first: int, count: int) -> Shard:
     with FlatFile(path, dimension=dimension, first_vector=first, num_vectors=count) as file:
         for matrix in matrices:
             file.add(matrix)
-    return file.contents()
+    return Shard(**dataclasses.asdict(file.contents()), recall=1.0)
 
 
-def _write_shard(path: Path, matrices: Iterator[Matrix], template: Any, first: int) -> Contents:
+def _write_shard(path: Path, matrices: Iterator[Matrix], template: Any, first: int) -> Shard:
     index = faiss_files.with_numbers(faiss.clone_index(template), first)
     number = first
-    with faiss_files.faiss_threads(1 if faiss_files.is_graph(template) else None):
+    with faiss_files.faiss_threads(1 if is_graph(template) else None):
         for matrix in matrices:
             faiss_files.add_numbered(index, matrix, number)
             number += len(matrix)
-    return faiss_files.write_index(index, path, first_vector=first)
+    return Shard(**dataclasses.asdict(faiss_files.write_index(index, path, first_vector=first)))
 
 
 def _has_size(folder: Path, contents: Contents) -> bool:

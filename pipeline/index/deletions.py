@@ -29,9 +29,8 @@ def write_deleted(path: Path, numbers: Numbers) -> Contents:
     """`numbers`: ascending, each once. `path` must not exist; it is flushed."""
     with HashedFile(path) as file:
         table = pa.table([pa.array(numbers)], schema=SCHEMA)
-        pq.write_table(
-            table, file.sink, compression="zstd", use_dictionary=False, column_encoding={"vector": "DELTA_BINARY_PACKED"}
-        )
+        encoding = {"vector": "DELTA_BINARY_PACKED"}
+        pq.write_table(table, file.sink, compression="zstd", use_dictionary=False, column_encoding=encoding)
     return Contents(
         file=path.name,
         sha256=file.sha256,

@@ -18,7 +18,6 @@ from pipeline.index.kinds import AUTO, DEFAULT_MEMORY_BYTES, choose_kind
 from pipeline.index.manifest import Contents
 
 FLAT: Final = "Flat"
-_EF_SEARCH: Final = 64  # of HNSW: FAISS's own default, 16, misses many neighbours
 _LIMIT_SLACK_BYTES: Final = 1 << 20
 
 
@@ -45,27 +44,11 @@ def settled_kind(kind: str, *, num_vectors: int, dimension: int, memory_bytes: i
 def make_index(kind: str, dimension: int) -> Any:
     """An empty inner-product index. UserError where FAISS doesn't know the factory string or can't have it so wide."""
     try:
-        index = faiss.index_factory(dimension, kind, faiss.METRIC_INNER_PRODUCT)
+        return faiss.index_factory(dimension, kind, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise UserError(
             f"index.kind {kind!r} is no FAISS factory string for {dimension} dimensions: {_reason(error)}"
         ) from error
-    graph = _graph_of(index)
-    if graph is not None:
-        graph.hnsw.efSearch = _EF_SEARCH
-    return index
-
-
-def is_graph(index: Any) -> bool:
-    """Whether vectors become nodes of a graph, whose edges depend on the order in which they are added."""
-    return _graph_of(index) is not None
-
-
-def _graph_of(index: Any) -> Any:
-    inner: Any = faiss.downcast_index(index)
-    while isinstance(inner, faiss.IndexPreTransform):
-        inner = faiss.downcast_index(inner.index)
-    return inner if isinstance(inner, faiss.IndexHNSW) else None
 
 
 def num_training_vectors(index: Any, limit: int) -> int:
@@ -83,9 +66,6 @@ def train(index: Any, sample: npt.NDArray[np.float32], kind: str) -> None:
         index.train(sample)
     except RuntimeError as error:
         raise UserError(f"index.kind {kind!r} can't be trained on {len(sample)} vectors: {_reason(error)}") from error
-    ivf = faiss.try_extract_index_ivf(index)
-    if ivf is not None:
-        ivf.nprobe = min(ivf.nlist, 16 + ivf.nlist // 16)  # FAISS's own default, 1, misses most neighbours
 
 
 def with_numbers(index: Any, first_vector: int) -> Any:

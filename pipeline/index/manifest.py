@@ -15,7 +15,7 @@ from pipeline.errors import JobError, UserError
 
 MANIFEST_NAME: Final = "index.json"
 ROWS_NAME: Final = "rows.parquet"
-FORMAT: Final = 1
+FORMAT: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +57,41 @@ class Contents:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Shard(Contents):
+    """A shard's file, and how hard it is to be searched to find what `recall` says."""
+
+    effort: int | None = None  # nprobe or efSearch; None where the kind has neither
+    recall: float | None = None  # of its own vectors, as `Recall` has it; None where nothing could be measured
+    trials: tuple[Trial, ...] = ()  # what was tried, the least effort first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """The recall that searching a shard with this effort gave."""
+
+    effort: int | None
+    recall: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recall:
+    """The share of the `k` nearest vectors that the whole index finds of those that an exact search finds."""
+
+    target: float
+    reached: float | None  # None where there was nothing to measure with
+    num_queries: int  # vectors of the corpus that were not trained on; 0 where the kind is exact, which needs none
+    k: int = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MissedKind:
+    """A kind of `auto` that was built, missed the target and was given up for this one."""
+
+    kind: str
+    reached: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IndexedJob:
     """The committed parts of one job that are in the index, in the order of rows."""
 
@@ -73,9 +108,11 @@ class IndexManifest:
     dimension: int
     num_vectors: int
     provenance: Provenance
-    shards: tuple[Contents, ...]
+    shards: tuple[Shard, ...]
     rows: Contents
     jobs: tuple[IndexedJob, ...]
+    recall: Recall
+    missed: tuple[MissedKind, ...] = ()
     metric: Literal["inner_product"] = "inner_product"
     center: Contents | None = None  # the mean that was taken out of the vectors; queries lose it too
     deleted: Contents | None = None  # the numbers of vectors that are not to be found any more
@@ -94,13 +131,15 @@ class IndexManifest:
         """TypeError or KeyError if it is not the document of a manifest of this format."""
         values = dict(document)
         if values.pop("format") != FORMAT:
-            raise TypeError(f"format {document['format']}, this version of gristmill reads {FORMAT}")
+            raise TypeError(f"it is of format {document['format']}, not {FORMAT}")
         values["provenance"] = Provenance(**values["provenance"])
-        values["shards"] = tuple(Contents(**shard) for shard in values["shards"])
+        values["shards"] = tuple(_shard(shard) for shard in values["shards"])
         values["rows"] = Contents(**values["rows"])
         for name in ("center", "deleted"):
             values[name] = None if values.get(name) is None else Contents(**values[name])
         values["jobs"] = tuple(IndexedJob(**job) for job in values["jobs"])
+        values["recall"] = Recall(**values["recall"])
+        values["missed"] = tuple(MissedKind(**missed) for missed in values["missed"])
         return IndexManifest(**values)
 
     def refuse_other_embedding(self, query: Provenance) -> None:
@@ -122,7 +161,14 @@ def read_manifest(folder: Path) -> IndexManifest:
     try:
         return IndexManifest.from_json(document)
     except (TypeError, KeyError) as error:
-        raise JobError(f"{path} is not an index that this version of gristmill reads: {error}") from error
+        raise JobError(
+            f"{path} is not an index that this version of gristmill reads: {error}; "
+            "`gristmill run` builds it anew from the parts"
+        ) from error
+
+
+def _shard(document: Mapping[str, Any]) -> Shard:
+    return Shard(**{**document, "trials": tuple(Trial(**trial) for trial in document["trials"])})
 
 
 def parts_digest(commits: Mapping[int, Commit]) -> str:

@@ -23,9 +23,10 @@ from pipeline.errors import JobError, UserError
 from pipeline.index import faiss_files
 from pipeline.index.centering import Centering
 from pipeline.index.deletions import read_deleted
-from pipeline.index.manifest import Contents, IndexManifest, read_manifest
+from pipeline.index.effort import search_parameters
+from pipeline.index.manifest import IndexManifest, Shard, read_manifest
 from pipeline.index.row_map import Place, RowMap
-from pipeline.index.selection import Mask, allowed_mask, search_allowed, selector, unnumbered
+from pipeline.index.selection import Mask, allowed_mask, keeping_to, search_allowed, unnumbered
 
 Matrix = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float64]
@@ -47,9 +48,9 @@ class Hit:
 
 
 class IndexShard:
-    """One shard's vectors, ready to be searched. May be used by several threads at once."""
+    """One shard's vectors, ready to be searched with its own effort. May be used by several threads at once."""
 
-    def __init__(self, index: Any, contents: Contents, *, kind: str, deleted: Numbers | None = None) -> None:
+    def __init__(self, index: Any, contents: Shard, *, kind: str, deleted: Numbers | None = None) -> None:
         """`deleted`: vector numbers of the index that are never found, ascending."""
         self._index = index
         self._contents = contents
@@ -80,6 +81,10 @@ class IndexShard:
         """With the deleted ones."""
         return self._contents.num_vectors
 
+    def share_of(self, allowed: Mask | None) -> Mask | None:
+        """This shard's share of a mask over all vectors of the index."""
+        return None if allowed is None else allowed[self.first_vector : self.first_vector + self.num_vectors]
+
     def search(self, queries: Matrix, k: int, allowed: Mask | None = None) -> tuple[Scores, Numbers]:
         """Scores and vector numbers [q, min(k, n)], best first; number -1 where fewer can be found.
 
@@ -96,15 +101,18 @@ class IndexShard:
             ]
             return np.concatenate([scores for scores, _ in found]), np.concatenate([numbers for _, numbers in found])
         if allowed is not None:
-            return best([search_allowed(self._index, queries, k, allowed, first_vector=self.first_vector)], k)
-        scores, numbers = self._index.search(queries, k)
+            effort = self._contents.effort
+            return best(
+                [search_allowed(self._index, queries, k, allowed, first_vector=self.first_vector, effort=effort)], k
+            )
+        scores, numbers = self._index.search(queries, k, params=search_parameters(self._index, self._contents.effort))
         return best([(scores.astype(np.float64), numbers)], k)
 
     def _search_flat(self, matrix: Matrix, queries: Matrix, k: int, allowed: Mask | None) -> tuple[Scores, Numbers]:
         share = 1.0 if allowed is None else np.count_nonzero(allowed) / len(allowed)
-        # FAISS compares many queries at once only where it needn't skip vectors: if most are allowed, all are looked at.
+        # FAISS is fast at many queries only where it skips nothing: if most are allowed, it is to look at all.
         skips = share < _SKIPPING_SHARE
-        only = faiss.SearchParameters(sel=selector(allowed)) if allowed is not None and skips else None
+        only = keeping_to(allowed) if allowed is not None and skips else None
         num_candidates = min(k + _EXTRA_CANDIDATES, len(matrix))
         if not skips:
             num_candidates = min(int(k / share) + _EXTRA_CANDIDATES, len(matrix))
@@ -167,7 +175,9 @@ class VectorIndex:
         queries = prepare_queries(vectors, self.manifest, self.centering)
         with faiss_files.faiss_threads(threads):
             found = [
-                shard.search(queries, k, None if allowed is None else allowed[shard.first_vector :][: shard.num_vectors])
+                shard.search(
+                    queries, k, None if allowed is None else allowed[shard.first_vector :][: shard.num_vectors]
+                )
                 for shard in self.shards
             ]
             scores, numbers = best(found, k)

@@ -24,6 +24,7 @@ Mask = npt.NDArray[np.bool_]
 # Below this share of allowed vectors a graph's walk mostly meets forbidden ones, and a scan is as fast and exact.
 _LEAST_SHARE: Final = 0.25
 _BLOCK_BYTES: Final = 16 << 20
+_faiss: Final[Any] = faiss  # its type stubs know no constructor of parameters that takes any
 
 
 def allowed_mask(allowed: Mask | None, deleted: Numbers | None, first_vector: int, num_vectors: int) -> Mask | None:
@@ -45,7 +46,12 @@ def selector(allowed: Mask, offset: int = 0) -> Any:
     """FAISS's form of `allowed`, whose first vector FAISS knows by the id `offset`."""
     if offset:
         allowed = np.concatenate([np.zeros(offset, np.bool_), allowed])
-    return faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+    return _faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+
+
+def keeping_to(allowed: Mask) -> Any:
+    """Parameters of the search of a Flat index that has its vectors at their places."""
+    return _faiss.SearchParameters(sel=selector(allowed))
 
 
 def unnumbered(index: Any, first_vector: int) -> tuple[Any, int]:
@@ -60,8 +66,13 @@ def unnumbered(index: Any, first_vector: int) -> tuple[Any, int]:
     return inner, first_vector
 
 
-def search_allowed(index: Any, queries: Matrix, k: int, allowed: Mask, *, first_vector: int) -> tuple[Scores, Numbers]:
-    """Scores and vector numbers [q, min(k, number allowed)] of a shard of an approximate kind, best first."""
+def search_allowed(
+    index: Any, queries: Matrix, k: int, allowed: Mask, *, first_vector: int, effort: int | None
+) -> tuple[Scores, Numbers]:
+    """Scores and vector numbers [q, min(k, number allowed)] of a shard of an approximate kind, best first.
+
+    `effort` is what the shard takes where all are allowed (see `effort`).
+    """
     inner, first_id = unnumbered(index, first_vector)
     places = np.flatnonzero(allowed)
     k = min(k, len(places))
@@ -71,7 +82,7 @@ def search_allowed(index: Any, queries: Matrix, k: int, allowed: Mask, *, first_
     scores = np.full((len(queries), k), -np.inf, np.float32)
     ids = np.full((len(queries), k), -1, np.int64)
     share = len(places) / len(allowed)
-    parameters = _parameters(inner, only, 1 / share) if share >= _LEAST_SHARE else None
+    parameters = _parameters(inner, only, effort, 1 / share) if share >= _LEAST_SHARE else None
     if parameters is not None:
         scores, ids = inner.search(queries, k, params=parameters)
     short = (ids < 0).any(axis=1)
@@ -80,46 +91,48 @@ def search_allowed(index: Any, queries: Matrix, k: int, allowed: Mask, *, first_
     return scores.astype(np.float64), np.where(ids < 0, -1, ids - first_id + first_vector)
 
 
-def _parameters(index: Any, only: Any, widening: float) -> Any | None:
+def _parameters(index: Any, only: Any, effort: int | None, widening: float) -> Any | None:
     """What makes FAISS's search keep to `only`, `widening` times as wide; None for kinds that can't be told."""
-    index = faiss.downcast_index(index)
-    match index:
+    inner: Any = faiss.downcast_index(index)
+    match inner:
         case faiss.IndexPreTransform():
-            inner = _parameters(index.index, only, widening)
-            return None if inner is None else faiss.SearchParametersPreTransform(index_params=inner)
+            below = _parameters(inner.index, only, effort, widening)
+            return None if below is None else _faiss.SearchParametersPreTransform(index_params=below)
         case faiss.IndexRefine():
-            inner = _parameters(index.base_index, only, widening)
-            if inner is None:
+            base = _parameters(inner.base_index, only, effort, widening)
+            if base is None:
                 return None
-            return faiss.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=inner)
+            return _faiss.IndexRefineSearchParameters(k_factor=inner.k_factor, base_index_params=base)
         case faiss.IndexIVF():
-            num_lists = min(math.ceil(index.nprobe * widening), index.nlist)
-            return faiss.SearchParametersIVF(sel=only, nprobe=num_lists)
+            num_lists = math.ceil((effort or inner.nprobe) * widening)
+            return _faiss.SearchParametersIVF(sel=only, nprobe=min(num_lists, inner.nlist))
         case faiss.IndexHNSW():
-            return faiss.SearchParametersHNSW(sel=only, efSearch=math.ceil(index.hnsw.efSearch * widening))
+            width = math.ceil((effort or inner.hnsw.efSearch) * widening)
+            return _faiss.SearchParametersHNSW(sel=only, efSearch=width)
         case faiss.IndexFlat() | faiss.IndexScalarQuantizer():
-            return faiss.SearchParameters(sel=only)
+            return _faiss.SearchParameters(sel=only)
         case _:
             return None
 
 
 def _scan(index: Any, queries: Matrix, k: int, only: Any, places: Numbers, first_id: int) -> tuple[Matrix, Numbers]:
     """The k best [q, k] of all vectors at `places`, by the scores that the index would give them."""
-    index = faiss.downcast_index(index)
-    match index:
+    inner: Any = faiss.downcast_index(index)
+    match inner:
         case faiss.IndexPreTransform():
-            for number in range(index.chain.size()):
-                queries = faiss.downcast_VectorTransform(index.chain.at(number)).apply(queries)
-            return _scan(index.index, queries, k, only, places, first_id)
+            chain: Any = inner.chain
+            for number in range(chain.size()):
+                queries = faiss.downcast_VectorTransform(chain.at(number)).apply(queries)
+            return _scan(inner.index, queries, k, only, places, first_id)
         case faiss.IndexRefine():
-            return _scan(index.refine_index, queries, k, only, places, first_id)
+            return _scan(inner.refine_index, queries, k, only, places, first_id)
         case faiss.IndexIVF():
-            parameters = faiss.SearchParametersIVF(sel=only, nprobe=index.nlist)
+            parameters = _faiss.SearchParametersIVF(sel=only, nprobe=inner.nlist)
         case faiss.IndexFlat() | faiss.IndexScalarQuantizer():
-            parameters = faiss.SearchParameters(sel=only)
+            parameters = _faiss.SearchParameters(sel=only)
         case _:
-            return _scan_decoded(index, queries, k, places)
-    scores, ids = index.search(queries, k, params=parameters)
+            return _scan_decoded(inner, queries, k, places)
+    scores, ids = inner.search(queries, k, params=parameters)
     return scores, ids
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from pipeline import durable
 from pipeline.commits import CommitLog
-from pipeline.durable import file_sha256
+from pipeline.durable import file_sha256, read_sealed, seal
 from pipeline.errors import JobError, UserError
 from pipeline.index import row_map
 from pipeline.index.build import build_index, index_is_current
@@ -229,6 +229,25 @@ def test_whether_the_index_is_current_depends_on_all_that_made_it(committed: Com
     assert not index_is_current(folder, {0: log.commits[0]}, **made)
     os.truncate(folder.index / "shard-001.faiss", 10)
     assert not index_is_current(folder, log.commits, **made)
+
+
+def test_an_index_of_an_older_format_is_built_anew(committed: Committed, provenance: Provenance) -> None:
+    folder, log = committed(unit(9))
+    made: dict[str, Any] = {"job": "mine", "provenance": provenance, "kind": "auto", "shards": 1}
+    build_index(folder, log.commits, **made)
+    path = folder.index / "index.json"
+    document = read_sealed(path)
+    path.write_bytes(seal({**document, "format": 1}))
+    with pytest.raises(JobError, match="format 1, not 2; `gristmill run` builds it anew from the parts"):
+        read_manifest(folder.index)
+    assert not index_is_current(folder, log.commits, **made)
+
+
+def test_index_json_is_read_back_as_it_was_written(committed: Committed, provenance: Provenance) -> None:
+    folder, log = committed(unit(40))
+    for kind in ("Flat", "IVF2,Flat"):
+        manifest = build_index(folder, log.commits, job="mine", provenance=provenance, kind=kind, shards=2)
+        assert read_manifest(folder.index) == manifest
 
 
 def test_an_index_made_another_way_refuses_the_query(committed: Committed, provenance: Provenance) -> None:

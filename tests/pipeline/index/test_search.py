@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pipeline.commits import CommitLog
 from pipeline.errors import JobError, UserError
 from pipeline.index.build import build_index
-from pipeline.index.manifest import Contents, Provenance
+from pipeline.index.manifest import Provenance, Shard
 from pipeline.index.search import IndexShard, VectorIndex, best, prepare_queries, search_index
 from pipeline.job_folder import JobFolder
 
@@ -73,7 +73,7 @@ def flat_shard(vectors: npt.NDArray[np.float32], first: int) -> IndexShard:
         index.add_with_ids(vectors, np.arange(first, first + len(vectors)))
     else:
         index.add(vectors)
-    contents = Contents(file="", sha256="", size_bytes=0, first_vector=first, num_vectors=len(vectors))
+    contents = Shard(file="", sha256="", size_bytes=0, first_vector=first, num_vectors=len(vectors))
     return IndexShard(index, contents, kind="Flat")
 
 
