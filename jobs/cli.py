@@ -9,16 +9,26 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TextIO
 
 import typer
 
+from jobs.cluster_commands import (
+    INTERRUPTED,
+    Address,
+    AsJson,
+    Target,
+    cancel,
+    is_submission_id,
+    logs,
+    submit,
+    submitted_status,
+)
 from jobs.terminal import reserved_stdout, say, write_json
 from pipeline.errors import JobError, UserError
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     help="Batch generation, embedding and similarity search with decoder language models, on a Ray cluster.",
@@ -32,7 +42,6 @@ app.add_typer(tokenizer_app, name="tokenizer")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
 JobDirectory = Annotated[Path, typer.Argument(metavar="OUT", help="A job directory.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 
 @app.command()
@@ -64,12 +73,21 @@ def run(
 
 
 @app.command()
-def status(context: typer.Context, out: JobDirectory, as_json: AsJson = False) -> None:
-    """A job directory's progress."""
+def status(context: typer.Context, out: Target, address: Address = None, as_json: AsJson = False) -> None:
+    """A job's progress: from its directory, or of a submitted job from the cluster."""
     from jobs.status import describe_status, job_status
 
-    found = job_status(out)
-    context.obj.answer(found, describe_status(found))
+    if address is None and not is_submission_id(out):
+        if "/" not in out and not Path(out).exists():
+            raise UserError(f"{out}: no such job directory; for a submitted job, name its cluster with --address URL")
+        found = job_status(Path(out))
+        context.obj.answer(found, describe_status(found))
+    else:
+        context.obj.answer(*submitted_status(out, address))
+
+
+for submitting in (submit, logs, cancel):
+    app.command()(submitting)
 
 
 @app.command()
@@ -86,7 +104,12 @@ def verify(context: typer.Context, out: JobDirectory, as_json: AsJson = False) -
 @app.command()
 def query(
     context: typer.Context,
-    out: JobDirectory,
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="A job directory; with --address also the name it is served as.", show_default=False
+        ),
+    ],
     text: Annotated[
         list[str] | None, typer.Argument(metavar="TEXT", help="What to look for.", show_default=False)
     ] = None,
@@ -94,15 +117,92 @@ def query(
     vector: Annotated[
         Path | None, typer.Option(metavar="FILE.npy", help="Vectors to look for instead: [d] or [n, d].")
     ] = None,
+    file: Annotated[
+        str | None, typer.Option("--file", metavar="FILE", help="Texts to look for instead: a row each, of any format.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(metavar="C", help="The column of --file that holds them.")] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Ask the index that serve-index serves on this Ray.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """The nearest rows by cosine similarity, best first."""
-    from jobs.query import describe_results, query_texts, query_vectors
+    from jobs.query import describe_results, query_texts, query_vectors, read_vectors
+    from jobs.query_file import read_queries
 
-    if bool(text) == (vector is not None):
-        raise UserError("query: give either a TEXT or --vector FILE.npy")
-    results = query_vectors(out, vector, k) if vector is not None else query_texts(out, text or [], k)
+    if bool(text) + (vector is not None) + (file is not None) != 1:
+        raise UserError("query: give either a TEXT, --file FILE or --vector FILE.npy")
+    if column is not None and file is None:
+        raise UserError(f"query: --column {column} names a column of --file FILE, which is not given")
+    texts = read_queries(file, column) if file is not None else text or []
+    if address is not None:
+        from jobs.served import connect
+
+        with connect(out, address) as served:
+            if vector is None:
+                results = served.search(texts, k)
+            else:
+                names, vectors = read_vectors(vector)
+                results = served.search_vectors(vectors, k, names=names)
+    else:
+        results = query_texts(out, texts, k) if vector is None else query_vectors(out, vector, k)
     context.obj.answer({"results": [result.to_json() for result in results]}, describe_results(results))
+
+
+@app.command("serve-index")
+def serve_index(
+    context: typer.Context,
+    out: JobDirectory,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="The Ray to serve it on; else RAY_ADDRESS, else its own."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What clients may call it; else its directory.")
+    ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where queries are embedded; else as the job says.")
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Keep an index and its model loaded, for `query --address` and the Python client, until Ctrl-C."""
+    from jobs.served import serving
+
+    try:
+        with serving(out, address=address, name=name, device=device) as about:
+            words = (
+                f"serving {about['output']}: {about['vectors']:,} vectors, {about['kind']}, shards: {about['shards']}, "
+                f"model {about['model']}\nask with: gristmill query {shlex.quote(name or str(out))} TEXT "
+                f"--address {about['address']}"
+            )
+            context.obj.answer(about, words)
+            sys.stdout.flush()
+            while True:
+                time.sleep(3600)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != signal.SIGTERM:  # as Ray answers SIGTERM while it starts
+            raise
+        say(f"stopped serving {out}")
+    return 0
+
+
+@app.command()
+def export(
+    context: typer.Context,
+    out: JobDirectory,
+    atlas: Annotated[bool, typer.Option("--atlas", help="As embedding-atlas reads it.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.parquet", help="Instead of OUT/atlas.parquet.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A job's texts and vectors for other programs: with --atlas, Parquet to look at with embedding-atlas."""
+    from jobs.atlas import export_atlas
+
+    if not atlas:
+        raise UserError("export: say as what: --atlas")
+    done = export_atlas(out, output)
+    context.obj.answer(done.to_json(), done.describe())
 
 
 @app.command()
@@ -134,11 +234,15 @@ def embed(
 def generate(
     model: Annotated[str, typer.Option(metavar="M", help="The model.", show_default=False)],
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to ask it.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the answer, at most.")] = 64,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "int8"], typer.Option(help="Of the weights, as cluster.dtype.")
+    ] = "auto",
 ) -> None:
     """Answer one prompt, to try a model. Runs here, without Ray."""
     from jobs.trial import answer_prompt
 
-    print(answer_prompt(model, prompt))
+    print(answer_prompt(model, prompt, max_new_tokens=max_new_tokens, dtype=dtype))
 
 
 @app.command()
@@ -209,15 +313,20 @@ class Answers:
 def _run(spec: Any, answers: Answers, *, limit: int | None = None, retry_errors: bool = False) -> int:
     from jobs.client import run as run_job
     from jobs.report import describe_report
+    from jobs.submission import current_submission, own_version
     from jobs.terminal import ProgressDisplay
 
+    submission = current_submission()
+    if submission is not None and submission.version not in (None, own_version()):
+        say(f"gristmill: submitted by version {submission.version}, and the cluster has {own_version()}")
     try:
         with ProgressDisplay() as display:
             result = run_job(spec, limit=limit, retry_errors=retry_errors, on_progress=display)
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and stop.code != signal.SIGTERM:  # as Ray answers SIGTERM while it starts
             raise
-        return answers.refuse(f"stopped; what is done is kept. To go on: {answers.command_line}", INTERRUPTED)
+        again = answers.command_line if submission is None else submission.command or "submit the job again"
+        return answers.refuse(f"stopped; what is done is kept. To go on: {again}", INTERRUPTED)
     answers.answer(result.report, describe_report(result.report, Path(spec.output.path)))
     return 0
 

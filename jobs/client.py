@@ -16,10 +16,12 @@ import pyarrow.dataset as ds
 from jobs.controller import Controller
 from jobs.finishing import Finisher
 from jobs.fleet import Fleet
+from jobs.history import RunRecords
 from jobs.spec import JobSpec, JsonObject
 from jobs.specfile import load_spec, parse_spec
 from jobs.state import JobState
 from jobs.store import JobStore, open_store
+from jobs.submission import note_submission
 from jobs.tally import OnProgress, Tally
 from jobs.worker_settings import worker_settings
 from pipeline.errors import JobError, UserError
@@ -30,6 +32,7 @@ from workers.settings import DEFAULT_ENGINE, EngineSettings
 
 if TYPE_CHECKING:
     from jobs.query import QueryResult
+    from jobs.served import ServedIndex
 
 
 class JobInterrupted(KeyboardInterrupt):
@@ -54,6 +57,17 @@ class JobResult:
         return query_texts(self.out, texts, k)
 
 
+def connect(index: str | Path, address: str | None = None) -> ServedIndex:
+    """A client of an index that `gristmill serve-index` serves: `with connect(...) as index: index.search(texts, k)`.
+
+    `index` is the job directory or the name that it is served as; `address` is the Ray's, else RAY_ADDRESS or the Ray
+    that is connected. UserError where it is not served there.
+    """
+    from jobs import served
+
+    return served.connect(index, address)
+
+
 def run(
     job: JobSpec | Mapping[str, Any] | str | Path,
     *,
@@ -75,6 +89,7 @@ def run(
     else:
         spec = parse_spec(job) if isinstance(job, Mapping) else load_spec(job)
     with open_store(spec) as store, run_log(store.folder.root, "controller"):
+        note_submission(store.folder)
         return _run(store, limit, retry_errors, on_progress, engine_factory)
 
 
@@ -96,12 +111,19 @@ def _run(
         )
 
     state = new_state(1, 1)
-    tally = Tally(rows_total=state.total_rows, committed=committed, retry_errors=retry_errors, on_progress=on_progress)
+    tally = Tally(
+        rows_total=state.total_rows,
+        committed=committed,
+        retry_errors=retry_errors,
+        on_progress=on_progress,
+        keep=RunRecords(store.folder).keep,
+    )
     finisher = Finisher(store, tally)
     report = store.report()
     if not state.num_open and report is not None and finisher.index_is_current():
         return JobResult(out=store.folder.root, report=report)
-    settings = worker_settings(store, engine_factory)
+    rows_to_do = state.total_rows - sum(split.rows for split in committed.values())
+    settings = worker_settings(store, engine_factory, rows_to_do=rows_to_do)
     with Fleet(settings, spec.cluster) as fleet:
         layout = fleet.lay_out(partial(_forecast, settings.engine) if engine_factory == DEFAULT_ENGINE else None)
         tally.lay_out(layout)

@@ -37,9 +37,8 @@ class Finisher:
         return tuple(audit(self._store.folder.root).problems)
 
     def report(self) -> None:
-        self.written_report = write_report(
-            self._store.folder.root, self._tally.history, self._tally.started_at, facts=self._tally.facts()
-        )
+        self._tally.keep()
+        self.written_report = write_report(self._store.folder.root, gangs=self._tally.experts.gangs)
 
     def _index_arguments(self) -> dict[str, Any]:
         spec = self._store.job.spec

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jobs.events import Lease, ReplicaDied, ShardId
 from jobs.layout import Layout, Machine, choose_layout
-from jobs.placements import ExpertLayers, place_experts
+from jobs.placements import ExpertLayers, gang_name, place_experts, record_calibration
 from jobs.ray_session import cluster_machines, is_joined, ray_session, wait_for
 from jobs.spec import ClusterSpec
 from pipeline.commits import Commit
@@ -21,7 +21,7 @@ from pipeline.source import Split
 from workers import devices
 from workers.assignment import Assignment, Base, ShardReport
 from workers.forecast import Forecast
-from workers.parallel.placement import Placement
+from workers.parallel.seat import Seating
 from workers.replica import Replica, ReplicaLost, Resources
 from workers.settings import ShardSettings
 
@@ -40,6 +40,7 @@ class Fleet:
 
     def __init__(self, settings: ShardSettings, cluster: ClusterSpec) -> None:
         self._settings = settings
+        self._folder = JobFolder(Path(settings.out))
         self._cluster = cluster
         self._session = ExitStack()
         self._joins = is_joined(cluster.address)
@@ -78,7 +79,7 @@ class Fleet:
         # A Ray of our own is told that this machine has its CPUs, or more where the job insists on more threads.
         self._connect(num_cpus=max(devices.num_cpus(), layout.num_shards * layout.threads))
         engine = replace(self._settings.engine, threads=layout.threads, device=layout.device, sharers=layout.sharers)
-        name = f"worker-{replica}.{generation}"
+        name = gang_name(replica, generation)
         self._replicas[replica] = (
             generation,
             Replica(
@@ -95,11 +96,18 @@ class Fleet:
             self._session.enter_context(ray_session(self._cluster.address, num_cpus=num_cpus))
             self._connected = True
 
-    def _place(self, gang: str, nodes: tuple[str, ...]) -> Placement:
+    def _place(self, gang: str, nodes: tuple[str, ...]) -> Seating:
         """Where a gang on these nodes holds its experts."""
         if self._experts is None:
             self._experts = ExpertLayers.of(Path(self._settings.engine.model_path))
-        return place_experts(JobFolder(Path(self._settings.out)), self._experts, nodes, gang=gang)
+        return place_experts(
+            self._folder,
+            self._experts,
+            nodes,
+            gang=gang,
+            spare_slots=self._layout.spare_experts if self._layout is not None else 0,
+            calibrates=self._settings.calibration is not None,
+        )
 
     def grant(self, shard: ShardId, assignments: list[Assignment]) -> None:
         if replica := self._current(shard):
@@ -133,6 +141,8 @@ class Fleet:
                     heard.append(self._lose(number, str(lost)))
                     continue
                 heard.append(Heard(ShardId(number, generation, rank), report))
+                if report.calibrated is not None:
+                    record_calibration(self._folder, replica.nodes, report.calibrated, gang=replica.name)
                 if report.failure is not None and report.failure.kind == "crash":
                     heard.append(self._lose(number, replica.cause(report.failure.message)))
         for number, (_, replica) in list(self._replicas.items()):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from jobs.spare import spare_experts
 from jobs.spec import ClusterSpec
 from pipeline.errors import UserError
 from workers.forecast import Forecast
@@ -29,7 +30,7 @@ class Machine:
 class Layout:
     """`threads` are each shard's; `memory_bytes` is set aside for each, where its machine can't hold several.
 
-    `sharers`: so many shards may share a machine.
+    `sharers`: so many shards may share a machine. `spare_experts`: so many more of a layer than the least on each rank.
     """
 
     replicas: int
@@ -39,6 +40,8 @@ class Layout:
     sharers: int = 1
     memory_bytes: int = 0
     why: str
+    spare_experts: int = 0
+    why_spare: str = ""
 
     @property
     def num_shards(self) -> int:
@@ -70,6 +73,7 @@ def choose_layout(
         share=GPU_SHARE if on_gpus else HOST_SHARE,
     )
     device, memory_bytes = "cuda" if on_gpus else "cpu", 0
+    least_bytes = min((machine.memory_bytes for machine in machines), default=0)
     if cluster.expert_parallel != "auto":
         ranks, why = cluster.expert_parallel, "as the job asks"
     elif places.count == 1:
@@ -79,7 +83,7 @@ def choose_layout(
         if forecast is None or not forecast.num_experts:
             ranks, why = 1, "the model has no experts to spread"
         else:
-            room = gpu_bytes() if on_gpus else min(machine.memory_bytes for machine in machines)
+            room = gpu_bytes() if on_gpus else least_bytes
             most = places.count if cluster.replicas == "auto" else max(1, places.count // cluster.replicas)
             ranks, why = _fewest_ranks(forecast, places, most, room)
             memory_bytes = forecast.rank_bytes(ranks) if ranks > 1 and not on_gpus else 0
@@ -87,14 +91,27 @@ def choose_layout(
     num_shards = replicas * ranks
     threads = _threads(machines, num_shards) if cluster.threads == "auto" else cluster.threads
     fit = max(1, max((machine.num_cpus for machine in machines), default=1) // threads)
+    sharers = num_shards if len(machines) < 2 else min(num_shards, fit)
+
+    def room_of_a_shard() -> int | None:
+        room = gpu_bytes() if on_gpus else least_bytes // (1 if memory_bytes else sharers)
+        return None if room is None else int(places.share * room)
+
+    spare, why_spare = spare_experts(
+        cluster, ranks, model=None if model is None else lambda: model(device), room_bytes=room_of_a_shard
+    )
+    if memory_bytes and spare and model is not None:
+        memory_bytes += spare * model(device).bytes_of_an_expert
     return Layout(
         replicas=replicas,
         ranks=ranks,
         device=device,
         threads=threads,
-        sharers=num_shards if len(machines) < 2 else min(num_shards, fit),
+        sharers=sharers,
         memory_bytes=memory_bytes,
         why=why,
+        spare_experts=spare,
+        why_spare=why_spare,
     )
 
 

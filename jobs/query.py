@@ -53,8 +53,7 @@ class QueryResult:
 
 def query_texts(out: Path, texts: Sequence[str], k: int) -> list[QueryResult]:
     """The k rows nearest to each text. UserError where there is no index, or the model is another than the index's."""
-    if not all(text.strip() for text in texts):
-        raise UserError("query: the text is empty; say what to look for")
+    refuse_empty(texts)
     folder = open_job(out)
     index = VectorIndex.open(folder.index)
     spec = JobSpec.model_validate(read_job(folder)["spec"])
@@ -62,10 +61,21 @@ def query_texts(out: Path, texts: Sequence[str], k: int) -> list[QueryResult]:
     return _search(out, index, list(texts), vectors, k)
 
 
+def refuse_empty(texts: Sequence[str]) -> None:
+    if not all(text.strip() for text in texts):
+        raise UserError("query: the text is empty; say what to look for")
+
+
 def query_vectors(out: Path, file: Path, k: int) -> list[QueryResult]:
     """The same for vectors in a .npy file, [d] or [n, d]."""
     folder = open_job(out)
     index = VectorIndex.open(folder.index)
+    names, vectors = read_vectors(file)
+    return _search(out, index, names, vectors, k)
+
+
+def read_vectors(file: Path) -> tuple[list[str], npt.NDArray[Any]]:
+    """Vectors of a .npy file, and what each is called. UserError where it is none."""
     try:
         vectors = np.load(file, allow_pickle=False)
     except FileNotFoundError:
@@ -74,8 +84,7 @@ def query_vectors(out: Path, file: Path, k: int) -> list[QueryResult]:
         raise UserError(f"--vector {file}: not a .npy file of numbers ({' '.join(str(error).split())})") from None
     if not isinstance(vectors, np.ndarray):
         raise UserError(f"--vector {file}: an archive of arrays; save one array with numpy.save")
-    names = [str(file)] if vectors.ndim < 2 else [f"{file}[{number}]" for number in range(len(vectors))]
-    return _search(out, index, names, vectors, k)
+    return [str(file)] if vectors.ndim < 2 else [f"{file}[{number}]" for number in range(len(vectors))], vectors
 
 
 def embed_queries(texts: Sequence[str], made: Provenance, spec: JobSpec) -> npt.NDArray[np.float32]:
@@ -137,13 +146,13 @@ def _search(
     return [
         QueryResult(
             query=name,
-            hits=tuple(_hit(rows[hit.place.row, hit.place.sample], hit.place.field, hit.score) for hit in hits),
+            hits=tuple(hit_of(rows[hit.place.row, hit.place.sample], hit.place.field, hit.score) for hit in hits),
         )
         for name, hits in zip(names, found, strict=True)
     ]
 
 
-def _hit(row: FoundRow, field: str, score: float) -> Hit:
+def hit_of(row: FoundRow, field: str, score: float) -> Hit:
     return Hit(
         row=row.row,
         id=row.id,

@@ -50,8 +50,16 @@ def ray_session(address: str | None, *, num_cpus: int) -> Iterator[None]:
 
 def _join(address: str) -> None:
     import ray
+    from ray._private.authentication import authentication_token_setup as tokens
 
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"cluster.address {address}: that is a dashboard, where jobs are submitted (gristmill submit); "
+            "to join a Ray, name its own address, such as HEAD:6379, or auto"
+        )
     try:
+        # A Ray that was started where a token is, or by us, asks for it; ray.init takes it along only when told to.
+        tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
         raise UserError(f"cluster.address {address}: {_one_line(error)}") from error

@@ -11,6 +11,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,25 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from jobs.progress import ROWS_PHASE, Progress
-from jobs.report_page import render
+from jobs.corpus_map import CorpusMap, make_map
+from jobs.expert_report import describe_experts, expert_report
+from jobs.expert_tally import GangWork
+from jobs.history import read_runs
+from jobs.page.render import render
+from jobs.placements import record_of
 from jobs.status import committed_status, latest_commits
 from jobs.terminal import human_seconds
+from pipeline.commits import Commit
 from pipeline.durable import replace_file, storage_errors
 from pipeline.index.manifest import parts_digest
 from pipeline.job_folder import JobFolder, read_job
 
 MAX_EXAMPLES = 3
+MAX_ID_CHARS = 100
 MAX_MESSAGE_CHARS = 300
-MAX_SERIES = 300
 NUM_BINS = 30
 
-_COLUMNS = ["row", "sample", "finish_reason", "prompt_tokens", "completion_tokens", "error_code", "error_message"]
+_COLUMNS = ["row", "id", "sample", "finish_reason", "prompt_tokens", "completion_tokens", "error_code", "error_message"]
 
 
 @dataclass(slots=True)
@@ -64,9 +70,13 @@ class PartsSummary:
                     0, MAX_EXAMPLES - len(kept)
                 )
                 kept.extend(
-                    {"row": row, "message": (message or "")[:MAX_MESSAGE_CHARS]}
-                    for row, message in zip(
-                        of_code.column("row").to_pylist(), of_code.column("error_message").to_pylist(), strict=True
+                    {
+                        "row": row,
+                        "id": None if id is None else id[:MAX_ID_CHARS],
+                        "message": (message or "")[:MAX_MESSAGE_CHARS],
+                    }
+                    for row, id, message in zip(
+                        *(of_code.column(name).to_pylist() for name in ("row", "id", "error_message")), strict=True
                     )
                 )
 
@@ -80,44 +90,33 @@ def summarize(parts: Sequence[Path]) -> PartsSummary:
     return summary
 
 
-def run_record(history: Sequence[Progress], started_at: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """How one run of the controller went. `started_at`: ISO 8601. `facts`: what else the controller knows of it.
+def histogram(lengths: Counter[int]) -> dict[str, Any]:
+    """Counts in at most NUM_BINS bins of one width: bin i holds edges[i] <= length < edges[i + 1].
 
-    Times are of rows alone: from when the first could start until the index is begun. `series`: [seconds, rows, tokens]
-    since then.
+    With `mean`, and the lengths that half and 95% of all do not exceed; those are null where there is nothing.
     """
-    running = [progress for progress in history if progress.phase == ROWS_PHASE] or history[-1:]
-    last = running[-1]
-    kept = [*running[: -1 : max(1, len(running) // MAX_SERIES)], last]
+    if not lengths:
+        return {"edges": [0, 1], "counts": [0], "mean": None, "median": None, "p95": None}
+    values, weights = np.array(sorted(lengths.items()), np.int64).T
+    low, high = int(values[0]), int(values[-1]) + 1
+    width = -(-(high - low) // NUM_BINS)
+    bins = np.bincount((values - low) // width, weights=weights).astype(np.int64)
+    up_to = np.cumsum(weights)
+    median, p95 = (int(values[np.searchsorted(up_to, share * up_to[-1])]) for share in (0.5, 0.95))
     return {
-        "started_at": started_at,
-        "elapsed_s": round(last.elapsed_s, 3),
-        "rows": last.rows_done - last.rows_at_start,
-        "prompt_tokens": last.prompt_tokens,
-        "completion_tokens": last.completion_tokens,
-        "tokens_per_s": round(last.tokens_per_s, 1),
-        "series": [
-            [round(p.elapsed_s, 3), p.rows_done - p.rows_at_start, p.prompt_tokens + p.completion_tokens] for p in kept
-        ],
-        **facts,
+        "edges": [low + width * number for number in range(len(bins) + 1)],
+        "counts": bins.tolist(),
+        "mean": round(float(values @ weights) / int(up_to[-1]), 3),
+        "median": median,
+        "p95": p95,
     }
 
 
-def histogram(lengths: Counter[int]) -> dict[str, list[int]]:
-    """Counts in at most NUM_BINS bins of one width: bin i holds edges[i] <= length < edges[i + 1]."""
-    if not lengths:
-        return {"edges": [0, 1], "counts": [0]}
-    values = np.fromiter(lengths.keys(), np.int64)
-    weights = np.fromiter(lengths.values(), np.int64)
-    low, high = int(values.min()), int(values.max()) + 1
-    width = -(-(high - low) // NUM_BINS)
-    bins = np.bincount((values - low) // width, weights=weights).astype(np.int64)
-    return {"edges": [low + width * number for number in range(len(bins) + 1)], "counts": bins.tolist()}
-
-
-def make_report(folder: JobFolder, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The report of what is committed now. `runs`: a `run_record` for each run so far."""
-    job, status, commits = read_job(folder), committed_status(folder), latest_commits(folder)
+def make_report(
+    folder: JobFolder, commits: Mapping[int, Commit], corpus_map: CorpusMap | None, experts: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The report of what is committed now, and of the runs that runs.json has. `experts`: see expert_report."""
+    job, status = read_job(folder), committed_status(folder)
     summary = summarize([folder.part(split) for split in sorted(commits)])
     return {
         "name": job["spec"]["name"],
@@ -136,24 +135,26 @@ def make_report(folder: JobFolder, runs: list[dict[str, Any]]) -> dict[str, Any]
             "completion_tokens": histogram(summary.completion_lengths),
         },
         "index": status["index"],
-        "runs": runs,
+        "map": None if corpus_map is None else corpus_map.summary(),
+        "experts": experts,
+        "runs": read_runs(folder),
         "spec": job["spec"],
     }
 
 
-def write_report(
-    out: Path, history: Sequence[Progress], started_at: str, *, facts: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Write report.json and report.html after a run that reported `history`; earlier runs stay in it.
+def write_report(out: Path, *, gangs: Sequence[GangWork] = ()) -> dict[str, Any]:
+    """Write report.json and report.html from what lies in the job directory.
 
-    `facts` is what else the controller knows of the run: seconds by phase, deaths, the engine's own counts.
+    `gangs`: what the experts of this run's shards did; the last report tells of those before.
     """
     folder = JobFolder(out)
-    runs = [*_earlier_runs(folder), *([run_record(history, started_at, facts or {})] if history else [])]
-    report = make_report(folder, runs)
+    commits = latest_commits(folder)
+    experts = expert_report(_earlier_experts(folder), gangs, partial(record_of, folder))
+    corpus_map = make_map(folder, commits)
+    report = make_report(folder, commits, corpus_map, experts)
     with storage_errors("writing the report in", out):
         replace_file(out / "report.json", json.dumps(report, indent=2).encode(), drafts=folder.attempts)
-        page = render(report, yaml.safe_dump(report["spec"], sort_keys=False, allow_unicode=True))
+        page = render(report, yaml.safe_dump(report["spec"], sort_keys=False, allow_unicode=True), corpus_map)
         replace_file(out / "report.html", page.encode(), drafts=folder.attempts)
     return report
 
@@ -172,19 +173,20 @@ def describe_report(report: dict[str, Any], out: Path) -> str:
     lines.append(f"  {tokens['prompt']:,} tokens read, {tokens['completion']:,} generated")
     if runs and runs[-1]["rows"]:
         lines[-1] += f"; this run: {runs[-1]['tokens_per_s']:,.0f} tokens/s, {human_seconds(runs[-1]['elapsed_s'])}"
+    lines += [f"  {line}" for line in describe_experts(report.get("experts"))]
     lines.append(f"  results: {out / 'parts'}, {out / 'report.html'}")
     if report["index"] is not None:
         lines.append(f"  search:  {shlex.join(['gristmill', 'query', str(out)])} 'TEXT'")
     return "\n".join(lines)
 
 
-def _earlier_runs(folder: JobFolder) -> list[dict[str, Any]]:
-    """Also of a report that a crash or a person damaged: then none, since it only says how fast things went."""
+def _earlier_experts(folder: JobFolder) -> dict[str, Any] | None:
+    """`experts` of the last report. None of a damaged one: they only say how it went."""
     try:
-        runs = json.loads((folder.root / "report.json").read_text())["runs"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return runs if isinstance(runs, list) else []
+        experts = json.loads((folder.root / "report.json").read_text()).get("experts")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return experts if isinstance(experts, dict) else None
 
 
 def _total(lengths: Counter[int]) -> int:

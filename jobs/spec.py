@@ -36,6 +36,12 @@ def _count_or_auto(value: object) -> object:
     raise _refusal("must be a whole number of at least 1, or auto")
 
 
+def _number_or_auto(value: object) -> object:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise _refusal("must be a whole number of at least 0, or auto")
+
+
 def _bytes_or_auto(value: object) -> object:
     if value == "auto" or _is_count(value):
         return value
@@ -202,6 +208,8 @@ class ClusterSpec(Section):
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     threads: CountOrAuto = "auto"
     address: Text | None = None
+    calibration_rows: Annotated[int | Literal["auto"], BeforeValidator(_number_or_auto)] = "auto"
+    spare_experts: Annotated[int | Literal["auto"], BeforeValidator(_number_or_auto)] = "auto"
 
 
 def _layers_text(value: object) -> object:

@@ -24,9 +24,14 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, but 1e-3 is a number."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back: text that would be a number there is quoted."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 def load_spec(path: str | Path, overrides: Sequence[str] = (), *, output: str | None = None) -> JobSpec:
@@ -49,6 +54,13 @@ def load_spec(path: str | Path, overrides: Sequence[str] = (), *, output: str | 
     origins = {key: f"{path}, line {line}" for key, line in lines.items()}
     settings.setdefault("name", re.sub(r"[/\\\s]", "-", path.stem))
     return parse_spec(settings, overrides, output=output, where=str(path), origins=origins)
+
+
+def dump_spec(spec: JobSpec) -> str:
+    """A job file that `load_spec` reads as this very job: what was set, without the defaults of this version."""
+    return yaml.dump(
+        spec.model_dump(mode="json", exclude_unset=True), Dumper=_Dumper, sort_keys=False, allow_unicode=True
+    )
 
 
 def parse_spec(

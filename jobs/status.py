@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from jobs.submission import read_submission
 from pipeline.audit import Audit
 from pipeline.commits import Commit, read_commits
 from pipeline.errors import JobError, UserError
@@ -39,14 +41,15 @@ def latest_commits(folder: JobFolder) -> dict[int, Commit]:
 
 
 def job_status(out: Path) -> dict[str, Any]:
-    """{"state", "rows", "splits", "errors", "tokens", "index", ...}. UserError where there is no job.
+    """{"state", "rows", "splits", "errors", "tokens", "index", "submission", ...}. UserError where there is no job.
 
     `state` is running, finished, or stopped (rows or the index are left to do). `rows["done"]` counts committed rows,
     `rows["ok"]` and `rows["errors"]` among them.
     """
     folder = open_job(out)
     holder = lock_holder(folder)
-    status = committed_status(folder)
+    submission = read_submission(out)
+    status = committed_status(folder) | {"submission": None if submission is None else asdict(submission)}
     if holder is not None:
         return status | {"state": "running", "holder": str(holder)}
     return status | {"holder": None}
@@ -104,6 +107,8 @@ def describe_status(status: dict[str, Any]) -> str:
         f"errors  {rows['errors']:,}" + "".join(f", {code} {count:,}" for code, count in status["errors"].items()),
         f"tokens  {tokens['prompt']:,} read, {tokens['completion']:,} generated",
     ]
+    if (submission := status.get("submission")) is not None:
+        lines.insert(1, f"sent    as {submission['id']} to {submission['address'] or 'a cluster'}")
     if index is not None:
         lines.append(
             f"index   {index['vectors']:,} vectors of {index['dimension']}, {index['kind']}"

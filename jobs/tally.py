@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jobs.events import CommittedSplit, ReplicaDied, ShardId
+from jobs.expert_tally import ExpertTally
+from jobs.history import History, JsonObject, run_record
 from jobs.layout import Layout
 from jobs.progress import Progress
 from workers.assignment import ShardReport
 
 SHOWN_EVERY_S = 0.5
-MAX_HISTORY = 2000
+KEPT_EVERY_S = 10.0
 
 OnProgress = Callable[[Progress], None]
 
@@ -28,9 +30,15 @@ class Tally:
         committed: Mapping[int, CommittedSplit],
         retry_errors: bool,
         on_progress: OnProgress | None,
+        keep: Callable[[JsonObject], None],
     ) -> None:
-        """`retry_errors`: failed rows count as not done until they were tried again."""
+        """`retry_errors`: failed rows count as not done until they were tried again.
+
+        `keep` is given the record of this run now and then, and at its end.
+        """
         self._on_progress = on_progress
+        self._keep = keep
+        self._kept_at = time.monotonic()
         self._rows_total = rows_total
         self._done = {index: split.rows - (split.errors if retry_errors else 0) for index, split in committed.items()}
         self._errors = {index: 0 if retry_errors else split.errors for index, split in committed.items()}
@@ -49,8 +57,9 @@ class Tally:
         self._first_steps: list[float] = []
         self._num_splits = 0
         self._layout: dict[str, Any] = {}
-        self.history: list[Progress] = []
-        self.started_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self.experts = ExpertTally()
+        self._history = History()
+        self._started_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
     def lay_out(self, layout: Layout) -> None:
         """How many shards of what size the run has."""
@@ -64,6 +73,7 @@ class Tally:
 
     def take(self, shard: ShardId, report: ShardReport) -> None:
         self._reports[shard] = report
+        self.experts.take(shard, report)
         if report.phase == "loading" and self._phase == "starting":
             self.enter("loading the model")
         if report.phase != "running":
@@ -96,11 +106,17 @@ class Tally:
         now = time.monotonic()
         if at_once or now - self._shown_at >= SHOWN_EVERY_S:
             self._shown_at = now
-            self.history.append(self.progress())
-            if len(self.history) > MAX_HISTORY:
-                self.history = self.history[::2]
+            progress = self.progress()
+            self._history.add(progress)
             if self._on_progress is not None:
-                self._on_progress(self.history[-1])
+                self._on_progress(progress)
+            if now - self._kept_at >= KEPT_EVERY_S:
+                self.keep()
+
+    def keep(self) -> None:
+        """Have the record of this run written down as it is now."""
+        self._kept_at = time.monotonic()
+        self._keep(run_record(self._history.samples(), self._started_at, self.facts()))
 
     def progress(self) -> Progress:
         totals = self._all_totals()

@@ -17,12 +17,17 @@ from workers.sampling_choice import resolve_sampling
 from workers.settings import EngineSettings
 
 
-def answer_prompt(model: str, prompt: str) -> str:
-    """The model's answer, through its chat template where it has one. UserError where it can't answer."""
+def answer_prompt(model: str, prompt: str, *, max_new_tokens: int, dtype: str) -> str:
+    """The model's answer, through its chat template where it has one. UserError where it can't answer.
+
+    `dtype` is as a job's `cluster.dtype`.
+    """
     path = resolve_model(model)
-    sampling = resolve_sampling(GenerateSpec().model_dump(), path)
+    sampling = resolve_sampling(GenerateSpec(max_new_tokens=max_new_tokens).model_dump(), path)
     threads = len(os.sched_getaffinity(0))
-    loaded = load_engine(EngineSettings(model_path=str(path), device="auto", threads=threads, max_sequences=1))
+    loaded = load_engine(
+        EngineSettings(model_path=str(path), device="auto", dtype=dtype, threads=threads, max_sequences=1)
+    )
     tokenizer = loaded.tokenizer
     batch = pa.record_batch({"text": [prompt]})
     builder = PromptBuilder(

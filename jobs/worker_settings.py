@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from jobs.calibration_sample import calibration_sample
 from jobs.embedding import embedding_forms
 from jobs.spec import EmbedSpec
 from jobs.store import JobStore
@@ -11,8 +12,8 @@ from pipeline.prompts import Example, PromptSettings
 from workers.settings import EmbedSettings, EngineSettings, ShardSettings
 
 
-def worker_settings(store: JobStore, engine_factory: str) -> ShardSettings:
-    """`device` and `threads` are settled when the cluster is known, by `Fleet`."""
+def worker_settings(store: JobStore, engine_factory: str, *, rows_to_do: int) -> ShardSettings:
+    """`device` and `threads` are settled when the cluster is known, by `Fleet`. `rows_to_do` in this run."""
     job = store.job
     spec = job.spec
     columns = spec.output.columns
@@ -44,6 +45,7 @@ def worker_settings(store: JobStore, engine_factory: str) -> ShardSettings:
         embed=_embed(spec.embed) if spec.embed else None,
         carried=columns,
         id_column=spec.input.id,
+        calibration=calibration_sample(job.splits, spec.cluster.calibration_rows, rows_to_do=rows_to_do),
     )
 
 

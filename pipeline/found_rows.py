@@ -5,15 +5,16 @@ from __future__ import annotations
 import base64
 import bisect
 import math
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 
 from pipeline.errors import JobError, UserError
 from pipeline.job_folder import JobFolder, read_job, read_plan
@@ -35,14 +36,20 @@ class FoundRow:
 
 
 class FoundRows:
-    """Reads single records of a job directory. Of each part that holds one, the row groups around it are read."""
+    """Reads single records of a job directory: of each part that holds one, all columns but the vectors.
 
-    def __init__(self, out: Path) -> None:
+    Up to `cache_bytes` of what was read stays for the next time. Not to be used by several threads at once.
+    """
+
+    def __init__(self, out: Path, *, cache_bytes: int = 0) -> None:
         self._folder = JobFolder(out)
+        self._cache_bytes = cache_bytes
+        self._tables: OrderedDict[int, pa.Table] = OrderedDict()  # split -> its part; what was used last comes last
+        self._form: tuple[pa.Schema, RowText | None] | None = None
         spec = read_job(self._folder)["spec"]
         self._first_rows = [split["first_row"] for split in read_plan(self._folder)["splits"]]
         assert spec["output"]["columns"] != "auto", "columns are settled when a job is planned"
-        self._carried = carried_names(spec["output"]["columns"])  # input column -> its column in the parts
+        self.carried = carried_names(spec["output"]["columns"])  # input column -> its column in the parts
         own = spec["embed"]["template"] if spec["embed"] is not None else None
         self._template = own or spec["prompt"]["template"]
         self._column = None if self._template is not None else spec["prompt"]["column"]
@@ -64,14 +71,11 @@ class FoundRows:
         return found
 
     def _records(self, split: int, rows: list[int]) -> list[FoundRow]:
-        path = self._folder.part(split)
-        columns = ["row", "id", "sample", "text", *self._carried.values()]
-        try:
-            table = ds.dataset(path, format="parquet").to_table(columns=columns, filter=ds.field("row").isin(rows))
-        except (OSError, pa.ArrowException) as error:
-            raise JobError(f"{path}: can't be read ({' '.join(str(error).split())}); run verify") from error
-        passages = self._passages(table)
-        carried = {name: _plain_values(table[column]) for name, column in self._carried.items()}
+        part = self._part(split)
+        at = part["row"].to_numpy()
+        table = part.take(np.flatnonzero(np.isin(at, np.asarray(rows, at.dtype))))
+        passages = self.passages(table)
+        carried = {name: _plain_values(table[column]) for name, column in self.carried.items()}
         records = zip(
             *(table[name].to_pylist() for name in ("row", "sample")),
             *(_plain_values(table[name]) for name in ("id", "text")),
@@ -90,16 +94,42 @@ class FoundRows:
             for number, (row, sample, id, text, passage) in enumerate(records)
         ]
 
-    def _passages(self, table: pa.Table) -> list[str | None]:
-        inputs = pa.table({name: table[column] for name, column in self._carried.items()})
+    def _part(self, split: int) -> pa.Table:
+        if split in self._tables:
+            self._tables.move_to_end(split)
+            return self._tables[split]
+        path = self._folder.part(split)
+        columns = ["row", "id", "sample", "text", *self.carried.values()]
+        try:
+            table = pq.read_table(path, columns=columns, partitioning=None).combine_chunks()
+        except (OSError, pa.ArrowException) as error:
+            raise JobError(f"{path}: can't be read ({' '.join(str(error).split())}); run verify") from error
+        self._tables[split] = table
+        while self._tables and sum(one.nbytes for one in self._tables.values()) > self._cache_bytes:
+            self._tables.popitem(last=False)
+        return table
+
+    def passages(self, table: pa.Table) -> list[str | None]:
+        """For records of a part, with its carried columns, the text that was embedded; None where it is lost."""
+        inputs = pa.table({name: table[column] for name, column in self.carried.items()})
         if inputs.num_columns == 0 or table.num_rows == 0:
             return [None] * table.num_rows
-        try:
-            form = RowText(InputSchema(inputs.schema), template=self._template, column=self._column)
-        except UserError:  # a column that it needs is not carried over
+        form = self._row_text(inputs.schema)
+        if form is None:
             return [None] * table.num_rows
         (batch,) = inputs.combine_chunks().to_batches()
         return [text if isinstance(text, str) else None for text in form.texts(batch)]
+
+    def _row_text(self, schema: pa.Schema) -> RowText | None:
+        """None where a column that the text is made of is not carried over."""
+        if self._form is None or self._form[0] != schema:
+            try:
+                form = RowText(InputSchema(schema), template=self._template, column=self._column)
+            except UserError:
+                self._form = (schema, None)
+            else:
+                self._form = (schema, form)
+        return self._form[1]
 
 
 def _plain_values(column: pa.ChunkedArray[Any]) -> list[Any]:

@@ -4,7 +4,9 @@ job.json  plan.json            sealed (pipeline.durable.seal); see `write_job` a
 parts/part-000003.parquet      committed parts only, one a split
 commits/000003.json            revision 0 of split 3; 000003.r1.json replaces it
 index/  report.json  report.html
+runs.json                      how each run went, for the report
 placements/000000.json         where each gang held its experts, in the order in which gangs were formed
+submission.json                what a cluster runs the job as, where one does (jobs.submission)
 _attempts/                     work in progress; nothing in it is needed while nothing runs, but for an attempt
                                whose commit was written and that was not yet moved into parts/
 .lock                          held while a controller runs
@@ -53,6 +55,10 @@ class JobFolder:
     @property
     def index(self) -> Path:
         return self.root / "index"
+
+    @property
+    def runs_file(self) -> Path:
+        return self.root / "runs.json"
 
     @property
     def placements(self) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from workers.parallel.expert_work import ExpertWork
+
 JsonObject = dict[str, Any]
 
 
@@ -89,3 +91,5 @@ class ShardReport:
     node: str = ""  # Ray's name of the node that the shard is on
     first_step_at: float | None = None  # when the engine's first step with work was done, in seconds since 1970
     engine: JsonObject = field(default_factory=dict)  # the engine's own statistics
+    calibrated: JsonObject | None = None  # once, of a gang's first rank: a `calibrator.Calibration` as JSON
+    experts: ExpertWork | None = None  # now and then, and in the last report, of a model that has experts

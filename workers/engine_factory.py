@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.tokenizer import Tokenizer
+from workers.parallel.expert_work import ExpertWork
 from workers.parallel.placement import Placement, Topology
 from workers.settings import EngineSettings
 
@@ -16,7 +18,8 @@ from workers.settings import EngineSettings
 class LoadedEngine:
     """What a factory returns. `engine` is a `row_runner.ShardEngine`; `max_context` counts prompt and generation.
 
-    `lock_step`: the engine again, as a `row_runner.LockStep`, where it is one rank's of a gang.
+    `lock_step`: the engine again, as a `row_runner.LockStep`, where it is one rank's of a gang. `expert_work`: what its
+    experts did so far, for any thread; None of a dense model.
     """
 
     engine: Any
@@ -25,6 +28,7 @@ class LoadedEngine:
     vector_width: int  # of hidden states
     router_width: int = 0  # the experts of all layers that have a router
     lock_step: Any = None
+    expert_work: Callable[[], ExpertWork] | None = None
 
 
 def load_engine(settings: EngineSettings) -> LoadedEngine:
@@ -76,4 +80,5 @@ def load_engine(settings: EngineSettings) -> LoadedEngine:
         vector_width=engine.decoder.hidden_width,
         lock_step=lock_step,
         router_width=engine.decoder.router_width,
+        expert_work=(lambda: engine.decoder.dispatcher.work()) if engine.decoder.router_width else None,
     )

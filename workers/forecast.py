@@ -120,6 +120,11 @@ class Forecast:
     arithmetic: str  # what does it, for people
     attention: str  # which layers have which pattern, for people
 
+    @property
+    def bytes_of_an_expert(self) -> int:
+        """In all layers that have experts."""
+        return self.expert_bytes // max(1, self.num_experts)
+
     def rank_weight_bytes(self, ranks: int) -> int:
         """Of the rank that holds most, with the experts of each layer spread over so many."""
         if ranks == 1:

@@ -8,14 +8,18 @@ doesn't depend on where, since it is a function of the request alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
+from workers.decoder.checkpoint import Checkpoint
 from workers.engine import Engine
 from workers.engine.request import EmbedRequest, Finished, GenerateRequest
 from workers.engine.stats import EngineStats
+from workers.parallel.calibration import ChoiceListener, listening
 from workers.parallel.exchange import AllToAllDispatcher
 from workers.parallel.group import Gang
+from workers.parallel.placement import Placement, Topology
 from workers.parallel.sharing import share_out
 
 Request = GenerateRequest | EmbedRequest
@@ -117,6 +121,41 @@ class GangEngine:
         for borrowed in {answer.request_id for answer in finished if answer.request_id < 0}:
             del self._borrowed[borrowed]
         return own
+
+    def run_out(self) -> None:
+        """Meet and step until nobody in the gang has work, and forget the answers: all ranks call it, or none."""
+        while not self.agree(stopping=False) and self._works:
+            self.step()
+        self._returned.clear()
+
+    @contextmanager
+    def listening(self, listener: ChoiceListener) -> Iterator[None]:
+        """Tell the listener what routers choose for the tokens that run here."""
+        with listening(self._engine.decoder, listener):
+            yield
+
+    def move_experts(self, checkpoint: Checkpoint, placement: Placement) -> None:
+        """Hold what `placement` gives this rank, read from the checkpoint, instead of what it has: all ranks, or none.
+
+        What was counted until then is forgotten.
+        """
+        decoder = self._engine.decoder
+        decoder.hold(checkpoint, placement.held_by(self._gang.rank, len(decoder.config.layers)))
+        self._dispatcher.place(placement)
+        self._engine.clear_stats()
+        self._meetings = self._num_lent = 0
+
+    @property
+    def gang(self) -> Gang:
+        return self._gang
+
+    @property
+    def placement(self) -> Placement:
+        return self._dispatcher.placement
+
+    @property
+    def topology(self) -> Topology:
+        return self._dispatcher.topology
 
     def _return_answers(self) -> None:
         leaving, self._leaving = self._leaving, [[] for _ in self._leaving]

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from pipeline.errors import JobError
 from workers.assignment import Assignment, ShardReport
 from workers.parallel.group import Rendezvous
-from workers.parallel.placement import Placement
+from workers.parallel.seat import Seating
 from workers.settings import ShardSettings
 from workers.shard import ShardActor
 
@@ -50,7 +50,7 @@ class Resources:
 
 
 # Each rank's node -> where the experts of a gang there are to lie.
-Place = Callable[[tuple[str, ...]], Placement]
+Place = Callable[[tuple[str, ...]], Seating]
 
 
 class ReplicaLost(Exception):
@@ -89,6 +89,11 @@ class Replica:
     def reports(self) -> list[Any]:
         """References to wait for: a shard's next report, or the news of its death."""
         return list(self._asked)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Ray's name of each rank's node, empty until it is known."""
+        return tuple(self._nodes)
 
     def take(self, reference: Any) -> tuple[int, ShardReport]:
         """The rank and the report behind one of `reports` that is ready, and ask again. ReplicaLost if it died."""
@@ -188,10 +193,11 @@ class Replica:
             self._rendezvous = Rendezvous(host)
         except OSError as error:
             raise JobError(f"the ranks of {self.name} can't meet at {host}, this node's address: {error}") from error
-        placement = place(tuple(self._nodes))
-        for shard, seat in zip(
-            self._shards, self._rendezvous.seats(self.name, self._nodes, placement.to_json()), strict=True
-        ):
+        seating = place(tuple(self._nodes))
+        seats = self._rendezvous.seats(
+            self.name, self._nodes, seating.placement.to_json(), calibrates=seating.calibrates
+        )
+        for shard, seat in zip(self._shards, seats, strict=True):
             shard.take_seat.options(concurrency_group="orders").remote(seat)
 
     def _ask(self, rank: int) -> Any:

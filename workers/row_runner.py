@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum
 from typing import NamedTuple, Protocol
@@ -23,6 +23,7 @@ from pipeline.errors import JobError, RowError, UserError
 from workers.assignment import Assignment, Counts, Failure, FinishedAssignment, ShardReport
 from workers.engine.request import EmbedRequest, Finished, GenerateRequest, SamplingParams, VectorRequest
 from workers.engine.stats import EngineStats
+from workers.parallel.expert_work import ExpertWork
 from workers.preparation import Passage, Preparation, TokenizedRows, Tokens
 from workers.read_ahead import ReadAhead
 from workers.work import Work
@@ -33,6 +34,7 @@ MAX_PARTS_IN_WRITING = 2  # beyond these the engine waits for the disk
 IDLE_S = 0.05
 GANG_IDLE_S = 0.005  # the others can't begin before this rank has looked whether it has rows
 MAX_LOGGED_ROWS = 20
+EXPERTS_TOLD_S = 2.0  # between two reports that say what experts did: a number a layer and expert
 
 log = logging.getLogger(__name__)
 
@@ -96,10 +98,11 @@ class RowRunner:
         embeds_generation: bool,
         batch_rows: int,
         lock_step: LockStep | None = None,
+        expert_work: Callable[[], ExpertWork] | None = None,
     ) -> None:
         """`batch_rows`: so many requests are kept waiting at the engine, and as many rows are tokenized ahead.
 
-        `lock_step`: the engine itself, where it is one rank's of a gang.
+        `lock_step`: the engine itself, where it is one rank's of a gang. `expert_work`: what to report of experts.
         """
         self._engine = engine
         self._preparation = preparation
@@ -108,6 +111,8 @@ class RowRunner:
         self._embeds_generation = embeds_generation
         self._batch_rows = batch_rows
         self._lock_step = lock_step
+        self._expert_work = expert_work
+        self._experts_told_at = float("-inf")
         self._idle_s = IDLE_S if lock_step is None else GANG_IDLE_S
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="parts")
         self._writing: deque[tuple[Work, Future[FinishedAssignment]]] = deque()
@@ -169,7 +174,16 @@ class RowRunner:
                 failure=self._failure,
                 first_step_at=self._first_step_at,
                 engine=self._engine.stats.as_dict(),
+                experts=self._experts(),
             )
+
+    def _experts(self) -> ExpertWork | None:
+        if self._expert_work is None or (
+            not self._stopped and time.monotonic() - self._experts_told_at < EXPERTS_TOLD_S
+        ):
+            return None
+        self._experts_told_at = time.monotonic()
+        return self._expert_work()
 
     def _wanted(self) -> int:
         return 0 if self._stopping else max(0, MAX_UNREAD - self._ahead.num_unread)

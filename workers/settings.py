@@ -43,8 +43,27 @@ class EmbedSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SamplePlace:
+    """The first `rows` rows of a split."""
+
+    split: JsonObject  # pipeline.source.Split as JSON
+    rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSettings:
+    """The sample by which a gang places experts. `tokens_a_place`: no more at each; None: whatever there is."""
+
+    places: tuple[SamplePlace, ...]
+    tokens_a_place: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShardSettings:
-    """`sampling` holds SamplingParams' fields, None where the model decides; None: nothing is generated."""
+    """`sampling` holds SamplingParams' fields, None where the model decides; None: nothing is generated.
+
+    `calibration`: for gangs whose seats say that they calibrate.
+    """
 
     out: str  # the job directory
     source: JsonObject  # pipeline.source.Source as JSON
@@ -56,6 +75,7 @@ class ShardSettings:
     embed: EmbedSettings | None
     carried: tuple[str, ...] = ()
     id_column: str | None = None
+    calibration: CalibrationSettings | None = None
 
 
 def load_callable(path: str) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
@@ -20,10 +21,10 @@ from pipeline.records import RecordLayout
 from pipeline.row_text import RowText
 from pipeline.sentence_transformers import read_embedder
 from pipeline.source import Source
-from workers.assignment import Assignment, Failure, ShardReport
+from workers.assignment import Assignment, Failure, JsonObject, ShardReport
 from workers.engine.request import SamplingParams
 from workers.engine_factory import LoadedEngine
-from workers.parallel.seat import Seat
+from workers.parallel.seat import CalibrationBroken, Seat
 from workers.preparation import Preparation, TextKind
 from workers.row_runner import RowRunner
 from workers.run_log import log_crashes, run_log
@@ -50,6 +51,7 @@ class ShardActor:
         log_crashes(out)
         self._runner: RowRunner | None = None
         self._failure: Failure | None = None
+        self._calibrated: JsonObject | None = None
         self._loaded = threading.Event()
         self._stopped = False
         if not awaits_seat:
@@ -73,11 +75,15 @@ class ShardActor:
 
     def report(self, timeout_s: float) -> ShardReport:
         if self._loaded.wait(timeout_s) and self._runner is not None:
-            return replace(self._runner.report(timeout_s), node=self._node)
+            calibrated, self._calibrated = self._calibrated, None
+            return replace(self._runner.report(timeout_s), node=self._node, calibrated=calibrated)
         ended = self._stopped or self._failure is not None
         return ShardReport(
             phase="stopped" if ended else "loading", received=0, wanted=0, node=self._node, failure=self._failure
         )
+
+    def _note_calibration(self, found: JsonObject) -> None:
+        self._calibrated = found
 
     def _begin(self) -> None:
         threading.Thread(target=self._run, name="shard", daemon=True).start()
@@ -88,11 +94,14 @@ class ShardActor:
 
     def _run(self) -> None:
         try:
-            runner = build_runner(self._settings)
+            runner = build_runner(self._settings, on_calibrated=self._note_calibration)
         except UserError as error:
             self._failure = Failure(kind="user", message=str(error))
         except JobError as error:
             self._failure = Failure(kind="job", message=str(error))
+        except CalibrationBroken as error:
+            log.exception("the gang broke while it calibrated")
+            self._failure = Failure(kind="crash", message=str(error))
         except Exception as error:
             log.exception("the model could not be loaded")
             self._failure = Failure(kind="job", message=f"loading the model failed: {type(error).__name__}: {error}")
@@ -108,8 +117,11 @@ class ShardActor:
             self._runner.run()
 
 
-def build_runner(settings: ShardSettings) -> RowRunner:
-    """Load the engine, and lay the way of a row up to it and from it. UserError for what the job asked wrongly."""
+def build_runner(settings: ShardSettings, *, on_calibrated: Callable[[JsonObject], None] | None = None) -> RowRunner:
+    """Load the engine, and lay the way of a row up to it and from it; in a gang that calibrates, with its peers do so.
+
+    UserError for what the job asked wrongly. CalibrationBroken as its name says.
+    """
     loaded: LoadedEngine = load_callable(settings.engine.factory)(settings.engine)
     model_path, embed = Path(settings.engine.model_path), settings.embed
     sampling = resolve_sampling(settings.sampling, model_path) if settings.sampling is not None else None
@@ -130,6 +142,13 @@ def build_runner(settings: ShardSettings) -> RowRunner:
         passages=_passages(settings, source, loaded),
         text_form=embed.text if embed else TextForm(),
     )
+    if settings.calibration is not None and settings.engine.seat is not None and settings.engine.seat.calibrates:
+        from workers.calibrator import calibrate
+        from workers.decoder.checkpoint import load_checkpoint
+
+        found = calibrate(loaded.engine, preparation, settings.calibration, load_checkpoint(model_path))
+        if found is not None and on_calibrated is not None:
+            on_calibrated(found.to_json())
     return RowRunner(
         loaded.engine,
         preparation,
@@ -138,6 +157,7 @@ def build_runner(settings: ShardSettings) -> RowRunner:
         embeds_generation=embed is not None and embed.of != "prompt",
         batch_rows=settings.engine.max_sequences or DEFAULT_BATCH_ROWS,
         lock_step=loaded.lock_step,
+        expert_work=loaded.expert_work,
     )
 
 

@@ -84,6 +84,60 @@ def job(tmp_path: Path, cheap_model: Callable[..., Path]) -> Callable[..., dict[
     return make
 
 
+NUM_MOE_ROWS = 72
+MOE_TEXT = "a tuple is immutable while the with statement closes files when an error occurs inside of it"
+
+
+def moe_settings(
+    model: Path, folder: Path, name: str, *, max_new_tokens: int = 12, engine: Any = None, **cluster: Any
+) -> dict[str, Any]:
+    """A job in `folder` whose rows are sampled and embedded by a model of 5 experts a layer that all differ."""
+    words = MOE_TEXT.split()
+    texts = [" ".join(words[row % 11 : row % 11 + 2 + row % 7]) for row in range(NUM_MOE_ROWS)]
+    texts[5] = ""
+    if not (folder / "rows.parquet").exists():
+        pq.write_table(pa.table({"body": texts}), folder / "rows.parquet")
+    return {
+        "name": name,
+        "model": str(model),
+        "input": {"path": str(folder / "rows.parquet")},
+        "prompt": {"column": "body", "chat": False},
+        "generate": {"max_new_tokens": max_new_tokens, "temperature": 0.9, "seed": 4},
+        "embed": {"of": "both"},
+        "output": {"path": str(folder / name), "rows_per_split": 8},
+        "engine": {"kv_cache_bytes": "4MiB", "max_sequences": 8} | (engine or {}),
+        "cluster": {"threads": 1, "dtype": "float32", "device": "cpu"} | cluster,
+    }
+
+
+@pytest.fixture
+def moe_job(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """`moe_job(name, **cluster)`: see `moe_settings`."""
+
+    def make(name: str, **options: Any) -> dict[str, Any]:
+        return moe_settings(tiny_model("mixtral"), tmp_path, name, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def moe_alone(ray_cluster: str, tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The result of `moe_job` on one rank that nothing happens to."""
+    from jobs.client import run
+
+    folder = tmp_path_factory.mktemp("moe")
+    return run(moe_settings(tiny_model("mixtral"), folder, "alone", expert_parallel=1))
+
+
+@pytest.fixture(scope="session")
+def moe_rows(moe_alone: Any) -> list[dict[str, Any]]:
+    """Its rows."""
+    rows = read_rows(moe_alone.out)
+    assert len(rows) == NUM_MOE_ROWS
+    assert len({row["text"] for row in rows}) > NUM_MOE_ROWS / 2
+    return rows
+
+
 @pytest.fixture
 def run_job(ray_cluster: str) -> Callable[..., Any]:
     from jobs.client import run
@@ -94,15 +148,15 @@ def run_job(ray_cluster: str) -> Callable[..., Any]:
     return start
 
 
+def read_rows(out: Path | str) -> list[dict[str, Any]]:
+    parts = sorted(Path(out, "parts").glob("*.parquet"))
+    return [row for part in parts for row in pq.read_table(part, partitioning=None).to_pylist()]
+
+
 @pytest.fixture
 def rows_of() -> Callable[[Path | str], list[dict[str, Any]]]:
     """A job's directory -> all committed records, in order."""
-
-    def read(out: Path | str) -> list[dict[str, Any]]:
-        parts = sorted(Path(out, "parts").glob("*.parquet"))
-        return [row for part in parts for row in pq.read_table(part, partitioning=None).to_pylist()]
-
-    return read
+    return read_rows
 
 
 class Controller:
@@ -114,7 +168,7 @@ class Controller:
             "from jobs.client import JobInterrupted, run",
             before,
             "try:",
-            f"    run({settings!r}, engine_factory={CHEAP!r}, **{options!r})",
+            f"    run({settings!r}, **{ {'engine_factory': CHEAP} | options!r})",
             "except JobInterrupted:",
             "    sys.exit(130)",
         ]

@@ -237,3 +237,17 @@ def test_a_bar_with_rows_speed_and_time_left_is_drawn_on_a_terminal() -> None:
     assert done.stdout == b""
     for shown in ("rows", "30/120", "1,000 tokens/s", "0:30 left"):
         assert shown in drawn.decode()
+
+
+def test_a_trial_answers_with_as_many_tokens_and_such_weights_as_asked(
+    tiny_model: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", "--model", str(tiny_model()), "--prompt", "the quick brown"]
+    answers = []
+    for options in ([], ["--max-new-tokens", "2"], ["--max-new-tokens", "2", "--dtype", "float32"]):
+        assert execute([*arguments, *options]) == 0
+        answers.append(capfd.readouterr().out.strip())
+    assert answers[0].startswith(answers[1])
+    assert len(answers[0]) > len(answers[1]) > 0
+    assert answers[1] == answers[2]
+    assert execute([*arguments, "--dtype", "float16"]) == 2

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from jobs.cli import execute
 
 ROOT = Path(__file__).parents[2]
 FILES = ["cluster.yaml", "examples/cluster-onprem.yaml"]
@@ -66,8 +70,28 @@ def test_what_the_nodes_install_is_in_this_tree(name: str) -> None:
     assert all((ROOT / source).exists() for source in local)
 
 
+def test_a_submitted_job_finds_the_command_where_it_is_not_in_the_system_s_path() -> None:
+    """Ray runs `gristmill run` on the head with the PATH that it was started with itself."""
+    config = prepared("examples/cluster-onprem.yaml")
+    (start,) = [command for command in config["head_start_ray_commands"] if "ray start" in command]
+    assert "PATH=~/gristmill/.venv/bin:$PATH" in start
+    assert any("pip install" in command and ".venv/bin" in command for command in config["setup_commands"])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_the_file_tells_a_person_to_type_is_a_command_of_ours(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("JOB.yaml").write_text("model: m\ninput: {path: i}\ngenerate: {}\n")
+    (line,) = re.findall(r"gristmill (submit JOB\.yaml .*)", (ROOT / name).read_text())
+    assert execute(shlex.split(line.replace(":8265", ":9"))) == 2
+    assert "http://127.0.0.1:9: nothing answers there" in capfd.readouterr().err
+
+
 def test_the_cloud_file_has_a_head_one_gpu_type_and_one_cpu_type() -> None:
     types = prepared("cluster.yaml")["available_node_types"]
     assert set(types) == {"head", "gpu", "cpu"}
     assert types["gpu"]["resources"]["GPU"] >= 1
     assert "GPU" not in types["cpu"]["resources"]
+    assert types["gpu"]["min_workers"] >= 1, "a job is spread over the machines that are there when it starts"

@@ -10,42 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from jobs.client import run
 from pipeline.audit import audit
 
 pytestmark = pytest.mark.ray
-
-NUM_ROWS = 72
-TEXT = "a tuple is immutable while the with statement closes files when an error occurs inside of it"
-
-
-@pytest.fixture
-def moe_job(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """`moe_job(name, **cluster)`: rows are sampled, and prompt and generation embedded."""
-    words = TEXT.split()
-    texts = [" ".join(words[row % 11 : row % 11 + 2 + row % 7]) for row in range(NUM_ROWS)]
-    texts[5] = ""
-    pq.write_table(pa.table({"body": texts}), tmp_path / "rows.parquet")
-
-    def make(name: str, *, max_new_tokens: int = 12, **cluster: Any) -> dict[str, Any]:
-        return {
-            "name": name,
-            "model": str(tiny_model("mixtral")),
-            "input": {"path": str(tmp_path / "rows.parquet")},
-            "prompt": {"column": "body", "chat": False},
-            "generate": {"max_new_tokens": max_new_tokens, "temperature": 0.9, "seed": 4},
-            "embed": {"of": "both"},
-            "output": {"path": str(tmp_path / name), "rows_per_split": 8},
-            "engine": {"kv_cache_bytes": "4MiB", "max_sequences": 8},
-            "cluster": {"threads": 1, "dtype": "float32", "device": "cpu"} | cluster,
-        }
-
-    return make
 
 
 def rank_processes() -> list[psutil.Process]:
@@ -55,11 +27,16 @@ def rank_processes() -> list[psutil.Process]:
 
 
 def test_rows_are_the_same_over_several_ranks_and_replicas_and_after_a_rank_was_killed(
-    ray_cluster: str, moe_job: Callable[..., dict[str, Any]], rows_of: Callable[..., list[dict[str, Any]]]
+    ray_cluster: str,
+    moe_job: Callable[..., dict[str, Any]],
+    moe_alone: Any,
+    moe_rows: list[dict[str, Any]],
+    rows_of: Callable[..., list[dict[str, Any]]],
 ) -> None:
-    alone = rows_of(run(moe_job("alone", expert_parallel=1)).out)
-    assert len(alone) == NUM_ROWS
-    assert len({row["text"] for row in alone}) > NUM_ROWS / 2
+    alone, experts = moe_rows, moe_alone.report["experts"]
+    assert (experts["layers"], experts["gangs"]) == ([0, 1, 2, 3], [])
+    (chosen,) = {sum(rows) for rows in experts["rows"]}
+    assert chosen > 2 * moe_alone.report["runs"][-1]["engine"]["prefill_tokens"], "two experts a token"
 
     out = Path(moe_job("spread")["output"]["path"])
     killed: list[int] = []
@@ -91,3 +68,8 @@ def test_rows_are_the_same_over_several_ranks_and_replicas_and_after_a_rank_was_
     layout, engine = (result.report["runs"][-1][key] for key in ("layout", "engine"))
     assert (layout["replicas"], layout["ranks"]) == (2, 2)
     assert engine["exchanges"] > 0
+    for gang in result.report["experts"]["gangs"][-2:]:
+        assert np.shape(gang["rows"]) == (4, 2)
+        assert gang["nodes"] == [0, 0]
+        assert 1 <= gang["balance"]["achieved"] < 2
+        assert gang["bytes"]["within"] > 0 == gang["bytes"]["across"]

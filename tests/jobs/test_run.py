@@ -32,6 +32,7 @@ def test_a_job_leaves_parts_commits_an_index_and_a_report(job, run_job, rows_of)
         "report.html",
         "report.json",
         "run.log",
+        "runs.json",
     ]
     assert list((out / "_attempts").iterdir()) == []
     rows = rows_of(out)

@@ -258,6 +258,8 @@ OTHER_VALUES = {
     "cluster.dtype": "float32",
     "cluster.threads": 2,
     "cluster.address": "auto",
+    "cluster.calibration_rows": 0,
+    "cluster.spare_experts": 2,
     "index.kind": "Flat",
     "index.shards": 2,
     "index.memory_bytes": 1 << 30,

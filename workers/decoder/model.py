@@ -18,7 +18,7 @@ from workers.decoder.block import Block
 from workers.decoder.checkpoint import Checkpoint, load_checkpoint
 from workers.decoder.config import DecoderConfig, ExpertsConfig
 from workers.decoder.embedding import Embedding
-from workers.decoder.experts import RouterListener
+from workers.decoder.experts import Experts, RouterListener
 from workers.decoder.head import Head
 from workers.decoder.memory import freed_at_once
 from workers.decoder.norm import Norm
@@ -132,6 +132,19 @@ class Decoder:
             dispatcher=dispatcher or LocalDispatcher(),
             max_context=max_context,
         )
+
+    def hold(self, checkpoint: Checkpoint, experts: Sequence[Sequence[int]]) -> None:
+        """Have the experts that `experts[layer]` names, as `load` takes them, instead of those that were held.
+
+        A layer's are freed before its new ones are read, so peak memory is what is held plus one tensor. The dispatcher
+        must know the new placement before the next `forward`. If it raises, the decoder is of no use any more.
+        """
+        tensors = Tensors(checkpoint, "", self.precision.weights, self.device)
+        with freed_at_once():
+            for i, block in enumerate(self.blocks):
+                if isinstance(block.feed_forward, Experts):
+                    own = tensors.under(f"layers.{i}").under("feed_forward")
+                    block.feed_forward.hold(experts[i], self.config.hidden_width, own)
 
     def new_pools(self, num_blocks: Sequence[int], block_tokens: int) -> list[KVPool]:
         """Empty pools, one a layer; `num_blocks` is given a group."""

@@ -216,6 +216,10 @@ class Engine:
         """A copy: it stays as it is while the engine goes on."""
         return replace(self._stats)
 
+    def clear_stats(self) -> None:
+        """Count from here on."""
+        self._stats = EngineStats()
+
     @torch.inference_mode()
     def step(self) -> list[Finished]:
         """Compute one step and return what finished in it. Without work it still joins its gang's exchanges."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from workers.decoder.attention import AttentionMetadata
 from workers.decoder.config import DecoderConfig, ExpertsConfig
 from workers.decoder.model import Decoder
 from workers.parallel.dispatch import Compute, Dispatcher
+from workers.parallel.expert_work import ExpertWork
 from workers.parallel.loads import ExpertLoads
 
 # Is told a decoder layer's index and its tokens' experts, [T, k] int64, ascending in each row.
@@ -38,6 +40,9 @@ class ListeningDispatcher(Dispatcher):
         self.listener(layer, expert_ids.cpu().numpy())
         return self.inner.run(layer, num_experts, x, expert_ids, weights, compute)
 
+    def work(self) -> ExpertWork:
+        return self.inner.work()
+
 
 def empty_loads(config: DecoderConfig) -> ExpertLoads:
     """Loads of nothing yet, for a decoder's layers with experts. ValueError if they differ in how many they have."""
@@ -59,14 +64,21 @@ def measure_loads(decoder: Decoder, sequences: Iterable[Sequence[int]]) -> Exper
     return loads
 
 
-def listen_to(decoder: Decoder, sequences: Iterable[Sequence[int]], listener: ChoiceListener) -> None:
-    """Run token sequences through a decoder, and tell the listener what each layer's tokens choose in each step."""
+@contextmanager
+def listening(decoder: Decoder, listener: ChoiceListener) -> Iterator[None]:
+    """While it lasts, tell the listener what each layer's tokens choose in each step."""
     plain = decoder.dispatcher
     decoder.dispatcher = ListeningDispatcher(plain, listener)
     try:
-        run_sequences(decoder, sequences)
+        yield
     finally:
         decoder.dispatcher = plain
+
+
+def listen_to(decoder: Decoder, sequences: Iterable[Sequence[int]], listener: ChoiceListener) -> None:
+    """Run token sequences through a decoder, and tell the listener what each layer's tokens choose in each step."""
+    with listening(decoder, listener):
+        run_sequences(decoder, sequences)
 
 
 def run_sequences(decoder: Decoder, sequences: Iterable[Sequence[int]]) -> None:

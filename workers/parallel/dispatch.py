@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from workers.parallel.expert_work import ExpertWork
+
 # Takes rows [N, C] sorted by slot and how many there are for each slot, [slots] int64; gives each row's answer [N, C].
 Compute = Callable[[Tensor, Tensor], Tensor]
 
@@ -28,9 +30,16 @@ class Dispatcher(ABC):
         x[t]. Neither the other tokens nor where an expert lies changes it. T may be 0.
         """
 
+    @abstractmethod
+    def work(self) -> ExpertWork:
+        """What the experts here did so far. May be asked from any thread."""
+
 
 class LocalDispatcher(Dispatcher):
     """All experts are here, expert e in slot e."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, Tensor] = {}  # by layer, [E]; replaced and never changed, for another thread may read
 
     def run(
         self, layer: int, num_experts: int, x: Tensor, expert_ids: Tensor, weights: Tensor, compute: Compute
@@ -38,9 +47,13 @@ class LocalDispatcher(Dispatcher):
         top_k = expert_ids.shape[1]
         by_expert = expert_ids.flatten().argsort(stable=True)  # [N] pairs, those of a slot together
         rows_per_slot = expert_ids.flatten().bincount(minlength=num_experts)
+        self._rows[layer] = self._rows[layer] + rows_per_slot if layer in self._rows else rows_per_slot
         answers = torch.empty(by_expert.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
         answers[by_expert] = compute(x[by_expert // top_k], rows_per_slot)
         return combine(answers, weights)
+
+    def work(self) -> ExpertWork:
+        return ExpertWork(rows={layer: rows.cpu().numpy() for layer, rows in sorted(self._rows.copy().items())})
 
 
 def combine(answers: Tensor, weights: Tensor) -> Tensor:

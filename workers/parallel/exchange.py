@@ -16,6 +16,7 @@ from torch import Tensor
 
 from workers.parallel.copies import copies_of, turns
 from workers.parallel.dispatch import Compute, Dispatcher, combine
+from workers.parallel.expert_work import ExpertWork, by_expert
 from workers.parallel.placement import Placement, Topology
 
 
@@ -41,6 +42,7 @@ class Traffic:
 
     exchanges: int = 0
     tokens: int = 0  # own tokens, once a layer
+    row_bytes: int = 0  # of one hidden state
     bytes_to: list[int] = field(default_factory=list)  # [R] of rows for its experts, and of answers to its rows
     rows: dict[int, Tensor] = field(default_factory=dict)  # by layer, [own slots] rows computed in each slot
     seconds: float = 0.0  # within exchanges: moving data, and waiting for slower ranks
@@ -55,10 +57,17 @@ class AllToAllDispatcher(Dispatcher):
     """
 
     def __init__(self, gang: Exchange, placement: Placement, topology: Topology) -> None:
+        self._gang = gang
+        self.topology = topology
+        self.place(placement)
+
+    def place(self, placement: Placement) -> None:
+        """From the next step on experts lie so, on all ranks; `traffic` counts from here on."""
+        gang = self._gang
         if placement.num_ranks != gang.num_ranks:
             raise ValueError(f"a placement over {placement.num_ranks} ranks for a gang of {gang.num_ranks}")
-        self._gang = gang
-        self._layers = {layer: _layer(placement, topology, layer, gang.rank) for layer in placement.layers}
+        self.placement = placement
+        self._layers = {layer: _layer(placement, self.topology, layer, gang.rank) for layer in placement.layers}
         self.traffic = Traffic(bytes_to=[0] * gang.num_ranks)
 
     def run(
@@ -77,6 +86,14 @@ class AllToAllDispatcher(Dispatcher):
         by_pair = torch.empty_like(answers)
         by_pair[by_slot] = answers
         return combine(by_pair, weights)
+
+    def work(self) -> ExpertWork:
+        traffic, placement, rank = self.traffic, self.placement, self._gang.rank
+        rows = {
+            layer: by_expert(rows.numpy(), placement.held(layer, rank), placement.num_experts)
+            for layer, rows in sorted(traffic.rows.copy().items())
+        }
+        return ExpertWork(rows=rows, bytes_to=tuple(traffic.bytes_to), row_bytes=traffic.row_bytes)
 
     def _slots(self, layer: int, num_experts: int, expert_ids: Tensor) -> Tensor:
         """expert_ids [T, k] -> the slot that each pair goes to, [N]."""
@@ -107,6 +124,7 @@ class AllToAllDispatcher(Dispatcher):
     def _note(self, layer: int, x: Tensor, sent: list[int], received: list[int], arriving: Tensor) -> None:
         traffic, row_bytes = self.traffic, x.shape[1] * x.element_size()
         traffic.tokens += x.shape[0]
+        traffic.row_bytes = row_bytes
         for rank in range(len(sent)):
             if rank != self._gang.rank:
                 traffic.bytes_to[rank] += (sent[rank] + received[rank]) * row_bytes

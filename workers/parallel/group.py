@@ -46,10 +46,20 @@ class Rendezvous:
             host, self.port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
 
-    def seats(self, gang: str, nodes: Sequence[str], placement: dict[str, Any]) -> list[Seat]:
+    def seats(
+        self, gang: str, nodes: Sequence[str], placement: dict[str, Any], *, calibrates: bool = False
+    ) -> list[Seat]:
         """One a rank; `nodes` names each rank's."""
         return [
-            Seat(host=self.host, port=self.port, gang=gang, rank=rank, nodes=tuple(nodes), placement=placement)
+            Seat(
+                host=self.host,
+                port=self.port,
+                gang=gang,
+                rank=rank,
+                nodes=tuple(nodes),
+                placement=placement,
+                calibrates=calibrates,
+            )
             for rank in range(len(nodes))
         ]
 

@@ -133,6 +133,15 @@ def test_a_copy_that_finds_no_place_leaves_its_part_to_the_others(
     np.testing.assert_allclose(draft.busy(num_ranks), rank_loads(placed, loads + 1.0))
 
 
+def test_a_copy_that_finds_no_place_leaves_its_part_to_the_experts_others() -> None:
+    loads, topology = np.array([[6.0, 4.0, 3.0, 2.0]]), Topology((0, 1, 1))
+    draft = replicate(loads, 9, 3)
+    pack(draft, 4, topology, 3)
+    assert (draft.rank < 0).any(), "or nothing is tested here"
+    placed = Placement(num_experts=4, layers=(0,), slots=(draft.slots(0, 3),))
+    np.testing.assert_allclose(draft.busy(3), rank_loads(placed, loads))
+
+
 def test_exchanging_copies_never_parts_what_attracts_more() -> None:
     rng, topology = np.random.default_rng(4), Topology.even(6, 3)
     attraction = rng.exponential(size=(5, 18, 18))

@@ -1,0 +1,247 @@
+"""The report's page: readable without a network, well formed, and safe to open whatever the rows hold."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import tomllib
+import xml.etree.ElementTree as ET
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.page.render import render
+from jobs.report import histogram
+
+HOSTILE = "</script><script>alert(1)</script> <img src=x onerror=alert(1)> {{ 7 * 7 }} \"'&\x00\x1b\ud800 end"
+
+
+def run(length_s: int, **facts: Any) -> dict[str, Any]:
+    ticks = list(range(length_s + 1))
+    series = {
+        "seconds": ticks,
+        "rows": ticks,
+        "prompt_tokens": [8 * tick for tick in ticks],
+        "completion_tokens": [2 * tick for tick in ticks],
+    }
+    return {
+        "started_at": "2026-01-01T00:00:00+0000",
+        "elapsed_s": length_s,
+        "rows": length_s,
+        "prompt_tokens": 8 * length_s,
+        "completion_tokens": 2 * length_s,
+        "tokens_per_s": 10.0,
+        "series": series,
+        **facts,
+    }
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "summaries",
+        "model": "a/model",
+        "fingerprint": "0123abcd",
+        "state": "finished",
+        "rows": {"total": 3, "done": 3, "ok": 2, "errors": 1},
+        "errors": {"template_error": {"count": 1, "examples": [{"row": 2, "id": "doc-2", "message": "no title"}]}},
+        "tokens": {"prompt": 30, "completion": 12},
+        "finish_reasons": {"stop": 2},
+        "lengths": {
+            "prompt_tokens": histogram(Counter({10: 3})),
+            "completion_tokens": histogram(Counter({5: 1, 70: 1})),
+        },
+        "index": {"kind": "Flat", "vectors": 2, "dimension": 8, "shards": 1, "pooling": "mean", "current": True},
+        "runs": [run(4, seconds={"starting": 4.0, "rows": 30.0})],
+        "spec": {
+            "model": "a/model",
+            "input": {"path": "rows.parquet", "job": None},
+            "generate": {"max_new_tokens": 8},
+            "embed": {"of": "prompt", "pooling": "mean"},
+            "output": {"path": "out"},
+        },
+    } | changes
+
+
+class Page(HTMLParser):
+    """What a browser would find: tags with their attributes, and the text of each kind of element."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: dict[str, list[str]] = {}
+        self._open: list[str] = []
+        self.feed(page)
+        self.close()
+        assert not self._open, f"never closed: {self._open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "br"):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text.setdefault(self._open[-1] if self._open else "", []).append(data)
+
+
+def figures(page: str) -> list[ET.Element]:
+    return [ET.fromstring(found) for found in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
+
+
+def test_the_page_fetches_nothing_and_runs_no_script_but_its_own() -> None:
+    text = render(report(), "model: a/model\n")
+    page = Page(text)
+    assert not {"link", "img", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
+    assert not {"src", "href", "action"} & {name for _, attributes in page.tags for name in attributes}
+    assert not re.search(r"url\(|@import", text)
+    (script,) = page.text["script"]
+    (policy,) = [found["content"] for tag, found in page.tags if "http-equiv" in found]
+    assert policy is not None
+    assert f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
+    assert policy.startswith("default-src 'none';")
+
+
+def test_texts_of_rows_stay_texts() -> None:
+    hostile = report(
+        name=HOSTILE,
+        errors={HOSTILE: {"count": 1, "examples": [{"row": 2, "id": HOSTILE, "message": HOSTILE}]}},
+        finish_reasons={HOSTILE: 2},
+        runs=[run(4, deaths=[{"replica": 0, "at_s": 1.0, "reason": HOSTILE}], seconds={HOSTILE: 3.0})],
+    )
+    text = render(hostile, HOSTILE)
+    text.encode("utf-8")
+    page, calm = Page(text), Page(render(report(), ""))
+    assert [tag for tag, _ in page.tags].count("script") == [tag for tag, _ in calm.tags].count("script") == 1
+    assert "img" not in {tag for tag, _ in page.tags}
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert "{{ 7 * 7 }}" in "".join(page.text["pre"]), "what rows hold is no template"
+    assert "\x00" not in text
+    assert "\x1b" not in text
+    for figure in figures(text):
+        assert figure.get("viewBox")
+
+
+def test_every_figure_is_well_formed_has_a_name_and_keeps_its_text_inside() -> None:
+    drawn = [figure for figure in figures(render(report(), "")) if "figure" in figure.get("class", "")]
+    assert len(drawn) >= 4
+    for figure in drawn:
+        assert figure.get("aria-label")
+        _, _, width, height = map(float, figure.get("viewBox", "").split())
+        for text in figure.iter("text"):
+            x, y, room = float(text.get("x", "")), float(text.get("y", "")), 6.2 * len(text.text or "")
+            begin = x - {"start": 0.0, "middle": 0.5, "end": 1.0}[text.get("text-anchor", "start")] * room
+            assert begin >= -1, text.text
+            assert begin + room <= width + 1, text.text
+            assert 0 < y <= height, text.text
+
+
+def test_bars_are_as_high_as_their_counts() -> None:
+    lengths = {"prompt_tokens": histogram(Counter({1: 10, 2: 5, 4: 20})), "completion_tokens": histogram(Counter())}
+    (drawn,) = [f for f in figures(render(report(lengths=lengths), "")) if "Prompts" in f.get("aria-label", "")]
+    heights = [float(bar.get("height", "")) for bar in drawn.iter("rect") if bar.get("class") == "bar"]
+    assert heights == pytest.approx([heights[3] / 2, heights[3] / 4, 0, heights[3]], abs=0.2)
+    said = [title.text for title in drawn.iter("title")]
+    assert said == ["1 tokens: 10", "2 tokens: 5", "3 tokens: 0", "4 tokens: 20"]
+
+
+def test_throughput_is_drawn_over_all_runs_with_a_seam_where_one_was_resumed() -> None:
+    text = render(report(runs=[run(40), run(20)]), "")
+    (drawn,) = [figure for figure in figures(text) if "Tokens a second" in figure.get("aria-label", "")]
+    assert [found.text for found in drawn.iter("text") if found.text == "resumed"] == ["resumed"]
+    said = [title.text or "" for title in drawn.iter("title")]
+    assert all("8 tokens/s read, 2 generated, 1 rows/s" in line for line in said)
+    assert said[0].startswith("0:00 to 0:01")
+    assert said[-1].startswith("0:59 to 1:00")
+    assert "resumed 1 time" in text
+
+
+def test_a_job_without_rows_runs_index_or_errors_has_a_page_too() -> None:
+    empty = histogram(Counter())
+    page = render(
+        report(
+            state="stopped",
+            rows={"total": 10, "done": 0, "ok": 0, "errors": 0},
+            errors={},
+            tokens={"prompt": 0, "completion": 0},
+            finish_reasons={},
+            lengths={"prompt_tokens": empty, "completion_tokens": empty},
+            index=None,
+            runs=[],
+        ),
+        "",
+    )
+    assert "stopped at 0 of 10 rows" in page
+    assert [tag for tag, _ in Page(page).tags].count("svg") == 0
+
+
+def test_deaths_say_how_long_the_rows_stood_still() -> None:
+    deaths = [
+        {"replica": 1, "at_s": 75.0, "reason": "rank 2 was killed", "recovered_after_s": 3.25},
+        {"replica": 0, "at_s": 80.0, "reason": "rank 0 was killed"},
+    ]
+    page = render(report(runs=[run(4), run(100, deaths=deaths)]), "")
+    assert '<td class="number">1:15</td>' in page
+    assert "3.2 s" in page
+    assert "rank 0 was killed" in page
+
+
+def experts(num_layers: int, num_experts: int, num_ranks: int = 0) -> dict[str, Any]:
+    gang = {
+        "gang": "worker-0.1",
+        "nodes": list(range(num_ranks)),
+        "rows": [[10 * rank for rank in range(num_ranks)]] * num_layers,
+        "balance": {"predicted": None, "achieved": 1.25, "round_robin": 2.5},
+    }
+    return {
+        "layers": [3 + layer for layer in range(num_layers)],
+        "rows": [list(range(num_experts))] * num_layers,
+        "gangs": [gang] if num_ranks else [],
+    }
+
+
+def test_a_cell_is_as_dark_as_its_expert_is_busy() -> None:
+    text = render(report(experts=experts(2, 4, num_ranks=2)), "")
+    by_expert, by_rank = (f for f in figures(text) if (f.get("aria-label") or "").startswith("Load of each"))
+    cells = [cell for cell in by_expert.iter("rect") if cell.find("title") is not None]
+    assert [cell.findtext("title") for cell in cells[:4]] == [
+        "layer 3, expert 0: 0 tokens, 0.00 × the mean",
+        "layer 3, expert 1: 1 tokens, 0.67 × the mean",
+        "layer 3, expert 2: 2 tokens, 1.33 × the mean",
+        "layer 3, expert 3: 3 tokens, 2.00 × the mean",
+    ]
+    dark = [float(cell.get("fill-opacity", "")) for cell in cells[:4]]
+    assert dark == sorted(dark)
+    assert (dark[0], dark[3]) == (0.05, 1.0)
+    assert len([cell for cell in by_rank.iter("rect") if cell.find("title") is not None]) == 4
+    assert "The busiest rank computed 1.25 times the mean; experts dealt out in turn: 2.50." in text
+    assert "2 experts of single layers were never chosen" in text
+
+
+def test_a_heat_map_of_many_experts_is_bounded_and_shows_the_busiest() -> None:
+    text = render(report(experts=experts(130, 1000)), "")
+    assert len(text) < 800_000
+    (drawn,) = (f for f in figures(text) if (f.get("aria-label") or "").startswith("Load of each"))
+    cells = [cell.findtext("title") or "" for cell in drawn.iter("rect") if cell.find("title") is not None]
+    assert len(cells) <= 64 * 64
+    assert any("expert 999: 999 tokens, 2.00 × the mean" in cell for cell in cells)
+
+
+def test_a_dense_model_has_no_heat_map() -> None:
+    assert "Expert load" not in render(report(experts=None), "")
+
+
+def test_the_page_s_files_are_in_the_distribution() -> None:
+    """As setuptools finds them: the installed command has no source tree to read them from."""
+    root = Path(__file__).parents[2]
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["jobs.page"]
+    packaged = {path.name for pattern in patterns for path in (root / "jobs" / "page").glob(pattern)}
+    assert {path.name for path in (root / "jobs" / "page").iterdir() if path.suffix not in (".py", "")} == packaged
