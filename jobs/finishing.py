@@ -11,6 +11,7 @@ from jobs.store import JobStore
 from jobs.tally import Tally
 from pipeline.audit import audit
 from pipeline.index.build import build_index, index_is_current
+from pipeline.index.kinds import DEFAULT_MEMORY_BYTES
 from pipeline.index.manifest import Provenance
 from pipeline.tokenizer import load_tokenizer
 
@@ -48,9 +49,10 @@ class Finisher:
             "job": spec.name,
             "provenance": self._provenance(),
             "kind": spec.index.kind,
-            "shards": 1 if spec.index.shards == "auto" else spec.index.shards,
+            "shards": None if spec.index.shards == "auto" else spec.index.shards,
+            "memory_bytes": DEFAULT_MEMORY_BYTES if spec.index.memory_bytes == "auto" else spec.index.memory_bytes,
+            "recall": spec.index.recall,
             "center": spec.embed.center is True,
-            "memory_bytes": None if spec.index.memory_bytes == "auto" else spec.index.memory_bytes,
         }
 
     def _provenance(self) -> Provenance:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from pipeline.commits import Commit
 from pipeline.errors import JobError
 from pipeline.index import faiss_files
+from pipeline.index.kinds import FLAT
 from pipeline.index.manifest import MANIFEST_NAME, ROWS_NAME, Contents, IndexManifest, parts_digest
 from pipeline.index.row_map import SCHEMA
 from pipeline.index.search import flat_matrix, read_centering
@@ -137,7 +138,7 @@ class _Shards:
     def __init__(self, folder: JobFolder, manifest: IndexManifest) -> None:
         self._folder = folder
         self._manifest = manifest
-        self._flat = manifest.kind == faiss_files.FLAT
+        self._flat = manifest.kind == FLAT
         self._waiting = iter(manifest.shards)
         self._loaded: tuple[Contents, Any] | None = None
         self._problems: list[str] = []

@@ -24,6 +24,7 @@ from pipeline.index import faiss_files
 from pipeline.index.centering import Centering
 from pipeline.index.deletions import read_deleted
 from pipeline.index.effort import search_parameters
+from pipeline.index.kinds import FLAT
 from pipeline.index.manifest import IndexManifest, Shard, read_manifest
 from pipeline.index.row_map import Place, RowMap
 from pipeline.index.selection import Mask, allowed_mask, keeping_to, search_allowed, unnumbered
@@ -56,7 +57,7 @@ class IndexShard:
         self._contents = contents
         self._deleted = deleted
         self._matrix: Matrix | None = None  # [n, d] of a Flat shard: FAISS's own memory
-        if kind == faiss_files.FLAT and contents.num_vectors:
+        if kind == FLAT and contents.num_vectors:
             self._flat, _ = unnumbered(index, contents.first_vector)
             self._matrix = flat_matrix(index)
             self._longest = max(
