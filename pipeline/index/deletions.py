@@ -6,6 +6,7 @@ tombstone: files of vectors stay as they are, and search leaves the numbers out 
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Final
 
@@ -56,3 +57,12 @@ def read_deleted(folder: Path, manifest: IndexManifest) -> Numbers | None:
     if len(numbers) != manifest.deleted.num_vectors or not in_order or (np.diff(numbers) <= 0).any():
         raise JobError(f"{path} does not list {manifest.deleted.num_vectors} vectors of the index, each once, in order")
     return numbers
+
+
+def delete_vectors(draft: Path, manifest: IndexManifest, numbers: Numbers) -> IndexManifest:
+    """A change of `versions.change_index`: these are not to be found any more, nor are those deleted before."""
+    before = read_deleted(draft, manifest)
+    merged: Numbers = np.union1d(numbers, before) if before is not None else np.unique(numbers)
+    path = draft / DELETED_NAME
+    path.unlink(missing_ok=True)
+    return dataclasses.replace(manifest, deleted=write_deleted(path, merged.astype(np.int64)))

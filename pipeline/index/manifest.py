@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,13 +94,17 @@ class MissedKind:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexedJob:
-    """The committed parts of one job that are in the index, in the order of rows."""
+    """The committed parts of one job that are in the index, in the order of rows.
+
+    Their vectors follow those of the jobs before it.
+    """
 
     job: str  # the name in rows.parquet
     fingerprint: str
     num_parts: int
     parts_digest: str  # see `parts_digest`
     num_vectors: int
+    path: str = "."  # its directory, seen from the one that index/ is in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +127,16 @@ class IndexManifest:
     def files(self) -> tuple[Contents, ...]:
         """All that the index consists of beside index.json."""
         return (self.rows, *(one for one in (self.center, self.deleted) if one is not None), *self.shards)
+
+    @property
+    def num_deleted(self) -> int:
+        return 0 if self.deleted is None else self.deleted.num_vectors
+
+    @property
+    def first_vectors(self) -> tuple[int, ...]:
+        """The number of each job's first vector."""
+        counts = [job.num_vectors for job in self.jobs]
+        return tuple(itertools.accumulate(counts[:-1], initial=0)) if counts else ()
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **dataclasses.asdict(self)}
