@@ -120,18 +120,25 @@ def query(
         Path | None, typer.Option(metavar="FILE.npy", help="Vectors to look for instead: [d] or [n, d].")
     ] = None,
     file: Annotated[
-        str | None, typer.Option("--file", metavar="FILE", help="Texts to look for instead: a row each, of any format.")
+        str | None,
+        typer.Option("--file", "--input", metavar="FILE", help="Texts to look for instead: a row each, of any format."),
     ] = None,
     column: Annotated[str | None, typer.Option(metavar="C", help="The column of --file that holds them.")] = None,
     where: Annotated[
         str | None,
         typer.Option("--filter", metavar="EXPR", help="Only rows like this, by carried columns: \"lang == 'en'\"."),
     ] = None,
+    id: Annotated[str | None, typer.Option("--id", metavar="C", help="With --output: the column with ids.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="With --file, for many: a job that writes neighbours there, or resumes."),
+    ] = None,
     address: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Ask the index that serve-index serves on this Ray.")
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Ask the index served on this Ray; with --output: the Ray to use."),
     ] = None,
     as_json: AsJson = False,
-) -> None:
+) -> int | None:
     """The nearest rows by cosine similarity, best first."""
     from jobs.query import describe_results, query_texts, query_vectors, read_vectors
     from jobs.query_file import read_queries
@@ -140,6 +147,14 @@ def query(
         raise UserError("query: give either a TEXT, --file FILE or --vector FILE.npy")
     if column is not None and file is None:
         raise UserError(f"query: --column {column} names a column of --file FILE, which is not given")
+    if output is not None:
+        if file is None:
+            raise UserError(f"query: --output {output} is for the queries of --file FILE, which is not given")
+        return _query_many(
+            context.obj, out, file, output, k=k, column=column, id_column=id, filter=where, address=address
+        )
+    if id is not None:
+        raise UserError(f"query: --id {id} is for neighbours that are written with --output DIR, which is not given")
     texts = read_queries(file, column) if file is not None else text or []
     if address is not None:
         from jobs.served import connect
@@ -155,6 +170,7 @@ def query(
             query_texts(out, texts, k, filter=where) if vector is None else query_vectors(out, vector, k, filter=where)
         )
     context.obj.answer({"results": [result.to_json() for result in results]}, describe_results(results))
+    return None
 
 
 @app.command("serve-index")
@@ -331,12 +347,32 @@ def _run(spec: Any, answers: Answers, *, limit: int | None = None, retry_errors:
         with ProgressDisplay() as display:
             result = run_job(spec, limit=limit, retry_errors=retry_errors, on_progress=display)
     except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and stop.code != signal.SIGTERM:  # as Ray answers SIGTERM while it starts
-            raise
         again = answers.command_line if submission is None else submission.command or "submit the job again"
-        return answers.refuse(f"stopped; what is done is kept. To go on: {again}", INTERRUPTED)
+        return _stopped(stop, answers, again)
     answers.answer(result.report, describe_report(result.report, Path(spec.output.path)))
     return 0
+
+
+def _query_many(answers: Answers, out: Path, file: str, output: Path, **options: Any) -> int:
+    from jobs.bulk_query import bulk_query
+    from jobs.terminal import ProgressDisplay
+
+    try:
+        with ProgressDisplay() as display:
+            result = bulk_query(out, file, output, on_progress=display, **options)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        return _stopped(stop, answers, answers.command_line)
+    failed = f", {result['errors']:,} of them failed" if result["errors"] else ""
+    answers.answer(
+        result, f"{result['queries']:,} queries{failed}: {result['neighbours']:,} neighbours in {output / 'parts'}"
+    )
+    return 0
+
+
+def _stopped(stop: BaseException, answers: Answers, again: str) -> int:
+    if isinstance(stop, SystemExit) and stop.code != signal.SIGTERM:  # as Ray answers SIGTERM while it starts
+        raise stop
+    return answers.refuse(f"stopped; what is done is kept. To go on: {again}", INTERRUPTED)
 
 
 def execute(arguments: Sequence[str]) -> int:

@@ -27,6 +27,7 @@ from jobs.events import (
     Publish,
     Published,
     ReplicaDied,
+    ReplicaResized,
     ReplicasStopped,
     Reported,
     Result,
@@ -58,7 +59,7 @@ class Workers(Protocol):
     def start(self, replica: int, generation: int) -> None: ...
     def grant(self, shard: ShardId, assignments: list[Assignment]) -> None: ...
     def revoke(self, shard: ShardId, split: int, revision: int) -> None: ...
-    def listen(self, timeout_s: float) -> list[Heard | ReplicaDied]: ...
+    def listen(self, timeout_s: float) -> list[Heard | ReplicaDied | ReplicaResized]: ...
     def stop(self) -> list[Heard]: ...
 
 
@@ -125,6 +126,10 @@ class Controller:
                 log.warning("replica %d died: %s", news.replica, news.reason)
                 self._tally.mourn(news)
                 events.append(news)
+            elif isinstance(news, ReplicaResized):
+                log.warning("replica %d has room for %d ranks: %s", news.replica, news.ranks, news.reason)
+                self._tally.resize(news)
+                events.append(news)
             else:
                 events += self._take(news)
         self._tally.show()
@@ -159,6 +164,7 @@ class Controller:
                 self._workers.start(replica, generation)
             case Grant(shard, lease):
                 self._workers.grant(shard, [self._assignment(lease)])
+                self._tally.grant(shard, lease)
             case Revoke(shard, split, revision):
                 self._workers.revoke(shard, split, revision)
             case Commit(result):

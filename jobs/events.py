@@ -95,8 +95,21 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaDied:
+    """`silent_s`: how long ago the shard that was lost had last been heard; None if it never was, or is not known."""
+
     replica: int
     generation: int
+    reason: str
+    silent_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaResized:
+    """The replica forms with so many ranks from now on. 0: there is no room for any, and it waits for some."""
+
+    replica: int
+    generation: int
+    ranks: int
     reason: str
 
 
@@ -140,6 +153,7 @@ Event = (
     | Committed
     | Published
     | ReplicaDied
+    | ReplicaResized
     | Failed
     | StopRequested
     | ReplicasStopped

@@ -63,6 +63,8 @@ def _gang(gang: GangWork, layers: list[int], loads: Counts, record: Mapping[str,
     placement = Placement.from_json(record["placement"])
     if len(gang.work) != placement.num_ranks or placement.layers != tuple(layers):
         return []
+    if any(work.rows.keys() != set(layers) for work in gang.work.values()):  # it died before a rank's first step
+        return []
     ranks = range(placement.num_ranks)
     topology = Topology.of([gang.nodes[rank] for rank in ranks])
     busy = np.array([[int(gang.work[rank].rows[layer].sum()) for rank in ranks] for layer in layers])  # [L, R]
@@ -119,7 +121,14 @@ def describe_experts(experts: JsonObject | None) -> list[str]:
     foretold = "" if predicted is None else f"; {predicted:.2f} was foretold"
     within, across = (human_bytes(sum(gang["bytes"][name] for gang in gangs)) for name in ("within", "across"))
     in_turn = [human_bytes(sum(gang["bytes"]["round_robin"][name] for gang in gangs)) for name in ("within", "across")]
+    took = [gang["calibration"] for gang in gangs if gang["calibration"] is not None]
+    measured = [
+        f"         placed by {facts['rows']:,} rows, which took {facts['seconds']:.1f} s, "
+        f"{facts['moving_s']:.1f} s of it to read the experts that moved"
+        for facts in took[-1:]
+    ]
     return [
         f"experts: the busiest rank computed {achieved:.2f} times the mean{foretold}; dealt out in turn: {dealt:.2f}",
         f"         {within} moved within nodes, {across} across; dealt out in turn: {in_turn[0]} and {in_turn[1]}",
+        *measured,
     ]

@@ -14,6 +14,7 @@ from pipeline.index.build import build_index, index_is_current
 from pipeline.index.kinds import DEFAULT_MEMORY_BYTES
 from pipeline.index.manifest import Provenance
 from pipeline.index.rebuilding import kept_changes
+from workers.index_builders import builders_at_hand
 
 
 class Finisher:
@@ -32,8 +33,14 @@ class Finisher:
 
     def ensure_index(self) -> None:
         if not self.index_is_current():
-            change = kept_changes(self._store.folder)
-            build_index(self._store.folder, self._store.log.commits, change=change, **self._index_arguments())
+            build_index(
+                self._store.folder,
+                self._store.log.commits,
+                **self._index_arguments(),
+                builders=builders_at_hand(),
+                on_shard=self._tally.indexed,
+                change=kept_changes(self._store.folder),
+            )
 
     def audit(self) -> tuple[str, ...]:
         return tuple(audit(self._store.folder.root).problems)

@@ -9,11 +9,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from jobs.events import Lease, ReplicaDied, ShardId
+from jobs.calibration_watch import CalibrationWatch
+from jobs.events import Lease, ReplicaDied, ReplicaResized, ShardId
+from jobs.hosts import candidates, hosts, judge, own_location, refuse_wishes_of_nodes, survey
 from jobs.layout import Layout, Machine, choose_layout
+from jobs.nodes import Node
 from jobs.placements import ExpertLayers, gang_name, place_experts, record_calibration
-from jobs.ray_session import cluster_machines, is_joined, ray_session, wait_for
+from jobs.ray_session import is_joined, ray_session, wait_for
+from jobs.recovery import RankNeeds, resized
+from jobs.room import RoomWatch
 from jobs.spec import ClusterSpec
+from jobs.visibility import refuse_blind_nodes
 from pipeline.commits import Commit
 from pipeline.errors import JobError
 from pipeline.job_folder import JobFolder
@@ -46,7 +52,11 @@ class Fleet:
         self._joins = is_joined(cluster.address)
         self._connected = False
         self._layout: Layout | None = None
+        self._model: Callable[[str], Forecast] | None = None
+        self._room: RoomWatch | None = None
+        self._news: list[ReplicaResized] = []  # to be told when somebody listens
         self._experts: ExpertLayers | None = None
+        self._calibrations = CalibrationWatch()
         self._replicas: dict[int, tuple[int, Replica]] = {}
         self._looked_at = time.monotonic()
 
@@ -61,53 +71,90 @@ class Fleet:
 
         A Ray that runs already is joined for it. UserError if it lacks what the job asks for.
         """
+        cluster, nodes = self._cluster, list[Node]()
         if self._joins:
             self._connect(num_cpus=0)
-            machines = [_machine(resources) for resources in cluster_machines()]
-            machines = [machine for machine in machines if machine.num_cpus] or machines
+            nodes = candidates(cluster)
         else:
-            machines = [this_machine()]
-        probe = devices.cluster_gpu_bytes if self._joins else devices.gpu_bytes
-        self._layout = choose_layout(self._cluster, machines, model=model, gpu_bytes=probe)
-        return self._layout
+            refuse_wishes_of_nodes(cluster)
+        machines = [node.machine for node in nodes] if self._joins else [this_machine()]
+        layout = choose_layout(cluster, machines, model=model, gpu_bytes=self._gpu_bytes)
+        if self._joins:
+            needs = shard_resources(layout)
+            layout = judge(nodes, needs, layout, cluster)
+            refuse_blind_nodes(hosts(nodes, needs), self._settings)
+        self._layout, self._model = layout, model
+        self._room = RoomWatch(layout, self._rank_needs, cluster)
+        return layout
+
+    def _gpu_bytes(self) -> int | None:
+        return devices.cluster_gpu_bytes(self._cluster.labels) if self._joins else devices.gpu_bytes()
 
     def start(self, replica: int, generation: int) -> None:
         """UserError or JobError if there is no Ray to be had."""
         assert replica not in self._replicas
-        layout = self._layout
+        layout, room = self._layout, self._room
         assert layout is not None, "lay_out comes first"
+        assert room is not None
         # A Ray of our own is told that this machine has its CPUs, or more where the job insists on more threads.
         self._connect(num_cpus=max(devices.num_cpus(), layout.num_shards * layout.threads))
+        ranks = room.first_size(replica, self._others(replica))
+        if ranks < layout.ranks:
+            self._news.append(ReplicaResized(replica, generation, ranks, "there is still no room for more"))
+        self._form(replica, generation, ranks)
+
+    def _form(self, number: int, generation: int, ranks: int) -> None:
+        assert self._layout is not None
+        layout = resized(self._layout, ranks, self._forecast() if ranks != self._layout.ranks else None)
         engine = replace(self._settings.engine, threads=layout.threads, device=layout.device, sharers=layout.sharers)
-        name = gang_name(replica, generation)
-        self._replicas[replica] = (
+        name = gang_name(number, generation)
+        self._replicas[number] = (
             generation,
             Replica(
                 replace(self._settings, engine=engine),
                 shard_resources(layout),
                 name=name,
                 num_ranks=layout.ranks,
-                place=partial(self._place, name) if layout.ranks > 1 else None,
+                place=partial(self._place, name, layout.spare_experts) if layout.ranks > 1 else None,
+                location=survey(self._cluster).location if generation else own_location(self._cluster),
             ),
         )
+
+    def _rank_needs(self) -> RankNeeds:
+        assert self._layout is not None
+        layout, forecast = self._layout, self._forecast()
+        knows = forecast is not None and layout.device == "cuda"
+        return RankNeeds(layout=layout, forecast=forecast, gpu_bytes=self._gpu_bytes() if knows else None)
+
+    def _forecast(self) -> Forecast | None:
+        """Of the model, where it is spread; None where nothing is known of it, or it fits or doesn't as a whole."""
+        layout = self._layout
+        assert layout is not None
+        return self._model(layout.device) if self._model is not None and layout.ranks > 1 else None
+
+    def _others(self, number: int) -> list[Replica]:
+        return [replica for other, (_, replica) in self._replicas.items() if other != number]
 
     def _connect(self, *, num_cpus: int) -> None:
         if not self._connected:
             self._session.enter_context(ray_session(self._cluster.address, num_cpus=num_cpus))
             self._connected = True
 
-    def _place(self, gang: str, nodes: tuple[str, ...]) -> Seating:
+    def _place(self, gang: str, spare_slots: int, nodes: tuple[str, ...]) -> Seating:
         """Where a gang on these nodes holds its experts."""
         if self._experts is None:
             self._experts = ExpertLayers.of(Path(self._settings.engine.model_path))
-        return place_experts(
+        seating = place_experts(
             self._folder,
             self._experts,
             nodes,
             gang=gang,
-            spare_slots=self._layout.spare_experts if self._layout is not None else 0,
-            calibrates=self._settings.calibration is not None,
+            spare_slots=spare_slots,
+            calibrates=self._settings.calibration is not None and not self._calibrations.gave_up,
         )
+        if seating.calibrates:
+            self._calibrations.begin(gang)
+        return seating
 
     def grant(self, shard: ShardId, assignments: list[Assignment]) -> None:
         if replica := self._current(shard):
@@ -117,8 +164,8 @@ class Fleet:
         if replica := self._current(shard):
             replica.revoke(shard.rank, split, revision)
 
-    def listen(self, timeout_s: float) -> list[Heard | ReplicaDied]:
-        """Reports and deaths, as soon as there are any. JobError if a replica can't be formed."""
+    def listen(self, timeout_s: float) -> list[Heard | ReplicaDied | ReplicaResized]:
+        """Reports, deaths and changes of size, as soon as there are any."""
         owners = {
             reference: (number, generation, replica)
             for number, (generation, replica) in self._replicas.items()
@@ -131,26 +178,40 @@ class Fleet:
         self._forgive(now - self._looked_at - AWAY_S)
         ready = wait_for(list(owners), timeout_s)
         self._looked_at = time.monotonic()
-        heard: list[Heard | ReplicaDied] = []
+        heard: list[Heard | ReplicaDied | ReplicaResized] = [*self._news]
+        self._news.clear()
         for reference in ready:
             number, generation, replica = owners[reference]
             if number in self._replicas:
                 try:
                     rank, report = replica.take(reference)
                 except ReplicaLost as lost:
-                    heard.append(self._lose(number, str(lost)))
+                    heard.append(self._lose(number, lost))
                     continue
                 heard.append(Heard(ShardId(number, generation, rank), report))
                 if report.calibrated is not None:
+                    self._calibrations.end(replica.name)
                     record_calibration(self._folder, replica.nodes, report.calibrated, gang=replica.name)
                 if report.failure is not None and report.failure.kind == "crash":
-                    heard.append(self._lose(number, replica.cause(report.failure.message)))
-        for number, (_, replica) in list(self._replicas.items()):
+                    told = ReplicaLost(report.failure.message, 0.0)
+                    heard.append(self._lose(number, replica.cause(told)))
+        for number, (generation, replica) in list(self._replicas.items()):
             try:
                 replica.check(self._looked_at)
+                change = self._look_for_room(number, generation, replica)
             except ReplicaLost as lost:
-                heard.append(self._lose(number, str(lost)))
+                heard.append(self._lose(number, lost))
+            else:
+                heard += [change] if change is not None else []
         return heard
+
+    def _look_for_room(self, number: int, generation: int, replica: Replica) -> ReplicaResized | None:
+        assert self._room is not None
+        change = self._room.look(number, generation, replica, self._others(number), self._looked_at)
+        if change is not None and change.ranks and replica.is_forming:
+            replica.release()
+            self._form(number, generation, change.ranks)
+        return change
 
     def stop(self) -> list[Heard]:
         """Stop every shard and return their last reports; who does not answer in time is ended without."""
@@ -180,10 +241,11 @@ class Fleet:
         generation, replica = self._replicas.get(shard.replica, (None, None))
         return replica if generation == shard.generation else None
 
-    def _lose(self, number: int, reason: str) -> ReplicaDied:
+    def _lose(self, number: int, lost: ReplicaLost) -> ReplicaDied:
         generation, replica = self._replicas.pop(number)
         replica.release()
-        return ReplicaDied(number, generation, reason)
+        self._calibrations.lose(replica.name)
+        return ReplicaDied(number, generation, str(lost), lost.silent_s)
 
     def _forgive(self, seconds: float) -> None:
         if seconds > 0:
@@ -214,11 +276,3 @@ def shard_resources(layout: Layout) -> Resources:
 
 def this_machine() -> Machine:
     return Machine(num_cpus=devices.num_cpus(), num_gpus=devices.num_gpus(), memory_bytes=devices.memory_bytes())
-
-
-def _machine(resources: Mapping[str, float]) -> Machine:
-    return Machine(
-        num_cpus=int(resources.get("CPU", 0)),
-        num_gpus=int(resources.get("GPU", 0)),
-        memory_bytes=int(resources.get("memory", 0)),
-    )

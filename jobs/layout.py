@@ -31,6 +31,7 @@ class Layout:
     """`threads` are each shard's; `memory_bytes` is set aside for each, where its machine can't hold several.
 
     `sharers`: so many shards may share a machine. `spare_experts`: so many more of a layer than the least on each rank.
+    `lacks`: what the nodes that there are can't give, where that is waited for.
     """
 
     replicas: int
@@ -42,6 +43,7 @@ class Layout:
     why: str
     spare_experts: int = 0
     why_spare: str = ""
+    lacks: str = ""
 
     @property
     def num_shards(self) -> int:

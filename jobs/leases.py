@@ -62,6 +62,7 @@ class _Shard:
 
 @dataclass(slots=True, kw_only=True)
 class _Replica:
+    ranks: int  # 0 while there is no room for it
     generation: int = 0
     alone: bool = False  # a suspect has it for itself
 
@@ -70,6 +71,7 @@ class LeaseBook:
     """Every split is waiting, held by one living shard, or neither (being committed, or done)."""
 
     def __init__(self, splits: list[SplitProgress], *, ranks: int) -> None:
+        """`ranks`: a replica's, unless it is resized."""
         self._splits = splits
         self._ranks = ranks
         self._heap: list[int] = []  # lowest split first; entries that no longer wait are skipped
@@ -79,10 +81,20 @@ class LeaseBook:
         self._shards: dict[ShardId, _Shard] = {}
 
     def open_replica(self, replica: int) -> None:
-        self._replicas[replica] = _Replica()
+        self._replicas[replica] = _Replica(ranks=self._ranks)
 
     def is_current(self, replica: int, generation: int) -> bool:
         return replica in self._replicas and self._replicas[replica].generation == generation
+
+    def resize(self, replica: int, ranks: int) -> None:
+        """Its next shards are so many."""
+        assert 0 <= ranks <= self._ranks, ranks
+        self._replicas[replica].ranks = ranks
+
+    @property
+    def has_room(self) -> bool:
+        """Whether any replica has: else all of them wait for some."""
+        return any(replica.ranks for replica in self._replicas.values())
 
     def put_back(self, index: int) -> None:
         """A split with rows to settle waits for a shard, or as a suspect for a replica of its own."""
@@ -123,7 +135,7 @@ class LeaseBook:
         for rank in range(self._ranks):
             shard = self._shards.pop(ShardId(replica, lost.generation, rank), None)
             held += sorted(shard.holds) if shard else ()
-        lost.generation += 1
+        lost.generation, lost.ranks = lost.generation + 1, self._ranks
         return held, was_alone
 
     def generation(self, replica: int) -> int:
@@ -136,7 +148,7 @@ class LeaseBook:
         last, each to a replica that holds nothing else.
         """
         grants: list[Grant] = []
-        num_shards = max(1, len(self._replicas) * self._ranks)
+        num_shards = max(1, sum(replica.ranks for replica in self._replicas.values()))
         hungry = sorted(
             (identity for identity, shard in self._shards.items() if shard.wanted),
             key=lambda identity: (len(self._shards[identity].holds), identity),

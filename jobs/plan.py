@@ -16,14 +16,17 @@ from pathlib import Path
 from jobs.embedding import embedding_forms
 from jobs.fleet import this_machine
 from jobs.layout import Layout, choose_layout
+from jobs.placement_outlook import placement_outlook
+from jobs.placements import ExpertLayers
 from jobs.resolve import ResolvedJob, resolve
-from jobs.spec import EmbedSpec, JobSpec
+from jobs.spec import EmbedSpec, JobSpec, JsonObject
 from jobs.status import job_status
 from jobs.terminal import human_bytes, human_seconds
 from pipeline.embedding import EmbeddedText, TextEncoder, TextForm
 from pipeline.errors import RowError, UserError
 from pipeline.index.budget import build_budget
 from pipeline.index.kinds import DEFAULT_MEMORY_BYTES, FLAT, next_kind, settled_kinds
+from pipeline.job_folder import JobFolder
 from pipeline.prompts import Example, ModelText, PromptBuilder, PromptSettings, TextBuilder
 from pipeline.row_text import RowText
 from pipeline.source import Rows, Split
@@ -61,6 +64,7 @@ class Plan:
     dimension: int  # of a vector; 0 where nothing is embedded
     seconds: float | None  # None: not estimated
     output: str  # what is at output.path
+    experts: str = ""  # where a gang holds them; "" where no gang is planned
 
     def describe(self) -> str:
         """For people, a line a subject."""
@@ -87,6 +91,8 @@ class Plan:
         ]
         if spec.attention is not None:
             lines.insert(2, ("attention", shard.attention))
+        if self.experts:
+            lines.insert([name for name, _ in lines].index("time"), ("experts", self.experts))
         if self.tokens.errors:
             failed = ", ".join(f"{count} {code}" for code, count in self.tokens.errors.most_common())
             lines.insert(
@@ -111,12 +117,14 @@ class Plan:
     def _memory(self) -> str:
         shard, spec = self.shard, self.job.spec
         ranks = self.layout.ranks if self.layout is not None else 1
-        weights = f"{human_bytes(shard.rank_weight_bytes(ranks))} of weights ({shard.dtype}"
+        spare = self.layout.spare_experts if self.layout is not None else 0
+        weights = shard.rank_weight_bytes(ranks) + spare * shard.bytes_of_an_expert
+        weights_text = f"{human_bytes(weights)} of weights ({shard.dtype}"
         if ranks > 1:
-            weights += f"; all experts of the replica together: {human_bytes(shard.expert_bytes)}"
-        parts = [f"{weights})", f"at most {human_bytes(shard.kv_cache_bytes)} of KV cache"]
+            weights_text += f"; all experts of the replica together: {human_bytes(shard.expert_bytes)}"
+        parts = [f"{weights_text})", f"at most {human_bytes(shard.kv_cache_bytes)} of KV cache"]
         text = f"a {'shard' if ranks > 1 else 'replica'}: {', '.join(parts)}"
-        if spec.embed is not None:
+        if spec.embed is not None and spec.index is not None:
             samples = spec.generate.n if spec.generate is not None and spec.embed.of != "prompt" else 1
             vectors = self.job.source.num_rows * (samples + (1 if spec.embed.of == "both" else 0))
             text += f"; index: {self._index(vectors)}"
@@ -189,6 +197,8 @@ def make_plan(spec: JobSpec) -> Plan:
         engine = replace(engine, device=layout.device, threads=layout.threads, sharers=layout.sharers)
     shard = forecast(engine)
     tokens = estimate_tokens(job, shard.max_context)
+    out = Path(settled.output.path)
+    earlier = job_status(out) if (out / "job.json").is_file() else None
     new_tokens = settled.generate.max_new_tokens * settled.generate.n if settled.generate is not None else 0
     embeds_generation = settled.embed is not None and settled.embed.of != "prompt"
     return Plan(
@@ -202,7 +212,8 @@ def make_plan(spec: JobSpec) -> Plan:
         seconds=None
         if layout is None
         else _seconds(job, shard, tokens, new_tokens, embeds_generation, num_shards=layout.num_shards),
-        output=_output(job),
+        output=_output(job, earlier),
+        experts=_experts(job, earlier, layout, shard),
     )
 
 
@@ -329,15 +340,30 @@ def _seconds(
     return total / (shard.flops_per_s * num_shards * EFFICIENCY)
 
 
-def _output(job: ResolvedJob) -> str:
+def _output(job: ResolvedJob, earlier: JsonObject | None) -> str:
+    """`earlier`: the status of what is at output.path."""
     out = Path(job.spec.output.path)
-    if not (out / "job.json").is_file():
+    if earlier is None:
         return f"{out}, which is new"
-    status = job_status(out)
-    if status["fingerprint"] != job.fingerprint:
+    if earlier["fingerprint"] != job.fingerprint:
         return f"{out}, which holds another job: running this one there will be refused"
-    rows = status["rows"]
+    rows = earlier["rows"]
     return f"{out}, where {rows['done']:,} of {rows['total']:,} rows are done: running goes on from there"
+
+
+def _experts(job: ResolvedJob, earlier: JsonObject | None, layout: Layout | None, shard: Forecast) -> str:
+    if layout is None and shard.num_experts and job.spec.cluster.calibration_rows != 0:
+        return "where several shards share them, placed by loads that are measured before work begins"
+    if not shard.num_experts or layout is None or layout.ranks == 1:
+        return ""
+    is_same = earlier is not None and earlier["fingerprint"] == job.fingerprint
+    return placement_outlook(
+        job,
+        JobFolder(Path(job.spec.output.path)) if is_same else None,
+        layout,
+        ExpertLayers.of(job.model_path),
+        rows_done=earlier["rows"]["done"] if earlier is not None and is_same else 0,
+    )
 
 
 def _weights(shard: Forecast) -> str:

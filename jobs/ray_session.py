@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import workers
 from pipeline.errors import JobError, UserError
@@ -126,14 +126,6 @@ def is_joined(address: str | None) -> bool:
     import ray
 
     return bool(ray.is_initialized() or address or os.environ.get("RAY_ADDRESS"))
-
-
-def cluster_machines() -> list[dict[str, float]]:
-    """What each living node of the connected Ray has, by resource."""
-    import ray
-
-    nodes = cast(list[dict[str, Any]], ray.nodes())  # type: ignore[no-untyped-call]
-    return [node["Resources"] for node in nodes if node["Alive"]]
 
 
 def wait_for(references: list[Any], timeout_s: float) -> list[Any]:

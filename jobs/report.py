@@ -25,6 +25,7 @@ from jobs.corpus_map import CorpusMap, make_map
 from jobs.expert_report import describe_experts, expert_report
 from jobs.expert_tally import GangWork
 from jobs.history import read_runs
+from jobs.mourning import describe_deaths
 from jobs.page.render import render
 from jobs.placements import record_of
 from jobs.status import committed_status
@@ -174,6 +175,8 @@ def describe_report(report: dict[str, Any], out: Path) -> str:
     lines.append(f"  {tokens['prompt']:,} tokens read, {tokens['completion']:,} generated")
     if runs and runs[-1]["rows"]:
         lines[-1] += f"; this run: {runs[-1]['tokens_per_s']:,.0f} tokens/s, {human_seconds(runs[-1]['elapsed_s'])}"
+    if runs and runs[-1].get("deaths"):
+        lines.append(f"  {describe_deaths(runs[-1]['deaths'])}")
     lines += [f"  {line}" for line in describe_experts(report.get("experts"))]
     lines.append(f"  results: {out / 'parts'}, {out / 'report.html'}")
     if report["index"] is not None:

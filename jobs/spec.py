@@ -12,9 +12,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from jobs import node_labels
 from workers.decoder.attention_rules import AttentionRule
 
 JsonObject = dict[str, Any]
@@ -73,6 +74,12 @@ def _names_or_auto(value: object) -> object:
             raise _refusal("must name each column once")
         return tuple(value)
     raise _refusal("must be a list of column names, or auto")
+
+
+def _label_rules(value: dict[str, str]) -> dict[str, str]:
+    if found := node_labels.complaint(value):
+        raise _refusal(found)
+    return node_labels.plain(value)
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -209,6 +216,9 @@ class ClusterSpec(Section):
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     threads: CountOrAuto = "auto"
     address: Text | None = None
+    labels: Annotated[dict[str, str], AfterValidator(_label_rules)] = {}
+    spread: bool = False
+    wait_s: Annotated[float, Field(gt=0)] | None = None
     calibration_rows: Annotated[int | Literal["auto"], BeforeValidator(_number_or_auto)] = "auto"
     spare_experts: Annotated[int | Literal["auto"], BeforeValidator(_number_or_auto)] = "auto"
 
@@ -241,7 +251,10 @@ class AttentionRuleSpec(Section):
 
 
 class JobSpec(Section):
-    """One job. `output.path` is `out/NAME` and `index` is on for a job that embeds, unless they are given."""
+    """One job. `output.path` is `out/NAME`, and `index` is on for a job that embeds, unless they are given.
+
+    `index: false` in a job file is None here.
+    """
 
     name: Annotated[str, Field(pattern=r"^[^/\\\s][^/\\\n]*$")] = "job"
     model: Text
@@ -263,7 +276,9 @@ class JobSpec(Section):
             return given
         optional = ("prompt", "index", "output", "engine", "limits", "cluster")
         filled = {key: value for key, value in given.items() if not (value is None and key in optional)}
-        if filled.get("embed") is not None:
+        if filled.get("index") is False:  # vectors and no index
+            filled["index"] = None
+        elif filled.get("embed") is not None:
             filled.setdefault("index", {})
         output = filled.setdefault("output", {})
         if isinstance(output, Mapping) and output.get("path") is None:
@@ -299,7 +314,10 @@ class JobSpec(Section):
         return tuple(rule.model_dump(mode="json", exclude_defaults=True) for rule in self.attention or ())
 
     def to_json(self) -> JsonObject:
-        return self.model_dump(mode="json")
+        document = self.model_dump(mode="json")
+        if self.embed is not None and self.index is None:
+            document["index"] = False
+        return document
 
 
 def fingerprint_parts(

@@ -39,6 +39,7 @@ from jobs.events import (
     Publish,
     Published,
     ReplicaDied,
+    ReplicaResized,
     ReplicasStopped,
     Reported,
     Result,
@@ -136,6 +137,8 @@ class JobState:
                 return self._note_publication(result)
             case ReplicaDied():
                 return self._mourn(event)
+            case ReplicaResized():
+                return self._resize(event)
             case Failed(message, is_user_error):
                 return self._end(Outcome("failed", message, is_user_error))
             case StopRequested():
@@ -229,12 +232,21 @@ class JobState:
             self._barren_deaths += 1
         else:
             self._idle_deaths += 1
-        if self._idle_deaths >= MAX_IDLE_DEATHS:
+        if self._idle_deaths >= MAX_IDLE_DEATHS + self._num_replicas - 1:  # what one cause does to each is not a habit
             return self._end(Outcome("failed", f"workers die before they take any work: {event.reason}"))
         if self._barren_deaths > self._patience:
             times = f"{self._barren_deaths} times"
             return self._end(Outcome("failed", f"workers died {times} without serving a row: {event.reason}"))
         return [StartReplica(event.replica, self._book.generation(event.replica)), *self._grant()]
+
+    def _resize(self, event: ReplicaResized) -> list[Action]:
+        """Some ranks fewer, or none for now: those that are left share what is to be done."""
+        if not self._book.is_current(event.replica, event.generation):
+            return []
+        self._book.resize(event.replica, event.ranks)
+        if self.phase == "running" and not self._book.has_room:
+            return self._end(Outcome("failed", f"{event.reason}; what is committed is kept"))
+        return self._grant()
 
     def _over_error_rate(self) -> Outcome | None:
         """Judged against at least JUDGED_AFTER_ROWS rows, or as many as let JUDGED_AFTER_ERRORS pass, or all there are.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -57,7 +58,7 @@ def committed_status(folder: JobFolder) -> dict[str, Any]:
     total = sum(split["num_rows"] for split in splits)
     done, failed = sum(commit.rows for commit in commits.values()), sum(commit.errors for commit in commits.values())
     index = index_summary(folder, commits)
-    indexed = job["spec"]["index"] is None or (index is not None and index["current"])
+    indexed = job["spec"]["index"] in (None, False) or (index is not None and index["current"])
     codes: Counter[str] = Counter()
     for commit in commits.values():
         codes.update(commit.error_codes)
@@ -87,12 +88,27 @@ def index_summary(folder: JobFolder, commits: Mapping[int, Commit]) -> dict[str,
         "vectors": manifest.num_vectors,
         "dimension": manifest.dimension,
         "shards": len(manifest.shards),
+        "bytes": sum(contents.size_bytes for contents in manifest.files),
+        "recall": dataclasses.asdict(manifest.recall),
+        "missed": [dataclasses.asdict(missed) for missed in manifest.missed],
+        "efforts": [
+            {
+                "effort": shard.effort,
+                "recall": shard.recall,
+                "trials": [dataclasses.asdict(one) for one in shard.trials],
+            }
+            for shard in manifest.shards
+        ],
         "pooling": manifest.provenance.pooling,
         "version": manifest.version,
         "jobs": len(manifest.jobs),
         "deleted": manifest.num_deleted,
         "current": manifest.jobs[0].parts_digest == parts_digest(commits),
     }
+
+
+def _recall(recall: Mapping[str, Any]) -> str:
+    return f", recall@{recall['k']} {recall['reached']:.3f}" if recall["num_queries"] else ""
 
 
 def describe_status(status: dict[str, Any]) -> str:
@@ -109,6 +125,7 @@ def describe_status(status: dict[str, Any]) -> str:
     if index is not None:
         lines.append(
             f"index   {index['vectors']:,} vectors of {index['dimension']}, {index['kind']}"
+            + _recall(index["recall"])
             + (f", of {index['jobs']} jobs" if index["jobs"] > 1 else "")
             + (f", {index['deleted']:,} of them deleted" if index["deleted"] else "")
             + ("" if index["current"] else ", older than the parts")

@@ -7,13 +7,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jobs.events import CommittedSplit, ReplicaDied, ShardId
+from jobs.events import CommittedSplit, Lease, ReplicaDied, ReplicaResized, ShardId
 from jobs.expert_tally import ExpertTally
 from jobs.history import History, JsonObject, run_record
 from jobs.layout import Layout
+from jobs.mourning import Mourning
 from jobs.progress import Progress
+from pipeline.index.manifest import Shard
 from workers.assignment import ShardReport
 
+WAITING_PHASE = "waiting for nodes"
 SHOWN_EVERY_S = 0.5
 KEPT_EVERY_S = 10.0
 
@@ -52,11 +55,11 @@ class Tally:
         self._began_wall = time.time()
         self._running_at: float | None = None  # when the first shard was ready for rows
         self._shown_at = 0.0
-        self._lacking: dict[int, tuple[float, list[dict[str, Any]]]] = {}  # replica -> since when, for which deaths
-        self._deaths: list[dict[str, Any]] = []
+        self._mourning = Mourning(self._began_at)
         self._first_steps: list[float] = []
         self._num_splits = 0
         self._layout: dict[str, Any] = {}
+        self._index_trials: list[dict[str, Any]] = []
         self.experts = ExpertTally()
         self._history = History()
         self._started_at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -64,6 +67,21 @@ class Tally:
     def lay_out(self, layout: Layout) -> None:
         """How many shards of what size the run has."""
         self._layout = {"replicas": layout.replicas, "ranks": layout.ranks, "why": layout.why}
+        if layout.lacks:
+            self.enter(WAITING_PHASE)
+
+    def indexed(self, kind: str, shard: Shard, seconds: tuple[float, ...]) -> None:
+        """A shard of an index was built, and searched in `seconds` with each of the efforts that were tried."""
+        self._index_trials += [
+            {
+                "kind": kind,
+                "shard": shard.file,
+                "effort": trial.effort,
+                "recall": trial.recall,
+                "seconds": round(took, 4),
+            }
+            for trial, took in zip(shard.trials, seconds, strict=True)
+        ]
 
     def enter(self, phase: str) -> None:
         now = time.monotonic()
@@ -74,23 +92,23 @@ class Tally:
     def take(self, shard: ShardId, report: ShardReport) -> None:
         self._reports[shard] = report
         self.experts.take(shard, report)
-        if report.phase == "loading" and self._phase == "starting":
+        if report.phase == "loading" and self._phase in ("starting", WAITING_PHASE):
             self.enter("loading the model")
         if report.phase != "running":
             return
-        now = time.monotonic()
         if self._running_at is None:
-            self._running_at = now
+            self._running_at = time.monotonic()
             self.enter("rows")
-        since, deaths = self._lacking.pop(shard.replica, (now, []))
-        for death in deaths:
-            death["recovered_after_s"] = round(now - since, 3)
+        self._mourning.is_ready(shard.replica, time.monotonic(), stepped=report.first_step_at is not None)
+
+    def grant(self, shard: ShardId, lease: Lease) -> None:
+        self._mourning.grant(shard, lease.split)
+
+    def resize(self, event: ReplicaResized) -> None:
+        self._mourning.resize(event)
 
     def mourn(self, death: ReplicaDied) -> None:
-        now = time.monotonic()
-        record = {"replica": death.replica, "at_s": round(now - self._began_at, 3), "reason": death.reason}
-        self._deaths.append(record)
-        self._lacking.setdefault(death.replica, (now, []))[1].append(record)
+        self._mourning.mourn(death, time.monotonic())
         for shard in [shard for shard in self._reports if shard.replica == death.replica]:
             report = self._reports.pop(shard)
             self._gone.update(_totals(report))
@@ -101,6 +119,7 @@ class Tally:
         self._error_rows += errors - self._errors.get(split, 0)
         self._done[split], self._errors[split] = rows, errors
         self._num_splits += 1
+        self._mourning.commit(split)
 
     def show(self, *, at_once: bool = False) -> None:
         now = time.monotonic()
@@ -143,8 +162,9 @@ class Tally:
             "first_step_at": min(first_steps, default=None),  # seconds since 1970
             "first_token_s": round(min(first_steps) - self._began_wall, 3) if first_steps else None,
             "layout": self._layout,
+            "index_trials": self._index_trials,
             "splits_committed": self._num_splits,
-            "deaths": self._deaths,
+            **self._mourning.facts(),
             "embedded_tokens": int(totals["embedded_tokens"]),
             "engine": {name: round(value, 3) for name, value in totals.items() if name not in _OWN_COUNTS},
         }

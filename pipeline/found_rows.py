@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -45,6 +46,7 @@ class FoundRows:
         self._folder = JobFolder(out)
         self._cache_bytes = cache_bytes
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()  # split -> its part; what was used last comes last
+        self._id_columns: OrderedDict[int, tuple[npt.NDArray[np.int64], pa.ChunkedArray[Any]]] = OrderedDict()
         self._form: tuple[pa.Schema, RowText | None] | None = None
         spec = read_job(self._folder)["spec"]
         self._first_rows = [split["first_row"] for split in read_plan(self._folder)["splits"]]
@@ -69,6 +71,35 @@ class FoundRows:
                 f"{self._folder.root}: row {row}, sample {sample}, is in the index but in no part; run verify"
             )
         return found
+
+    def ids(self, rows: npt.NDArray[np.int64]) -> list[str | None]:
+        """The id of each of `rows`, in their order. JobError if a row is not there."""
+        splits = np.searchsorted(np.asarray(self._first_rows), rows, side="right") - 1
+        found: list[str | None] = [None] * len(rows)
+        for split in np.unique(splits).tolist():
+            (places,) = np.nonzero(splits == split)
+            at, ids = self._ids(split)
+            offsets = np.searchsorted(at, rows[places])
+            if (offsets == len(at)).any() or (at[offsets] != rows[places]).any():
+                raise JobError(f"{self._folder.part(split)} lacks rows that are in the index; run verify")
+            for place, id in zip(places.tolist(), _plain_values(ids.take(offsets)), strict=True):
+                found[place] = id
+        return found
+
+    def _ids(self, split: int) -> tuple[npt.NDArray[np.int64], pa.ChunkedArray[Any]]:
+        """The rows of a part, ascending, and the id of each. What was read stays, up to `cache_bytes`."""
+        if split in self._id_columns:
+            self._id_columns.move_to_end(split)
+            return self._id_columns[split]
+        table = self._read(split, ["row", "id", "sample"])
+        table = table.filter(pc.equal(table["sample"], pa.scalar(0, pa.int32())))
+        self._id_columns[split] = found = (table["row"].to_numpy(), table["id"])
+        while len(self._id_columns) > 1 and self._id_bytes() > self._cache_bytes:
+            self._id_columns.popitem(last=False)
+        return found
+
+    def _id_bytes(self) -> int:
+        return sum(rows.nbytes + ids.nbytes for rows, ids in self._id_columns.values())
 
     def _records(self, split: int, rows: list[int]) -> list[FoundRow]:
         part = self._part(split)
@@ -98,16 +129,18 @@ class FoundRows:
         if split in self._tables:
             self._tables.move_to_end(split)
             return self._tables[split]
-        path = self._folder.part(split)
-        columns = ["row", "id", "sample", "text", *self.carried.values()]
-        try:
-            table = pq.read_table(path, columns=columns, partitioning=None).combine_chunks()
-        except (OSError, pa.ArrowException) as error:
-            raise JobError(f"{path}: can't be read ({' '.join(str(error).split())}); run verify") from error
+        table = self._read(split, ["row", "id", "sample", "text", *self.carried.values()])
         self._tables[split] = table
         while self._tables and sum(one.nbytes for one in self._tables.values()) > self._cache_bytes:
             self._tables.popitem(last=False)
         return table
+
+    def _read(self, split: int, columns: list[str]) -> pa.Table:
+        path = self._folder.part(split)
+        try:
+            return pq.read_table(path, columns=columns, partitioning=None).combine_chunks()
+        except (OSError, pa.ArrowException) as error:
+            raise JobError(f"{path}: can't be read ({' '.join(str(error).split())}); run verify") from error
 
     def passages(self, table: pa.Table) -> list[str | None]:
         """For records of a part, with its carried columns, the text that was embedded; None where it is lost."""

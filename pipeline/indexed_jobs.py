@@ -8,6 +8,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from pipeline.commits import Commit, read_commits
 from pipeline.errors import JobError
@@ -46,6 +51,17 @@ class IndexedRows:
         return {
             (job, *at): record for job, rows in wanted.items() for at, record in self._rows_of(job).read(rows).items()
         }
+
+    def ids(self, jobs: pa.ChunkedArray[Any], rows: npt.NDArray[np.int64]) -> list[str | None]:
+        """The id of each row of `rows`, which is one of the job beside it in `jobs`. JobError as `read`."""
+        called: Any = jobs.combine_chunks().dictionary_encode()
+        codes = called.indices.to_numpy()
+        found: list[str | None] = [None] * len(rows)
+        for code, job in enumerate(called.dictionary.to_pylist()):
+            (places,) = np.nonzero(codes == code)
+            for place, id in zip(places.tolist(), self._rows_of(job).ids(rows[places]), strict=True):
+                found[place] = id
+        return found
 
     def _rows_of(self, job: str) -> FoundRows:
         if job not in self._rows:

@@ -60,13 +60,18 @@ def model_digest(path: Path) -> dict[str, str]:
 
     Files are read in pieces of a megabyte, several at once (hashing releases the GIL).
     """
+    files = model_files(path)
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return dict(zip(files, pool.map(_sha256, files.values()), strict=True))
+
+
+def model_files(path: Path) -> dict[str, Path]:
+    """File name -> path of every file of the model at `path` that determines results, in name order."""
     if path.is_dir():
         files = {str(file.relative_to(path)): file for pattern in RESULT_FILES for file in path.glob(pattern)}
     else:
         files = {file.name: file for file in gguf_files(path)}
-    names = sorted(name for name, file in files.items() if file.is_file())
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        return dict(zip(names, pool.map(lambda name: _sha256(files[name]), names), strict=True))
+    return {name: files[name] for name in sorted(files) if files[name].is_file()}
 
 
 def _sha256(path: Path) -> str:

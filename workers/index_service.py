@@ -19,7 +19,6 @@ from typing import Any, Final, cast
 import numpy as np
 import numpy.typing as npt
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
 
 from pipeline.errors import JobError, RowError, UserError
 from pipeline.found_rows import FoundRow
@@ -35,16 +34,14 @@ from workers import devices
 from workers.index_shard import NAMESPACE, Phase, start_shards
 from workers.query_embedder import QueryEmbedder, SharedEmbedder, Vector
 from workers.settings import EngineSettings
-from workers.shard_group import ShardGroup, Watch, answer_of, get, one_line, ping
+from workers.shard_group import ShardGroup, Watch, answer_of, await_ready, end_actors, get
 
 NAME_PREFIX: Final = "index:"
 BEHIND_PREFIX: Final = "behind:"
 QUERIES_AT_ONCE: Final = 64
 FILTERS_KEPT: Final = 8
 CACHE_BYTES: Final = 256 << 20  # of the parts that hold what was found
-OPENING_S: Final = 600.0  # for files to be read and the model to be loaded, from the last news on
 NAMED_S: Final = 60.0
-PLACING_S: Final = 120.0  # for Ray to find room for an actor
 
 Nearest = list[tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]]  # a query's scores and vector numbers, best first
 Answer = list[list[tuple[FoundRow, Place, float]]]  # a query's hits, best first
@@ -238,29 +235,14 @@ class IndexService:
 
     def wait_ready(self) -> None:
         """Until every actor is ready. UserError or JobError, with the reason, where one can't be."""
-        deadline = time.monotonic() + PLACING_S
-        for what, actor in self._actors.items():
-            while True:
-                try:
-                    phase, failure = ping(actor, max(deadline - time.monotonic(), 1.0))
-                except GetTimeoutError:
-                    raise JobError(f"{what} found no room in the cluster for {PLACING_S:.0f} seconds") from None
-                except RayActorError as error:
-                    raise JobError(f"{what} died while it was started ({one_line(error)})") from error
-                if phase == "ready":
-                    break
-                if phase == "failed":
-                    raise (UserError if what == "the model" else JobError)(failure)
-                deadline = max(deadline, time.monotonic() + OPENING_S)
-                time.sleep(0.05)
+        await_ready(self._actors, user_errors=["the model"])
 
     def about(self) -> dict[str, Any]:
         return cast(dict[str, Any], get(self._front.about.remote()))
 
     def close(self) -> None:
         self._watch.close()
-        for actor in reversed(self._actors.values()):
-            ray.kill(actor)
+        end_actors(list(reversed(self._actors.values())))
 
 
 def _actor(kind: type, options: dict[str, Any]) -> Any:

@@ -10,13 +10,18 @@ this process, opens a rendezvous and gives each a seat; then they load their own
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.errors import JobError
@@ -28,7 +33,7 @@ from workers.shard import ShardActor
 
 REPORT_S = 0.5  # how long a shard may wait before it reports that there is nothing new
 FORMING_S = 180.0  # until a worker process must have come up
-LOADING_S = 600.0  # of silence, while a model is loaded: reading weights may hold the interpreter
+LOADING_S = 120.0  # of silence, while a model is loaded: a tensor that is read may hold the interpreter
 CAUSE_S = 0.5  # for a death to be known of after it was felt
 SILENCE_S = 5.0  # of a shard that runs, until it is taken for stopped or cut off
 
@@ -46,15 +51,37 @@ class Resources:
         return {name: float(amount) for name, amount in wanted.items() if amount or name == "CPU"}
 
     def __str__(self) -> str:
-        return f"{self.num_cpus} CPUs" + (f" and {self.num_gpus} GPUs" if self.num_gpus else "")
+        amounts = [f"{self.num_cpus} {'CPU' if self.num_cpus == 1 else 'CPUs'}"]
+        if self.num_gpus:
+            amounts.append(f"{self.num_gpus} {'GPU' if self.num_gpus == 1 else 'GPUs'}")
+        if self.memory_bytes:
+            amounts.append(f"{self.memory_bytes / 2**30:,.1f} GiB of memory")
+        return " and ".join(amounts)
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Location:
+    """On which nodes a gang may be: `labels` are rules as of Ray's label selectors; `apart`: each rank on its own."""
+
+    labels: Mapping[str, str] = field(default_factory=dict)
+    apart: bool = False
+
+
+ANYWHERE = Location()
 
 # Each rank's node -> where the experts of a gang there are to lie.
 Place = Callable[[tuple[str, ...]], Seating]
 
 
 class ReplicaLost(Exception):
-    """A shard of the gang died, fell silent or gave up. The message says why, in a line."""
+    """A shard of the gang died, fell silent or gave up. The message says why, in a line.
+
+    `silent_s`: how long ago that shard was last heard, None if it never was: within this time it happened.
+    """
+
+    def __init__(self, reason: str, silent_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.silent_s = silent_s
 
 
 class Replica:
@@ -68,6 +95,7 @@ class Replica:
         name: str,
         num_ranks: int = 1,
         place: Place | None = None,
+        location: Location = ANYWHERE,
     ) -> None:
         """`name` names the generation, too. `place` is asked once where there are several ranks."""
         assert num_ranks == 1 or place is not None
@@ -77,7 +105,12 @@ class Replica:
         self._num_ranks = num_ranks
         self._place = place
         self._rendezvous: Rendezvous | None = None
-        self._group: PlacementGroup = placement_group([resources.bundle()] * num_ranks, strategy="PACK")
+        self.location = location
+        self._group: PlacementGroup = placement_group(
+            [resources.bundle()] * num_ranks,
+            strategy="STRICT_SPREAD" if location.apart else "PACK",
+            bundle_label_selector=[dict(location.labels)] * num_ranks if location.labels else None,
+        )
         self._shards = [self._start(settings, rank) for rank in range(num_ranks)]
         self._heard_at: list[float | None] = [None] * num_ranks  # None until the first report
         self._phases = ["forming"] * num_ranks
@@ -101,9 +134,10 @@ class Replica:
         try:
             report: ShardReport = ray.get(reference)
         except RayActorError as error:
-            raise ReplicaLost(_reason(error)) from None
+            raise ReplicaLost(_reason(error), self._silent_s(rank)) from None
         except RayError as error:
-            raise ReplicaLost(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from None
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise ReplicaLost(reason, self._silent_s(rank)) from None
         self._heard_at[rank] = time.monotonic()
         self._phases[rank] = report.phase
         self._nodes[rank] = report.node
@@ -115,7 +149,7 @@ class Replica:
             self._asked[self._ask(rank)] = rank
         return rank, report
 
-    def cause(self, told: str) -> str:
+    def cause(self, told: ReplicaLost) -> ReplicaLost:
         """Why the gang broke, where `told` is what one rank said of its own end.
 
         A rank's death breaks the others' exchange with it, and they may be heard first.
@@ -126,17 +160,31 @@ class Replica:
                 try:
                     self.take(reference)
                 except ReplicaLost as lost:
-                    return str(lost)
+                    return lost
         return told
 
     def check(self, now: float) -> None:
-        """ReplicaLost if a shard has been silent for too long, JobError if the gang can't be formed at all."""
+        """ReplicaLost if a shard has been silent for too long. One that Ray has not started yet can't be."""
         for rank, (phase, heard_at) in enumerate(zip(self._phases, self._heard_at, strict=True)):
-            if heard_at is None:
-                if now - self.began_at > FORMING_S:
-                    raise JobError(self._why_not_formed())
-            elif phase != "stopped" and now - heard_at > (LOADING_S if phase == "loading" else SILENCE_S):
-                raise ReplicaLost(f"{self._name_of(rank)} has said nothing for {now - heard_at:.0f} seconds")
+            if heard_at is None or phase == "stopped":
+                continue
+            if now - heard_at > (LOADING_S if phase == "loading" else SILENCE_S):
+                reason = f"{self._name_of(rank)} has said nothing for {now - heard_at:.0f} seconds"
+                raise ReplicaLost(reason, now - heard_at)
+
+    @property
+    def num_ranks(self) -> int:
+        return self._num_ranks
+
+    @property
+    def is_forming(self) -> bool:
+        """Whether a shard has still to be heard for the first time."""
+        return None in self._heard_at
+
+    def places(self) -> list[str]:
+        """The node of each rank, as Ray has set room aside for it; [] while there is not room for all."""
+        table = cast(dict[str, Any], placement_group_table(self._group))
+        return list(table["bundles_to_node_id"].values()) if table["state"] == "CREATED" else []
 
     def forgive(self, seconds: float) -> None:
         """The listener itself was away for so long: nobody is blamed for that silence."""
@@ -200,10 +248,15 @@ class Replica:
         for shard, seat in zip(self._shards, seats, strict=True):
             shard.take_seat.options(concurrency_group="orders").remote(seat)
 
+    def _silent_s(self, rank: int) -> float | None:
+        heard_at = self._heard_at[rank]
+        return None if heard_at is None else time.monotonic() - heard_at
+
     def _ask(self, rank: int) -> Any:
         return self._shards[rank].report.options(concurrency_group="reports").remote(REPORT_S)
 
-    def _why_not_formed(self) -> str:
+    def why_not_formed(self) -> str:
+        """For people, once it has taken too long."""
         total = cast(dict[str, float], ray.cluster_resources())  # type: ignore[no-untyped-call]
         free = cast(dict[str, float], ray.available_resources())  # type: ignore[no-untyped-call]
         wanted = self._resources.bundle()
@@ -214,7 +267,8 @@ class Replica:
                 need = f"each of a replica's {self._num_ranks} workers needs {self._resources}"
             return f"{need} and the whole cluster has {have}; set cluster.threads lower"
         have = ", ".join(f"{free.get(name, 0.0):g} {name}" for name in wanted)
-        return f"no node has had {self._resources} free for {FORMING_S:.0f} seconds (free in all: {have})"
+        waited_s = time.monotonic() - self.began_at
+        return f"no node has had {self._resources} free for {waited_s:.0f} seconds (free in all: {have})"
 
 
 def own_node_address() -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, NoReturn, cast
 
 import numpy as np
@@ -23,16 +24,21 @@ from workers.index_shard import Found, Phase
 REPLACING_S: Final = 10.0  # that a query waits for the replacement of what died under it
 SILENCE_S: Final = 5.0  # of an actor, until it is taken for stopped or cut off
 STARTING_S: Final = 600.0  # of silence, while a process comes up and reads what it needs
+PLACING_S: Final = 120.0  # for Ray to find room for an actor
 LOOK_S: Final = 0.5  # between two looks at each
 _POLL_S: Final = 0.05
 _SHARED_BYTES: Final = 1 << 16  # queries larger than this are put where all shards of a node read them
 
 
 class ShardGroup:
-    """`shards` are IndexShardActors, by number. May be used by several threads at once."""
+    """`shards` are IndexShardActors, by number. May be used by several threads at once.
 
-    def __init__(self, shards: Sequence[Any]) -> None:
+    `patience_s` is how long a search waits for the replacement of a shard that died under it.
+    """
+
+    def __init__(self, shards: Sequence[Any], *, patience_s: float = REPLACING_S) -> None:
         self._shards = list(shards)
+        self._patience_s = patience_s
 
     def search(
         self, queries: npt.NDArray[np.float32], k: int, allowed: Sequence[npt.NDArray[np.bool_]] | None = None
@@ -48,20 +54,21 @@ class ShardGroup:
 
     def _answer(self, number: int, reference: Any, queries: Any, k: int, allowed: Any) -> Found:
         shard = self._shards[number]
-        return cast(
-            Found, answer_of(shard, f"shard {number}", lambda: shard.search.remote(queries, k, allowed), reference)
-        )
+        send = partial(shard.search.remote, queries, k, allowed)
+        return cast(Found, answer_of(shard, f"shard {number}", send, reference, patience_s=self._patience_s))
 
 
-def answer_of(actor: Any, what: str, send: Callable[[], Any], reference: Any = None) -> Any:
+def answer_of(
+    actor: Any, what: str, send: Callable[[], Any], reference: Any = None, *, patience_s: float = REPLACING_S
+) -> Any:
     """What `actor` says to what `send` asks, which `reference`, if given, was already; by a replacement if it dies.
 
-    JobError where it has no answer within seconds.
+    JobError where it has no answer within `patience_s`.
     """
     try:
         return get(send() if reference is None else reference)
     except RayActorError as error:
-        await_replacement(actor, what, error)
+        await_replacement(actor, what, error, patience_s)
     try:
         return get(send())
     except RayActorError as error:
@@ -83,16 +90,16 @@ def raise_cause(error: RayTaskError) -> NoReturn:
     raise JobError(f"a worker failed: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}") from error
 
 
-def await_replacement(actor: Any, what: str, error: RayActorError) -> None:
-    """Returns when the actor that died with `error` is there again. JobError if it is not within REPLACING_S."""
-    deadline = time.monotonic() + REPLACING_S
+def await_replacement(actor: Any, what: str, error: RayActorError, patience_s: float) -> None:
+    """Returns when the actor that died with `error` is there again. JobError if it is not within `patience_s`."""
+    deadline = time.monotonic() + patience_s
     while True:
         if isinstance(error, ActorDiedError):  # for good: with the process that it belongs to, or as it was told to
             raise JobError(f"{what} is gone: the process that served it has ended ({one_line(error)})") from None
         left = deadline - time.monotonic()
         if left <= 0:
             raise JobError(
-                f"{what} died and its replacement was not ready within {REPLACING_S:.0f} seconds; ask again in a moment"
+                f"{what} died and its replacement was not ready within {patience_s:.0f} seconds; ask again in a moment"
             ) from None
         try:
             phase, _ = ping(actor, left)
@@ -111,6 +118,30 @@ def ping(actor: Any, timeout_s: float) -> tuple[Phase, str]:
     """RayActorError while it is dead or being replaced, GetTimeoutError where it says nothing."""
     answer = actor.ping.options(concurrency_group="health").remote()
     return cast(tuple[Phase, str], get(answer, timeout_s))
+
+
+def await_ready(actors: Mapping[str, Any], *, user_errors: Sequence[str] = ()) -> None:
+    """Until each is ready. JobError, with the reason, where one can't be; UserError for those in `user_errors`."""
+    deadline = time.monotonic() + PLACING_S
+    for what, actor in actors.items():
+        while True:
+            try:
+                phase, failure = ping(actor, max(deadline - time.monotonic(), 1.0))
+            except GetTimeoutError:
+                raise JobError(f"{what} found no room in the cluster for {PLACING_S:.0f} seconds") from None
+            except RayActorError as error:
+                raise JobError(f"{what} died while it was started ({one_line(error)})") from error
+            if phase == "ready":
+                break
+            if phase == "failed":
+                raise (UserError if what in user_errors else JobError)(failure)
+            deadline = max(deadline, time.monotonic() + STARTING_S)
+            time.sleep(_POLL_S)
+
+
+def end_actors(actors: Sequence[Any]) -> None:
+    for actor in actors:
+        ray.kill(actor)
 
 
 class Watch:

@@ -46,13 +46,13 @@ def throughput(runs: Sequence[Mapping[str, Any]]) -> Markup | None:
 
     None where no run lasted long enough to have a speed. What is pointed at says the rows a second too.
     """
-    parts = [(run, run["series"]) for run in runs if len(run["series"]["seconds"]) > 1]
-    end = sum(series["seconds"][-1] for _, series in parts)
-    if not end:
+    parts = [run["series"] for run in runs if run["series"]["seconds"] and run["series"]["seconds"][-1] > 0]
+    if not parts:
         return None
+    end = sum(series["seconds"][-1] for series in parts)
     bins: list[tuple[float, float, int, dict[str, float]]] = []  # from, to, run, what happened a second
     begin, stretch = 0.0, end / NUM_STRETCHES
-    for number, (_, series) in enumerate(parts):
+    for number, series in enumerate(parts):
         bins += [(begin + low, begin + high, number, rates) for low, high, rates in _rates(series, stretch)]
         begin += series["seconds"][-1]
     canvas = Canvas(_WIDTH, _HEIGHT + 20, title="Tokens a second over time")
@@ -60,6 +60,7 @@ def throughput(runs: Sequence[Mapping[str, Any]]) -> Markup | None:
     ticks = round_ticks(most, 4)
     axes = Axes(canvas=canvas, low_x=0.0, high_x=end, high_y=ticks[-1])
     axes.mark_y(ticks)
+    named_up_to = 0.0
     for number in range(len(parts)):
         mine = [(low, high, rates) for low, high, owner, rates in bins if owner == number]
         read = [(x, rates["prompt_tokens"]) for low, high, rates in mine for x in (low, high)]
@@ -69,8 +70,12 @@ def throughput(runs: Sequence[Mapping[str, Any]]) -> Markup | None:
         _area(axes, read, [(x, 0.0) for x, _ in read], "area first")
         _area(axes, both, read, "area second")
         if number:
-            axes.canvas.line((axes.x(mine[0][0]), axes.top), (axes.x(mine[0][0]), axes.floor), "seam")
-            axes.canvas.text(axes.x(mine[0][0]) + 4, axes.top + 9, "resumed", style="tick")
+            x = axes.x(mine[0][0])
+            canvas.line((x, axes.top), (x, axes.floor), "seam")
+            if x > named_up_to:
+                is_last = x > canvas.width - 60
+                canvas.text(x - 4 if is_last else x + 4, axes.top + 9, "resumed", "end" if is_last else "start")
+                named_up_to = x + 60
     for low, high, _, rates in bins:
         label = (
             f"{human_seconds(low)} to {human_seconds(high)}: {rates['prompt_tokens']:,.0f} tokens/s read, "

@@ -17,7 +17,8 @@ from jobs.page.canvas import printable
 from jobs.page.charts import histogram, shares, throughput
 from jobs.page.heat_map import expert_maps
 from jobs.page.point_map import point_map
-from jobs.terminal import human_seconds
+from jobs.page.recall import recall_chart, recall_trials
+from jobs.terminal import human_bytes, human_seconds
 
 Fact = tuple[str, str]
 
@@ -28,7 +29,8 @@ def render(report: Mapping[str, Any], spec_yaml: str, corpus_map: CorpusMap | No
     All text in it is escaped, since it may come from rows. The page's policy lets no other script run than the one
     whose hash it names, should a text get past that.
     """
-    rows, runs = report["rows"], report["runs"]
+    rows, runs, index = report["rows"], report["runs"], report["index"]
+    trials = recall_trials(index, runs)
     finished = report["state"] == "finished"
     script = _asset("tips.js")
     return _template().render(
@@ -48,7 +50,9 @@ def render(report: Mapping[str, Any], spec_yaml: str, corpus_map: CorpusMap | No
         lengths=_lengths(report["lengths"]),
         endings=shares("How generations ended", report["finish_reasons"]) if report["finish_reasons"] else None,
         experts=expert_maps(report.get("experts")),
-        index=_index(report["index"]),
+        index=_index(index),
+        recall=recall_chart(trials, index["recall"]["target"], index["recall"]["k"]) if trials else None,
+        trials=trials,
         map=point_map(corpus_map) if corpus_map is not None else None,
         corpus=corpus_map,
         spec_yaml=spec_yaml,
@@ -126,7 +130,7 @@ def _deaths(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
             "at": human_seconds(death["at_s"]),
             "replica": death["replica"],
             "reason": death["reason"],
-            "recovered": f"{death['recovered_after_s']:,.1f} s" if "recovered_after_s" in death else "–",
+            "recovered": "–" if (seconds := death.get("recovered_after_s")) is None else f"{seconds:,.1f} s",
         }
         for number, run in enumerate(runs, start=1)
         for death in run.get("deaths", ())
@@ -146,6 +150,13 @@ def _spread(found: Mapping[str, Any]) -> str:
     return f"{found['mean']:,.1f} on average, half up to {found['median']:,}, 95% up to {found['p95']:,}"
 
 
+def _recall(recall: Mapping[str, Any]) -> str:
+    if not recall["num_queries"]:
+        return "exact" if recall["reached"] == 1 else "not measured"
+    asked = f"{recall['target']:g} were asked for; measured with {recall['num_queries']:,} vectors of the corpus"
+    return f"{recall['reached']:.3f} of the {recall['k']} nearest are found ({asked})"
+
+
 def _index(index: Mapping[str, Any] | None) -> list[Fact]:
     if index is None:
         return []
@@ -153,6 +164,12 @@ def _index(index: Mapping[str, Any] | None) -> list[Fact]:
         ("kind", index["kind"]),
         ("vectors", f"{index['vectors']:,} of {index['dimension']:,} dimensions"),
         ("shards", f"{index['shards']:,}"),
+        ("size", human_bytes(index["bytes"])),
         ("pooling", index["pooling"]),
+        ("recall", _recall(index["recall"])),
     ]
+    efforts = sorted({shard["effort"] for shard in index["efforts"] if shard["effort"] is not None})
+    if efforts:
+        facts.append(("effort", " to ".join(f"{effort:,}" for effort in dict.fromkeys((efforts[0], efforts[-1])))))
+    facts += [("given up", f"{missed['kind']}: found {missed['reached']:.3f}") for missed in index["missed"]]
     return facts if index["current"] else [*facts, ("state", "older than the parts")]

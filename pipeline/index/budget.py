@@ -62,7 +62,7 @@ def build_budget(
     kind is none, or can't be built within the budget.
     """
     index = make_index(kind, dimension)
-    batch_bytes = min(_MOST_BATCH_BYTES, max(memory_bytes // 64, 4 * dimension))
+    batch_bytes = min(_MOST_BATCH_BYTES, max((memory_bytes - _BASE_BYTES) // 64, 4 * dimension))
     count = num_training_vectors(index, num_vectors, memory_bytes)
     most = max(num_vectors, 1)
     wanted = -(-most // SHARD_VECTORS) if shards is None else min(shards, most)
@@ -99,7 +99,7 @@ def num_training_vectors(index: Any, num_vectors: int, memory_bytes: int) -> int
         return 0
     ivf = faiss.try_extract_index_ivf(index)
     num_lists = ivf.nlist if ivf is not None else 0
-    most = min(_MOST_SAMPLE_BYTES, memory_bytes // 4) // (4 * index.d)
+    most = min(_MOST_SAMPLE_BYTES, max(memory_bytes - _BASE_BYTES, 0) // 4) // (4 * index.d)
     return int(min(max(_TRAINING_PER_LIST * num_lists, _CODES_TRAINING), num_vectors, max(most, 1)))
 
 

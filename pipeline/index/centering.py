@@ -46,7 +46,8 @@ class Centering:
             center = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise JobError(f"{path} can't be read: {' '.join(str(error).split())}") from error
-        if not isinstance(center, np.ndarray) or center.dtype != np.float32 or center.shape != (dimension,):
+        is_vector = isinstance(center, np.ndarray) and center.dtype == np.float32 and center.shape == (dimension,)
+        if not is_vector or not np.isfinite(center).all():
             raise JobError(f"{path} does not hold one vector of width {dimension}")
         return cls(center)
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -21,6 +20,7 @@ from pipeline.index.kinds import FLAT
 from pipeline.index.manifest import MANIFEST_NAME, ROWS_NAME, Contents, IndexedJob, IndexManifest, parts_digest
 from pipeline.index.row_map import SCHEMA
 from pipeline.index.search import flat_matrix, read_centering
+from pipeline.index.soundness import refuse_unsound_shard
 from pipeline.index.vectors import FIELDS, VectorBatch, committed_vectors
 from pipeline.job_folder import JobFolder
 
@@ -47,7 +47,7 @@ def index_problems(
     Vectors are compared bit by bit in a Flat index; of other kinds, which don't keep them, only numbers are. Memory: a
     shard at a time.
     """
-    problems = [*_count_problems(folder, manifest, parts), *_file_problems(folder, manifest)]
+    problems = [*_count_problems(manifest, parts), *_file_problems(folder, manifest)]
     yield from problems
     listed = {MANIFEST_NAME, *(contents.file for contents in manifest.files)}
     for name in sorted(set(os.listdir(folder.index)) - listed):
@@ -69,7 +69,7 @@ def _file_problems(folder: JobFolder, manifest: IndexManifest) -> Iterator[str]:
             yield str(error)
 
 
-def _count_problems(folder: JobFolder, manifest: IndexManifest, parts: Sequence[IndexedParts]) -> Iterator[str]:
+def _count_problems(manifest: IndexManifest, parts: Sequence[IndexedParts]) -> Iterator[str]:
     for job, one in zip(manifest.jobs, parts, strict=True):
         if one.commits is not None:
             held = sum(sum(commit.vectors.values()) for commit in one.commits.values())
@@ -78,14 +78,6 @@ def _count_problems(folder: JobFolder, manifest: IndexManifest, parts: Sequence[
     num_vectors = sum(job.num_vectors for job in manifest.jobs)
     if manifest.num_vectors != num_vectors:
         yield f"the index holds {manifest.num_vectors} vectors, and the parts hold {num_vectors}"
-    number = 0
-    for shard in manifest.shards:
-        if shard.first_vector != number:
-            yield f"{folder.index / shard.file} begins with vector {shard.first_vector}, not {number}"
-        number += shard.num_vectors
-    for counted, what in ((number, "shards"), (manifest.rows.num_vectors, ROWS_NAME)):
-        if counted != manifest.num_vectors:
-            yield f"{folder.index / MANIFEST_NAME}: its {what} have {counted} of {manifest.num_vectors} vectors"
 
 
 def _content_problems(folder: JobFolder, manifest: IndexManifest, parts: Sequence[IndexedParts]) -> Iterator[str]:
@@ -107,7 +99,7 @@ def _content_problems(folder: JobFolder, manifest: IndexManifest, parts: Sequenc
                 yield f"{folder.index}: vector {wrong_vector} is not the embedding in {one.folder.parts}"
                 return
             number += len(batch.rows)
-    yield from shards.numbering_problems()
+    shards.load_rest()
 
 
 class _Records:
@@ -165,7 +157,6 @@ class _Shards:
         self._flat = manifest.kind == FLAT
         self._waiting = iter(manifest.shards)
         self._loaded: tuple[Contents, Any] | None = None
-        self._problems: list[str] = []
 
     def differing(self, matrix: npt.NDArray[np.float32], number: int) -> int | None:
         """The first of the vectors from `number` on that a Flat shard has otherwise than `matrix` [n, d]."""
@@ -181,35 +172,18 @@ class _Shards:
             matrix, number = matrix[len(held) :], number + len(held)
         return None
 
-    def numbering_problems(self) -> list[str]:
-        """Shards that don't give their vectors the numbers that index.json says. Loads those not loaded yet."""
+    def load_rest(self) -> None:
+        """Loads those not loaded yet: of other kinds than Flat, all. JobError as `_load_next`."""
         while self._load_next():
             pass
-        return self._problems
 
     def _load_next(self) -> bool:
+        """JobError where the shard's file is damaged or not sound, such as one whose vectors have other numbers."""
         self._loaded = None  # gives the memory of one shard back before that of the next is taken
         shard = next(self._waiting, None)
         if shard is None:
             return False
         index = faiss_files.read_shard(self._folder.index, shard, dimension=self._manifest.dimension)
-        numbers = _numbers_of(index)
-        expected = np.arange(shard.first_vector, shard.first_vector + shard.num_vectors)
-        if numbers is not None and not np.array_equal(np.sort(numbers), expected):
-            self._problems.append(f"{self._folder.index / shard.file}: its vectors are not numbered as index.json says")
+        refuse_unsound_shard(index, self._folder.index / shard.file, shard, exact=self._flat)
         self._loaded = shard, index
         return True
-
-
-def _numbers_of(index: Any) -> npt.NDArray[np.int64] | None:
-    """The numbers that an index keeps of its vectors; None where a vector's place is its number."""
-    if isinstance(index, faiss.IndexIDMap):
-        ids: npt.NDArray[np.int64] = faiss.vector_to_array(index.id_map)
-        return ids
-    ivf = faiss.try_extract_index_ivf(index)
-    if ivf is None:
-        return None
-    lists: Any = ivf.invlists
-    return np.concatenate(
-        [faiss.rev_swig_ptr(lists.get_ids(place), lists.list_size(place)).copy() for place in range(lists.nlist)]
-    )

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 from pipeline.commits import Commit
 from pipeline.durable import read_sealed
 from pipeline.errors import JobError, UserError
+from pipeline.index.manifest_soundness import manifest_problem
 
 MANIFEST_NAME: Final = "index.json"
 ROWS_NAME: Final = "rows.parquet"
@@ -174,12 +175,16 @@ def read_manifest(folder: Path) -> IndexManifest:
         raise UserError(f"there is no index in {folder.parent}: its job embeds nothing, or is not done yet")
     document = read_sealed(path)
     try:
-        return IndexManifest.from_json(document)
-    except (TypeError, KeyError) as error:
+        manifest = IndexManifest.from_json(document)
+    except (TypeError, KeyError, ValueError) as error:
         raise JobError(
             f"{path} is not an index that this version of gristmill reads: {error}; "
             "`gristmill run` builds it anew from the parts"
         ) from error
+    problem = manifest_problem(manifest)
+    if problem is not None:
+        raise JobError(f"{path} is not sound: {problem}; remove index/ and run again")
+    return manifest
 
 
 def _shard(document: Mapping[str, Any]) -> Shard:

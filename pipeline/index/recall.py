@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 
@@ -79,12 +78,32 @@ class ExactSearch:
     def add(self, matrix: Matrix, number: int) -> None:
         """Vectors [n, d] that are numbered from `number` on."""
         queries = self._queries
-        if not len(queries.numbers):
+        if not len(queries.numbers) or not len(matrix):
             return
-        k = min(KEPT + 1, len(matrix))
-        scores, places = faiss.knn(queries.matrix, matrix, k, metric=faiss.METRIC_INNER_PRODUCT)
-        found = Found(scores=scores.astype(np.float64), numbers=places + number)
-        self.found = merged([self.found, without_itself(found, queries)], KEPT)
+        scores: npt.NDArray[Any] = queries.matrix @ matrix.T  # [q, n]
+        places = queries.numbers - number
+        itself = np.flatnonzero((places >= 0) & (places < len(matrix)))
+        scores[itself, places[itself]] = -np.inf
+        if self.found.numbers.shape[1] == KEPT:
+            found = _better(scores, self.found.scores[:, -1:])
+        else:
+            k = min(KEPT, len(matrix))
+            numbers = np.argpartition(scores, -k, axis=1)[:, -k:]
+            found = Found(scores=np.take_along_axis(scores, numbers, axis=1), numbers=numbers)
+        numbers = np.where(np.isneginf(found.scores), -1, found.numbers + number)
+        self.found = merged([self.found, Found(scores=found.scores, numbers=numbers)], KEPT)
+
+
+def _better(scores: Matrix, least: Scores) -> Found:
+    """Those of `scores` [q, n] that are above `least` [q, 1]: as many a query as any has; -inf stands for nothing."""
+    queries, places = np.nonzero(scores > least)
+    counts = np.bincount(queries, minlength=len(scores))
+    columns = np.arange(len(queries)) - (np.cumsum(counts) - counts)[queries]
+    shape = len(scores), int(counts.max(initial=0))
+    found = Found(scores=np.full(shape, -np.inf), numbers=np.full(shape, -1))
+    found.scores[queries, columns] = scores[queries, places]
+    found.numbers[queries, columns] = places
+    return found
 
 
 def without_itself(found: Found, queries: Queries) -> Found:

@@ -26,6 +26,8 @@ _FIELDS: Final[list[pa.Field[Any]]] = [
     pa.field("field", pa.string()),
 ]
 SCHEMA: Final = pa.schema(_FIELDS)
+_WORDS: Final = pa.dictionary(pa.int32(), pa.string())
+_READ_SCHEMA: Final = pa.schema([field.with_type(_WORDS) if field.type == pa.string() else field for field in _FIELDS])
 GROUP_ROWS: Final = 1 << 16
 
 
@@ -126,22 +128,46 @@ class RowMap:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = path.open("rb")
         self._groups: dict[int, pa.Table] = {}
 
     def places(self, vectors: Sequence[int] | npt.NDArray[np.int64]) -> list[Place]:
-        """One place a vector number, in their order."""
+        """One place a vector number, in their order. JobError if the file has none of one, or can't be read."""
         numbers = np.asarray(vectors, np.int64)
         found: dict[int, Place] = {}
         for group in np.unique(numbers // GROUP_ROWS).tolist():
             wanted = np.unique(numbers[numbers // GROUP_ROWS == group])
-            table = self._group(group).take(pa.array(wanted - group * GROUP_ROWS))
-            for record in table.to_pylist():
-                found[record["vector"]] = Place(record["job"], record["row"], record["sample"], record["field"])
+            try:
+                records = self._group(group).take(pa.array(wanted - group * GROUP_ROWS)).to_pylist()
+            except (pa.ArrowException, OSError, UnicodeDecodeError, IndexError) as error:
+                raise JobError(f"{self._path} can't be read: {' '.join(str(error).split())[:200]}") from error
+            for number, record in zip(wanted.tolist(), records, strict=True):
+                if record["vector"] != number or None in record.values():
+                    raise JobError(
+                        f"{self._path} does not say what vector {number} belongs to; remove index/ and run again"
+                    )
+                found[number] = Place(record["job"], record["row"], record["sample"], record["field"])
         return [found[number] for number in numbers.tolist()]
+
+    def table(self, vectors: npt.NDArray[np.int64]) -> pa.Table:
+        """The records of these vectors, in their order: SCHEMA."""
+        groups = vectors // GROUP_ROWS
+        order = np.argsort(groups, kind="stable")
+        taken = [SCHEMA.empty_table()]
+        for group in np.unique(groups).tolist():
+            offsets = vectors[order[groups[order] == group]] - group * GROUP_ROWS
+            taken.append(self._group(group).take(pa.array(offsets)).cast(SCHEMA))
+        back = np.empty(len(order), np.int64)
+        back[order] = np.arange(len(order))
+        return pa.concat_tables(taken).take(back).combine_chunks()
 
     def _group(self, number: int) -> pa.Table:
         if number not in self._groups:
             file = pq.ParquetFile(self._file, read_dictionary=["job", "field"])
+            if not file.schema_arrow.equals(_READ_SCHEMA):
+                raise pa.ArrowInvalid("its columns are not those of a map of rows")
+            if not 0 <= number < file.num_row_groups or file.metadata.row_group(number).num_rows > GROUP_ROWS:
+                raise IndexError(f"it has no row group {number} of at most {GROUP_ROWS} records")
             self._groups[number] = file.read_row_group(number)
         return self._groups[number]

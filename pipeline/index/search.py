@@ -28,6 +28,7 @@ from pipeline.index.kinds import FLAT
 from pipeline.index.manifest import IndexManifest, Shard, read_manifest
 from pipeline.index.row_map import Place, RowMap
 from pipeline.index.selection import Mask, allowed_mask, keeping_to, search_allowed, unnumbered
+from pipeline.index.soundness import refuse_unsound_shard
 
 Matrix = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float64]
@@ -67,10 +68,11 @@ class IndexShard:
 
     @staticmethod
     def load(folder: Path, manifest: IndexManifest, number: int) -> IndexShard:
-        """JobError if the shard's file, or that of deletions, is missing or damaged. Memory: the files' size."""
+        """JobError if a file of the shard, or of deletions, is missing, damaged or not sound. Memory: their size."""
         shard = manifest.shards[number]
         deleted = read_deleted(folder, manifest)
         index = faiss_files.read_shard(folder, shard, dimension=manifest.dimension)
+        refuse_unsound_shard(index, folder / shard.file, shard, exact=manifest.kind == FLAT)
         return IndexShard(index, shard, kind=manifest.kind, deleted=deleted)
 
     @property
@@ -234,6 +236,7 @@ def best(found: Sequence[tuple[Scores, Numbers]], k: int) -> tuple[Scores, Numbe
     """
     scores = np.concatenate([scores for scores, _ in found], axis=1)
     numbers = np.concatenate([numbers for _, numbers in found], axis=1)
+    numbers = np.where(np.isnan(scores), -1, numbers)
     scores = np.where(numbers < 0, -np.inf, scores)
     order = np.lexsort((numbers, -scores), axis=1)[:, :k]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(numbers, order, axis=1)

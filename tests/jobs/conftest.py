@@ -153,6 +153,29 @@ def read_rows(out: Path | str) -> list[dict[str, Any]]:
     return [row for part in parts for row in pq.read_table(part, partitioning=None).to_pylist()]
 
 
+@pytest.fixture(scope="session")
+def indexed_job(ray_cluster: str, tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job of 60 rows that is done, whose index has three shards. Rows 17 and 41 have the same text."""
+    from jobs.client import run
+
+    folder = tmp_path_factory.mktemp("indexed")
+    shutil.copytree(tiny_tokenizer_dir, folder / "model")
+    (folder / "model" / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model" / "model.safetensors").write_bytes(b"weights")
+    texts = [f"text number {17 if row == 41 else row}" for row in range(60)]
+    pq.write_table(pa.table({"body": texts, "key": [f"key-{row}" for row in range(60)]}), folder / "rows.parquet")
+    settings = {
+        "model": str(folder / "model"),
+        "input": {"path": str(folder / "rows.parquet"), "id": "key"},
+        "prompt": {"column": "body"},
+        "embed": {"pooling": "mean"},
+        "index": {"kind": "Flat", "shards": 3},
+        "output": {"path": str(folder / "out"), "rows_per_split": 16},
+        "cluster": {"threads": 1},
+    }
+    return run(settings, engine_factory=CHEAP).out
+
+
 @pytest.fixture
 def rows_of() -> Callable[[Path | str], list[dict[str, Any]]]:
     """A job's directory -> all committed records, in order."""
@@ -221,3 +244,33 @@ def controller() -> Iterator[Callable[..., Controller]]:
     for one in begun:
         if one.process.poll() is None:
             one.kill_tree()
+
+
+@pytest.fixture(scope="session")
+def biased_model(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """gpt-oss in small, of 8 experts, whose routers favour those that the first of two ranks is dealt."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("biased")
+    shutil.copytree(tiny_model("gpt_oss", num_local_experts=8), folder, dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:
+        if name.endswith("router.bias"):
+            weights[name] = weights[name] + torch.tensor([3.0, 0.0, 3.0, 0.0, 1.5, 0.0, 1.5, 0.0])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def skewed_job(biased_model: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """`skewed_job(name, **cluster)`: 64 rows that are continued and embedded."""
+    words = MOE_TEXT.split()
+    texts = [" ".join(words[row % 11 : row % 11 + 2 + row % 7]) for row in range(64)]
+    pq.write_table(pa.table({"body": texts}), tmp_path / "skewed.parquet")
+
+    def make(name: str, *, model: Path = biased_model, **cluster: Any) -> dict[str, Any]:
+        settings = moe_settings(model, tmp_path, name, max_new_tokens=6, **cluster)
+        return settings | {"input": {"path": str(tmp_path / "skewed.parquet")}}
+
+    return make

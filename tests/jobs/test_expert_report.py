@@ -14,7 +14,8 @@ from workers.parallel.placement import Placement
 
 # The two hot experts of each layer, 0 and 2, lie together where experts are dealt out in turn.
 PLACEMENT = Placement(num_experts=4, layers=(1, 2), slots=(((0, 1), (3, 2)),) * 2)
-RECORD = {"placement": PLACEMENT.to_json(), "origin": "planned", "predicted_balance": 1.1, "calibration": {"rows": 8}}
+FACTS = {"rows": 8, "tokens": 90, "seconds": 2.5, "moving_s": 1.5}
+RECORD = {"placement": PLACEMENT.to_json(), "origin": "planned", "predicted_balance": 1.1, "calibration": FACTS}
 
 
 def work(gang: str, *ranks: dict[int, list[int]], nodes: str = "ab", **other: Any) -> GangWork:
@@ -50,7 +51,7 @@ def test_a_gang_is_compared_with_experts_dealt_out_in_turn() -> None:
     assert (gang["bytes"]["within"], gang["bytes"]["across"]) == (0, 160), "the ranks are on two nodes"
     # In turn: half of each expert's 150 tokens come from the other rank, 8 bytes there and 8 back.
     assert gang["bytes"]["round_robin"] == {"within": 0, "across": 75 * 8 * 2}
-    assert (gang["origin"], gang["calibration"]) == ("planned", {"rows": 8})
+    assert (gang["origin"], gang["calibration"]) == ("planned", FACTS)
 
 
 def test_ranks_of_one_node_move_nothing_across() -> None:
@@ -79,7 +80,8 @@ def test_a_rank_alone_counts_and_is_no_gang() -> None:
 
 def test_a_gang_that_was_not_heard_as_a_whole_is_only_counted() -> None:
     half = GangWork("worker-0.0", nodes={0: "a"}, work={0: TWO_RANKS.work[0]})
-    for gang, records in ((half, {"worker-0.0": RECORD}), (TWO_RANKS, {})):
+    early = work("worker-0.0", {1: [40, 10, 0, 0], 2: [20, 5, 0, 0]}, {})
+    for gang, records in ((half, {"worker-0.0": RECORD}), (early, {"worker-0.0": RECORD}), (TWO_RANKS, {})):
         report = expert_report(None, [gang], records.get)
         assert report is not None
         assert report["gangs"] == []
@@ -89,5 +91,12 @@ def test_a_gang_that_was_not_heard_as_a_whole_is_only_counted() -> None:
 def test_people_are_told_what_placement_gave() -> None:
     report = expert_report(None, [TWO_RANKS], {"worker-0.0": RECORD}.get)
     told = " ".join(describe_experts(report))
-    for words in ("1.00 times the mean", "1.10 was foretold", "in turn: 1.60", "160 bytes across", "1.2 KiB"):
+    for words in (
+        "1.00 times the mean",
+        "1.10 was foretold",
+        "in turn: 1.60",
+        "160 bytes across",
+        "1.2 KiB",
+        "by 8 rows, which took 2.5 s",
+    ):
         assert words in told

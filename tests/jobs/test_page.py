@@ -40,6 +40,21 @@ def run(length_s: int, **facts: Any) -> dict[str, Any]:
     }
 
 
+def index_facts(kind: str, *, num_queries: int = 0, efforts: tuple[int | None, ...] = (None,)) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "vectors": 2,
+        "dimension": 8,
+        "shards": len(efforts),
+        "bytes": 4096,
+        "recall": {"target": 0.95, "reached": 0.96 if num_queries else 1.0, "num_queries": num_queries, "k": 10},
+        "missed": [],
+        "efforts": [{"effort": effort, "recall": 0.96, "trials": []} for effort in efforts],
+        "pooling": "mean",
+        "current": True,
+    }
+
+
 def report(**changes: Any) -> dict[str, Any]:
     return {
         "name": "summaries",
@@ -54,7 +69,7 @@ def report(**changes: Any) -> dict[str, Any]:
             "prompt_tokens": histogram(Counter({10: 3})),
             "completion_tokens": histogram(Counter({5: 1, 70: 1})),
         },
-        "index": {"kind": "Flat", "vectors": 2, "dimension": 8, "shards": 1, "pooling": "mean", "current": True},
+        "index": index_facts("Flat"),
         "runs": [run(4, seconds={"starting": 4.0, "rows": 30.0})],
         "spec": {
             "model": "a/model",
@@ -131,8 +146,12 @@ def test_texts_of_rows_stay_texts() -> None:
 
 
 def test_every_figure_is_well_formed_has_a_name_and_keeps_its_text_inside() -> None:
-    drawn = [figure for figure in figures(render(report(), "")) if "figure" in figure.get("class", "")]
-    assert len(drawn) >= 4
+    tried = [trial(4, 0.81, 0.1), trial(16, 0.97, 0.4)]
+    runs = [run(20_000, seconds={"starting": 4.0, "rows": 30.0}, index_trials=tried), run(50)]
+    index = index_facts("IVF64,Flat", num_queries=100, efforts=(16,))
+    page = render(report(experts=experts(61, 256, num_ranks=8), index=index, runs=runs), "")
+    drawn = [figure for figure in figures(page) if "figure" in figure.get("class", "")]
+    assert len(drawn) == 8
     for figure in drawn:
         assert figure.get("aria-label")
         _, _, width, height = map(float, figure.get("viewBox", "").split())
@@ -164,6 +183,14 @@ def test_throughput_is_drawn_over_all_runs_with_a_seam_where_one_was_resumed() -
     assert "resumed 1 time" in text
 
 
+def test_a_run_that_had_no_rows_to_do_has_no_throughput() -> None:
+    idle = run(0) | {"series": {key: [0, 0] for key in ("seconds", "rows", "prompt_tokens", "completion_tokens")}}
+    text = render(report(runs=[idle, run(40), idle]), "")
+    (drawn,) = [figure for figure in figures(text) if "Tokens a second" in figure.get("aria-label", "")]
+    assert not [found for found in drawn.iter("text") if found.text == "resumed"]
+    assert "Tokens a second over" not in render(report(runs=[idle]), "")
+
+
 def test_a_job_without_rows_runs_index_or_errors_has_a_page_too() -> None:
     empty = histogram(Counter())
     page = render(
@@ -186,7 +213,7 @@ def test_a_job_without_rows_runs_index_or_errors_has_a_page_too() -> None:
 def test_deaths_say_how_long_the_rows_stood_still() -> None:
     deaths = [
         {"replica": 1, "at_s": 75.0, "reason": "rank 2 was killed", "recovered_after_s": 3.25},
-        {"replica": 0, "at_s": 80.0, "reason": "rank 0 was killed"},
+        {"replica": 0, "at_s": 80.0, "reason": "rank 0 was killed", "recovered_after_s": None},
     ]
     page = render(report(runs=[run(4), run(100, deaths=deaths)]), "")
     assert '<td class="number">1:15</td>' in page
@@ -233,6 +260,42 @@ def test_a_heat_map_of_many_experts_is_bounded_and_shows_the_busiest() -> None:
     cells = [cell.findtext("title") or "" for cell in drawn.iter("rect") if cell.find("title") is not None]
     assert len(cells) <= 64 * 64
     assert any("expert 999: 999 tokens, 2.00 × the mean" in cell for cell in cells)
+
+
+def trial(effort: int, recall: float, seconds: float, *, shard: int = 0, kind: str = "IVF64,Flat") -> dict[str, Any]:
+    name = f"shard-{shard:03d}.faiss"
+    return {"kind": kind, "shard": name, "effort": effort, "recall": recall, "seconds": seconds}
+
+
+def test_recall_is_drawn_against_speed_with_the_effort_that_was_chosen() -> None:
+    tried = [trial(16, 0.97, 0.4), trial(4, 0.8, 0.1), trial(1, 0.99, 1.0, kind="HNSW32")]
+    facts = index_facts("IVF64,Flat", num_queries=100, efforts=(16,))
+    text = render(report(index=facts, runs=[run(4, index_trials=tried), run(4, index_trials=[])]), "")
+    (drawn,) = (figure for figure in figures(text) if (figure.get("aria-label") or "").startswith("Recall"))
+    dots = list(drawn.iter("circle"))
+    assert [dot.findtext("title") for dot in dots] == [
+        "effort 4: recall 0.800, 1,000 queries/s",
+        "effort 16: recall 0.970, 250 queries/s, chosen",
+    ]
+    assert [dot.get("class") for dot in dots] == ["tried", "chosen"]
+    assert float(dots[0].get("cx", "")) < float(dots[1].get("cx", ""))
+    assert float(dots[0].get("cy", "")) < float(dots[1].get("cy", "")), "faster is higher"
+    assert "0.960 of the 10 nearest are found (0.95 were asked for; measured with 100 vectors of the corpus)" in text
+
+
+def test_each_shard_has_a_line_of_its_own() -> None:
+    tried = [trial(effort, 0.9 + 0.01 * effort, 0.1 * effort, shard=shard) for shard in (0, 1) for effort in (2, 4)]
+    facts = index_facts("IVF64,Flat", num_queries=10, efforts=(2, 4))
+    text = render(report(index=facts, runs=[run(4, index_trials=tried)]), "")
+    (drawn,) = (figure for figure in figures(text) if (figure.get("aria-label") or "").startswith("Recall"))
+    assert len(list(drawn.iter("polyline"))) == 2
+    assert [dot.get("class") for dot in drawn.iter("circle")] == ["chosen", "tried", "tried", "chosen"]
+
+
+def test_an_exact_index_has_no_figure_of_recall() -> None:
+    text = render(report(), "")
+    assert "Recall against speed" not in text
+    assert "<dd>exact</dd>" in text
 
 
 def test_a_dense_model_has_no_heat_map() -> None:

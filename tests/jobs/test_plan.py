@@ -11,11 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import execute
+from jobs.placements import record_calibration
 from jobs.plan import common_prefix, make_plan
 from jobs.specfile import parse_spec
+from jobs.store import open_store
 from jobs.terminal import human_bytes
 from pipeline.errors import UserError
 from pipeline.tokenizer import load_tokenizer
+from workers.parallel.loads import ExpertLoads
+from workers.parallel.placement import round_robin
 
 TEXTS = ["A tuple is immutable.", "The with statement closes a file.", "", "Await suspends a coroutine."]
 
@@ -109,10 +113,33 @@ def test_it_says_over_how_many_shards_the_experts_are_spread_and_why(settings: d
     plan = make_plan(parse_spec(settings | {"cluster": {"expert_parallel": 3, "replicas": 2, "threads": 1}}))
     words = plan.describe()
     assert "2 replicas of 3 shards that share the experts" in words
+    assert "dealt out in turn: the job is too small to measure loads" in words
     assert "expert_parallel is 3: as the job asks" in words
     assert "a shard:" in words
     joined = make_plan(parse_spec(settings | {"cluster": {"address": "10.0.0.1:6379"}})).describe()
     assert "chosen from its devices and their memory when it is joined" in joined
+
+
+def test_it_says_where_a_gang_will_hold_the_experts(settings: dict[str, Any], tmp_path: Path) -> None:
+    cluster = {"expert_parallel": 2, "threads": 1, "calibration_rows": 3, "spare_experts": 1}
+
+    def outlook(**changes: Any) -> str:
+        return make_plan(parse_spec(settings | {"cluster": cluster | changes})).experts
+
+    assert outlook() == (
+        "placed by measured loads: 3 rows are read before work begins; "
+        "1 more of a layer on each shard, for copies (as the job asks)"
+    )
+    assert outlook(calibration_rows=0).startswith("dealt out in turn: cluster.calibration_rows is 0")
+    assert outlook(expert_parallel=1) == ""
+    with open_store(parse_spec(settings)) as store:
+        loads = ExpertLoads(layers=(0, 1, 2, 3), num_experts=5)
+        found = {"loads": loads.to_json(), "placement": round_robin((0, 1, 2, 3), 5, 2, 4).to_json(), "facts": {}}
+        record_calibration(store.folder, ["a", "a"], found, gang="worker-0.0")
+    assert outlook() == (
+        "where an earlier gang held them (measured loads, which foretold 1.00 times the mean for the busiest shard)"
+    )
+    assert outlook(expert_parallel=3).startswith("placed by the loads that an earlier gang measured")
 
 
 def test_no_time_is_made_up_for_another_machine(settings: dict[str, Any]) -> None:

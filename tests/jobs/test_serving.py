@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import execute
-from jobs.client import connect, run
+from jobs.client import connect
 from jobs.served import ServedIndex, serving
 from jobs.status import latest_commits
 from pipeline.errors import JobError, UserError
@@ -38,9 +38,7 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
 ENGINES = ROOT / "tests" / "workers"
 CHEAP = "cheap_engine:load"
-TEXTS = [f"text number {row}" for row in range(60)]
-# Twice the same text: a tie that is decided by the row.
-TEXTS[41] = TEXTS[17]
+TEXTS = [f"text number {row}" for row in range(60)]  # as the job's are, but for 41, which is 17's
 
 
 @dataclass(frozen=True)
@@ -51,24 +49,8 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def out(ray_cluster: str, tiny_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A job whose index has three shards."""
-    folder = tmp_path_factory.mktemp("served")
-    shutil.copytree(tiny_tokenizer_dir, folder / "model")
-    (folder / "model" / "config.json").write_text('{"model_type": "llama"}')
-    (folder / "model" / "model.safetensors").write_bytes(b"weights")
-    keys = [f"key-{row}" for row in range(len(TEXTS))]
-    pq.write_table(pa.table({"body": TEXTS, "key": keys}), folder / "rows.parquet")
-    settings = {
-        "model": str(folder / "model"),
-        "input": {"path": str(folder / "rows.parquet"), "id": "key"},
-        "prompt": {"column": "body"},
-        "embed": {"pooling": "mean"},
-        "index": {"kind": "Flat", "shards": 3},
-        "output": {"path": str(folder / "out"), "rows_per_split": 16},
-        "cluster": {"threads": 1},
-    }
-    return run(settings, engine_factory=CHEAP).out
+def out(indexed_job: Path) -> Path:
+    return indexed_job
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,12 @@ def test_only_model_input_and_what_to_do_are_needed(job_file):
     assert spec.limits.max_error_rate == 0.5
 
 
+def test_a_job_that_embeds_may_leave_the_index_out(job_file):
+    spec = load_spec(job_file("model: m\ninput: {path: rows.parquet}\nembed: {}\nindex: false\n"))
+    assert spec.index is None
+    assert JobSpec.model_validate(spec.to_json()) == spec, "as job.json keeps it"
+
+
 def test_the_whole_contract_is_read(job_file):
     spec = load_spec(
         job_file(
@@ -258,6 +264,9 @@ OTHER_VALUES = {
     "cluster.dtype": "float32",
     "cluster.threads": 2,
     "cluster.address": "auto",
+    "cluster.labels": {"pool": "gpu"},
+    "cluster.spread": True,
+    "cluster.wait_s": 60,
     "cluster.calibration_rows": 0,
     "cluster.spare_experts": 2,
     "index.kind": "Flat",

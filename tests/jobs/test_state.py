@@ -29,6 +29,7 @@ from jobs.events import (
     Publish,
     Published,
     ReplicaDied,
+    ReplicaResized,
     ReplicasStopped,
     Reported,
     Result,
@@ -60,6 +61,7 @@ class World:
     killers: frozenset[tuple[int, int]] = frozenset()
     bad_rows: frozenset[tuple[int, int]] = frozenset()
     deaths: int = 0
+    changes_of_room: int = 0  # nodes come and go, and with them ranks; the first replica never loses all of them
     parts: dict[int, tuple[int, Rows]] = field(default_factory=dict)  # split -> revision, rows
     written: Counter[tuple[int, int]] = field(default_factory=Counter)
     attempts: dict[str, Rows] = field(default_factory=dict)
@@ -81,6 +83,8 @@ class World:
     def run(self, state: JobState, *, stop_after: int | None = None) -> str:
         """Until the job finishes, or is asked to stop after so many events; returns the outcome's kind."""
         self.alive: dict[int, int] = {}  # replica -> generation
+        self.sizes: dict[int, int] = {}  # replica -> ranks that have room
+        self.asked: set[tuple[int, int]] = set()  # replicas and generations that have asked for work
         self.leases: dict[ShardId, list[Lease]] = {}
         self.received: Counter[ShardId] = Counter()
         pool: list[Event] = []
@@ -105,7 +109,13 @@ class World:
                 self.deaths -= 1
                 self.die(replica, pool)
                 continue
-            shard = ShardId(replica, generation, self.chance.randrange(self.ranks))
+            if self.changes_of_room and self.chance.random() < 0.1:
+                self.changes_of_room -= 1
+                self.resize(replica, generation, pool)
+                continue
+            if not self.sizes[replica]:
+                continue
+            shard = ShardId(replica, generation, self.chance.randrange(self.sizes[replica]))
             held = self.leases.get(shard, [])
             if held and self.chance.random() < 0.5:
                 lease = held.pop(self.chance.randrange(len(held)))
@@ -117,7 +127,14 @@ class World:
                 else:
                     pool.append(AttemptFinished(shard, self.compute(lease)))
             elif len(pool) < 10 and self.chance.random() < 0.5:
+                self.asked.add((replica, generation))
                 pool.append(ShardHungry(shard, self.received[shard], self.chance.randrange(4)))
+
+    def resize(self, replica: int, generation: int, pool: list[Event]) -> None:
+        """A gang has other ranks only once it has died, and before it asks for work."""
+        if generation and (replica, generation) not in self.asked:
+            self.sizes[replica] = self.chance.randrange(0 if replica else 1, self.ranks + 1)
+            pool.append(ReplicaResized(replica, generation, self.sizes[replica], "a node is gone"))
 
     def die(self, replica: int, pool: list[Event]) -> None:
         generation = self.alive.pop(replica)
@@ -158,7 +175,7 @@ class World:
             match action:
                 case StartReplica(replica, generation):
                     assert self.alive.get(replica) is None
-                    self.alive[replica] = generation
+                    self.alive[replica], self.sizes[replica] = generation, self.ranks
                 case Grant(shard, lease):
                     if self.alive.get(shard.replica) == shard.generation:
                         gang = [ShardId(shard.replica, shard.generation, rank) for rank in range(self.ranks)]
@@ -221,12 +238,25 @@ def test_any_order_of_events_and_deaths_leaves_every_row_committed_once(rows, ch
     assert all(times == 1 for times in world.written.values())
 
 
-@given(splits, chances, st.integers(1, 2), st.data())
+@given(splits, chances, st.integers(1, 3), st.integers(1, 3))
 @settings(max_examples=150, deadline=None)
-def test_rows_that_kill_workers_are_found_and_no_others_condemned(rows, chance, num_replicas, data):
+def test_gangs_that_form_again_with_other_ranks_or_wait_for_room_leave_every_row_committed_once(
+    rows, chance, num_replicas, ranks
+):
+    deaths = MAX_IDLE_DEATHS - 1
+    world = World(rows, chance, num_replicas, ranks, deaths=deaths, changes_of_room=8)
+    assert world.run(world.state()) == "done"
+    assert world.everything() == world.expected()
+    assert all(times == 1 for times in world.written.values())
+
+
+@given(splits, chances, st.integers(1, 2), st.integers(1, 3), st.data())
+@settings(max_examples=150, deadline=None)
+def test_rows_that_kill_workers_are_found_and_no_others_condemned(rows, chance, num_replicas, ranks, data):
+    """Nor those that merely shared a gang with them."""
     places = [(split, offset) for split, num_rows in enumerate(rows) for offset in range(num_rows)]
     killers = data.draw(st.frozensets(st.sampled_from(places), max_size=2))
-    world = World(rows, chance, num_replicas, killers=killers, deaths=data.draw(st.integers(0, 1)))
+    world = World(rows, chance, num_replicas, ranks, killers=killers, deaths=data.draw(st.integers(0, 1)))
     assert world.run(world.state()) == "done"
     assert world.condemned == set(killers)
     assert world.everything() == world.expected()
@@ -327,6 +357,41 @@ def test_a_dead_replica_is_formed_again_and_its_splits_are_leased_again():
     assert state.handle(ReplicaDied(0, 0, "SIGKILL")) == [], "told twice"
     again = leases(state.handle(ShardHungry(ShardId(0, 1, 0), 0, 2)))
     assert [(lease.split, lease.start, lease.stop) for lease in again] == [(0, 0, 4), (1, 0, 4)]
+
+
+def test_fewer_ranks_share_what_is_left_among_them():
+    state = JobState([4] * 9, {}, num_replicas=2, ranks=3, max_error_rate=0.5)
+    begin(state)
+    state.handle(ReplicaDied(0, 0, "a node is gone"))
+    first, other = ShardId(0, 1, 0), ShardId(1, 0, 0)
+    assert len(leases(state.handle(ShardHungry(other, 0, 9)))) == 2, "one of six shards has two of nine splits"
+    more = leases(state.handle(ReplicaResized(0, 1, 1, "one rank has room")))
+    assert len(more) == 1, "one of four has three"
+    assert len(leases(state.handle(ShardHungry(first, 0, 9)))) == 3
+
+
+def test_a_replica_without_room_waits_and_the_others_take_its_share():
+    state = JobState([4] * 6, {}, num_replicas=2, max_error_rate=0.5)
+    begin(state)
+    assert state.handle(ReplicaDied(0, 0, "a node is gone")) == [StartReplica(0, 1)]
+    assert len(leases(state.handle(ShardHungry(ShardId(1, 0, 0), 0, 9)))) == 3
+    assert state.handle(ReplicaResized(0, 0, 0, "no room")) == [], "of a generation that is no more"
+    shared = leases(state.handle(ReplicaResized(0, 1, 0, "no room")))
+    assert len(shared) == 3
+    assert state.handle(ReplicaResized(0, 1, 1, "there is room again")) == []
+    assert state.phase == "running"
+
+
+def test_a_job_ends_when_no_replica_has_room_and_says_why():
+    state = JobState([4] * 6, {}, num_replicas=2, max_error_rate=0.5)
+    begin(state)
+    state.handle(ReplicaDied(0, 0, "a node is gone"))
+    state.handle(ReplicaDied(1, 0, "a node is gone"))
+    assert state.handle(ReplicaResized(1, 1, 0, "no room")) == []
+    assert state.handle(ReplicaResized(0, 1, 0, "no room")) == [StopReplicas()]
+    (finish,) = state.handle(ReplicasStopped())
+    assert isinstance(finish, Finish)
+    assert (finish.outcome.kind, finish.outcome.message) == ("failed", "no room; what is committed is kept")
 
 
 def test_an_attempt_of_a_dead_shard_still_counts_and_spares_the_next_one_the_work():

@@ -21,7 +21,7 @@ from pipeline import audit as audit_module
 from pipeline.attempt import records_to_keep
 from pipeline.audit import Audit, audit
 from pipeline.commits import CommitLog
-from pipeline.durable import file_sha256, seal, unseal
+from pipeline.durable import file_sha256, read_sealed, seal, unseal
 from pipeline.errors import RowError, UserError
 from pipeline.index.build import build_index
 from pipeline.index.manifest import Provenance
@@ -267,7 +267,8 @@ def test_an_index_with_another_number_of_vectors_is_seen(folder: JobFolder) -> N
     reshard(folder, 1, num_vectors=14)
     problems = audit(folder.root).problems
     assert any("its shards have 29 of 30 vectors" in problem for problem in problems), problems
-    reseal(folder, folder.index / "index.json", num_vectors=29)
+    rows = read_sealed(folder.index / "index.json")["rows"] | {"num_vectors": 29}
+    reseal(folder, folder.index / "index.json", num_vectors=29, rows=rows)
     problems = audit(folder.root).problems
     assert any("the index holds 29 vectors, and the parts hold 30" in problem for problem in problems), problems
 

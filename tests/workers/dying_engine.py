@@ -1,4 +1,4 @@
-"""The real engine, for a gang whose second rank dies the first time that it calibrates."""
+"""The real engine, for gangs whose second rank dies while it calibrates: so often as the model's file `deaths` says."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from workers.settings import EngineSettings
 
 def load(settings: EngineSettings) -> LoadedEngine:
     loaded = load_engine(settings)
-    died = Path(settings.model_path) / "died"
-    if settings.seat is not None and settings.seat.rank == 1 and not died.exists():
+    if settings.seat is not None and settings.seat.rank == 1:
+        run_out = loaded.engine.run_out
 
         def die() -> None:
-            died.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            deaths = Path(settings.model_path) / "deaths"
+            left = int(deaths.read_text())
+            if left:
+                deaths.write_text(str(left - 1))
+                os.kill(os.getpid(), signal.SIGKILL)
+            run_out()
 
         loaded.engine.run_out = die
     return loaded

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import ipaddress
 import os
 import pickle
 import socket
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.errors import JobError
 from workers.parallel.seat import Seat
 
 MEETING_S = 900.0  # until the last rank has loaded its weights
@@ -86,7 +88,7 @@ class Gang:
         own = own_address(seat.host, seat.port)
         store.set(f"place/{seat.rank}", _loopback_identity())
         places = {bytes(store.get(f"place/{rank}")) for rank in range(seat.num_ranks)}
-        _choose_interface("127.0.0.1" if len(places) == 1 else own)
+        _choose_interface("127.0.0.1" if len(places) == 1 else own, spans=len(places) > 1)
         dist.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
             store=store,
@@ -130,9 +132,9 @@ def own_address(host: str, port: int) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """The name of the network interface that has this IPv4 address; None where that can't be told."""
+    """The name of the network interface that has this address; None where that can't be told."""
     if ":" in address:
-        return None
+        return _interface_of_ipv6(address)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # one without an address
@@ -142,12 +144,30 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def _choose_interface(address: str) -> None:
-    """What gloo and NCCL are to bind; left alone are a person's own settings, and theirs where nothing is found."""
+def _interface_of_ipv6(address: str) -> str | None:
+    """By Linux's table, whose lines begin with the address in hexadecimal and end with the interface's name."""
+    table = Path("/proc/net/if_inet6")
+    wanted = ipaddress.IPv6Address(address.partition("%")[0]).packed.hex()
+    lines = table.read_text().splitlines() if table.exists() else []
+    return next((line.split()[-1] for line in lines if line.startswith(wanted)), None)
+
+
+def _choose_interface(address: str, *, spans: bool) -> None:
+    """What gloo and NCCL are to bind; a person's own settings are left alone.
+
+    Without one, gloo binds what the machine's own name means, which often is the loopback. JobError where none is found
+    and the gang `spans` networks, which the loopback doesn't reach.
+    """
+    variables = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     name = interface_of(address)
     if name is not None:
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        for variable in variables:
             os.environ.setdefault(variable, name)
+    elif spans and not any(variable in os.environ for variable in variables):
+        raise JobError(
+            f"no network interface of this node is known to have {address}, under which the others reach it; "
+            f"name it in {' and '.join(variables)} where Ray is started"
+        )
 
 
 def _loopback_identity() -> str:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
 import pytest
 
 OBJECT_STORE_BYTES = 80 << 20
+# Ray would need 15 seconds to see that a node is dead.
+HEALTH_CHECK = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 3000,
+    "health_check_failure_threshold": 3,
+}
 
 
 class Nodes:
@@ -28,7 +39,12 @@ class Nodes:
         with self._sparingly():
             self._cluster = Cluster(
                 initialize_head=True,
-                head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES},
+                head_node_args={
+                    "num_cpus": 0,
+                    "include_dashboard": False,
+                    "object_store_memory": OBJECT_STORE_BYTES,
+                    "_system_config": HEALTH_CHECK,
+                },
             )
         self._named: dict[str, Any] = {}
         self.mend()
@@ -52,6 +68,17 @@ class Nodes:
         """Its children are the node's workers."""
         (raylet,) = self._named[name].all_processes["raylet"]
         return psutil.Process(raylet.process.pid)
+
+    def shards(self, name: str) -> list[psutil.Process]:
+        """The node's actors that hold decoder shards, by the title that Ray gives their processes."""
+        return [child for child in self.raylet(name).children() if child.name().startswith("ray::ShardActor")]
+
+    def is_idle(self) -> bool:
+        """Whether nothing of any job is left: no placement group, and every CPU free."""
+        state = self._cluster.global_state
+        groups = [group for group in state.placement_group_table().values() if group["state"] != "REMOVED"]
+        free = state.available_resources().get("CPU", 0)
+        return not groups and free == state.cluster_resources().get("CPU", 0)
 
     def kill(self, name: str) -> None:
         """SIGKILL everything that runs on the node, as if its power were cut."""
@@ -93,6 +120,22 @@ def all_nodes(ray_cluster: str) -> Iterator[Nodes]:
         nodes = Nodes()
         stack.callback(nodes.shut_down)
         yield nodes
+
+
+@pytest.fixture
+def beside() -> Callable[[str], ModuleType]:
+    """A module that lies beside these tests, by its name."""
+
+    def load(name: str) -> ModuleType:
+        if name not in sys.modules:
+            spec = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+            assert spec is not None
+            assert spec.loader is not None
+            sys.modules[name] = module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+        return sys.modules[name]
+
+    return load
 
 
 @pytest.fixture

@@ -1,0 +1,143 @@
+"""A shard that FAISS could read, looked through before it is searched: what points outside is refused, not followed.
+
+A hash tells damage. It tells nothing where whoever changed a file also wrote the new hash into index.json. FAISS checks
+sizes and a graph's edges while it reads; what it leaves are numbers of vectors, which it hands out or follows as they
+are, efforts that ask for any amount of memory, and layers that don't fit each other.
+
+n: vectors of a shard; d: width of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import JobError
+from pipeline.index.effort import effort_name, most_effort
+from pipeline.index.manifest import Shard
+
+Numbers = npt.NDArray[np.int64]
+
+_LEAST_WIDTH: Final = 1024  # an efSearch up to this asks for no memory worth the name, however few the vectors
+_FLOATS_AT_ONCE: Final = 1 << 22
+
+
+def refuse_unsound_shard(index: Any, path: Path, shard: Shard, *, exact: bool) -> None:
+    """JobError where the index of one shard can't be searched safely. `exact`: it is to be a Flat one.
+
+    Looks at every number that it keeps, at every value of a Flat one, and asks it one query. Memory: a byte a vector.
+    """
+    problem = _shard_problem(index, shard, exact)
+    if problem is not None:
+        raise JobError(f"{path} is not sound: {problem}; remove index/ and run again")
+
+
+def kept_numbers(index: Any) -> Numbers | None:
+    """The numbers that a layer of an index keeps of its vectors; None where a vector's place is its number."""
+    if isinstance(index, faiss.IndexIDMap):
+        ids: Numbers = faiss.vector_to_array(index.id_map)
+        return ids
+    if not isinstance(index, faiss.IndexIVF):
+        return None
+    lists: Any = index.invlists
+    sizes = [(place, lists.list_size(place)) for place in range(lists.nlist)]
+    found = [faiss.rev_swig_ptr(lists.get_ids(place), size) for place, size in sizes if size]
+    return np.concatenate([np.empty(0, np.int64), *found])
+
+
+def _shard_problem(index: Any, shard: Shard, exact: bool) -> str | None:
+    try:
+        problem = next(_layer_problems(index, shard.num_vectors, shard.first_vector), None)
+        if problem is None and exact:
+            problem = _flat_problem(index)
+        if problem is None and shard.effort is not None:
+            most = most_effort(index, shard.num_vectors)
+            if effort_name(index) is None or most is None or not 1 <= shard.effort <= most:
+                problem = f"index.json wants it searched with an effort of {shard.effort}, which it has no use for"
+        if problem is None and shard.num_vectors and not exact:
+            index.search(np.full((1, index.d), index.d**-0.5, np.float32), 1)
+    except (RuntimeError, MemoryError) as error:
+        return f"FAISS can't search it ({' '.join(str(error).split())[:200]})"
+    return problem
+
+
+def _layer_problems(index: Any, count: int, first: int) -> Iterator[str]:
+    """What is wrong with an index of `count` vectors numbered from `first`, and with those inside of it."""
+    layer: Any = faiss.downcast_index(index)
+    name = type(layer).__name__
+    if layer.ntotal != count:
+        yield f"its {name} holds {layer.ntotal} vectors, not {count}"
+    if not layer.is_trained:
+        yield f"its {name} was not trained"
+    if layer.metric_type != faiss.METRIC_INNER_PRODUCT:
+        yield f"its {name} does not compare by inner product"
+    if isinstance(layer, faiss.IndexIVF) and not isinstance(_lists(layer), faiss.ArrayInvertedLists):
+        yield "its lists are in another file"
+    numbers = kept_numbers(layer)
+    if numbers is None:
+        wraps = isinstance(layer, faiss.IndexPreTransform | faiss.IndexRefine)
+        if first and not wraps:
+            yield f"its {name} numbers vectors from 0, not from {first}"
+    elif not _is_permutation(numbers, count, first):
+        yield f"its vectors are not numbered as index.json says, {first} to {first + count - 1}, each once"
+    match layer:
+        case faiss.IndexIDMap():
+            yield from _layer_problems(layer.index, count, 0)
+        case faiss.IndexPreTransform():
+            yield from _transform_problems(layer)
+            yield from _layer_problems(layer.index, count, first)
+        case faiss.IndexRefine():
+            yield from _layer_problems(layer.base_index, count, first)
+            yield from _layer_problems(layer.refine_index, count, first)
+        case faiss.IndexIVF():
+            if layer.quantizer.d != layer.d or layer.quantizer.ntotal != layer.nlist:
+                yield f"it has {layer.nlist} lists and {layer.quantizer.ntotal} centroids of width {layer.quantizer.d}"
+        case faiss.IndexHNSW():
+            if not 1 <= layer.hnsw.efSearch <= max(count, _LEAST_WIDTH):
+                yield f"its graph is to be searched with a width of {layer.hnsw.efSearch}"
+            if layer.storage.d != layer.d or layer.storage.ntotal != count:
+                yield f"its graph is over {layer.storage.ntotal} vectors of width {layer.storage.d}"
+
+
+def _transform_problems(layer: Any) -> Iterator[str]:
+    width = layer.d
+    for place in range(layer.chain.size()):
+        transform = layer.chain.at(place)
+        if not transform.is_trained or transform.d_in != width:
+            yield f"its transform {place} takes vectors of width {transform.d_in}, not {width}, or was not trained"
+        width = transform.d_out
+    if layer.index.d != width:
+        yield f"its transforms give vectors of width {width}, and the index inside has {layer.index.d}"
+
+
+def _flat_problem(index: Any) -> str | None:
+    inner: Any = faiss.downcast_index(index)
+    if isinstance(inner, faiss.IndexIDMap):
+        inner = faiss.downcast_index(inner.index)
+    if not isinstance(inner, faiss.IndexFlat):
+        return f"it is a {type(inner).__name__}, and index.json says Flat"
+    values = faiss.rev_swig_ptr(inner.get_xb(), inner.ntotal * inner.d)
+    for start in range(0, len(values), _FLOATS_AT_ONCE):
+        if not np.isfinite(values[start : start + _FLOATS_AT_ONCE]).all():
+            return "it holds NaN or infinities"
+    return None
+
+
+def _is_permutation(numbers: Numbers, count: int, first: int) -> bool:
+    """Whether they are `first` to `first + count - 1`, each once, in any order."""
+    if len(numbers) != count:
+        return False
+    if count and (numbers.min() < first or numbers.max() >= first + count):
+        return False
+    seen = np.zeros(count, bool)
+    seen[numbers - first] = True
+    return bool(seen.all())
+
+
+def _lists(index: Any) -> Any:
+    return faiss.downcast_InvertedLists(index.invlists)

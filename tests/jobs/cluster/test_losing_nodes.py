@@ -1,0 +1,96 @@
+"""Jobs that lose processes and nodes in the middle: they end by themselves, with what an undisturbed one gives.
+
+Only what the lost replica had in hand is done again.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from jobs.client import DEFAULT_ENGINE
+from pipeline.audit import audit
+
+pytestmark = pytest.mark.ray
+
+TEXTS = [f"text number {row}" for row in range(64)]
+QUICK = "import jobs.room; jobs.room.ROOM_S = 2.0"
+
+
+def num_commits(out: Path) -> int:
+    return len(list(out.glob("commits/*.json")))
+
+
+def wait_until(condition: Any, what: str, timeout_s: float = 60.0) -> float:
+    """How long it took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < timeout_s, what
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+def wait_for_commits(out: Path, count: int, process: Any) -> None:
+    wait_until(lambda: process.poll() is not None or num_commits(out) >= count, f"{count} commits")
+    assert process.poll() is None, process.communicate()
+
+
+def last_run(out: Path) -> dict[str, Any]:
+    run: dict[str, Any] = json.loads((out / "report.json").read_text())["runs"][-1]
+    return run
+
+
+def only_what_was_lost_is_done_again(run: dict[str, Any], num_splits: int) -> bool:
+    again = sum(death["splits_again"] for death in run["deaths"])
+    return run["splits_leased"] == run["splits_committed"] + again == num_splits + again
+
+
+@pytest.mark.parametrize("seed", [3])
+def test_a_gang_whose_actors_and_node_are_lost_at_random_times_ends_with_the_same_rows_on_fewer_ranks(
+    nodes, moe_job, moe_rows, controller, rows_of, seed
+):
+    """An actor is killed, another stopped, and a node killed, all of one gang of three."""
+    nodes.add("c")
+    settings = moe_job("lost", expert_parallel=3, engine={"max_sequences": 2})
+    settings["output"]["rows_per_split"] = 2
+    out, chance = Path(settings["output"]["path"]), random.Random(seed)
+    running = controller(settings, address=nodes.address, engine_factory=DEFAULT_ENGINE, before=QUICK)
+
+    def some_shard() -> psutil.Process:
+        (shard,) = nodes.shards(chance.choice("abc"))
+        return shard
+
+    for generation, number in enumerate((signal.SIGKILL, signal.SIGSTOP, "a node")):
+        formed = out / "placements" / f"{generation:06d}.json"
+        wait_until(lambda formed=formed: running.process.poll() is not None or formed.exists(), "the gang to form")
+        wait_for_commits(out, num_commits(out) + 1, running.process)
+        time.sleep(0.2 * chance.random())
+        assert running.process.poll() is None
+        if number == "a node":
+            nodes.kill(chance.choice("abc"))
+        else:
+            some_shard().send_signal(number)
+    status, _, stderr = running.end(120)
+    assert status == 0, stderr
+    assert rows_of(out) == moe_rows
+    assert audit(out).ok
+
+    run = last_run(out)
+    killed, stopped, lost = run["deaths"]
+    assert killed["unheard_s"] < 3, "a busy machine is given its time"
+    assert "has said nothing for" in stopped["reason"]
+    assert 5 <= stopped["unheard_s"] < 9
+    assert lost["unheard_s"] < 9
+    assert [death.get("ranks") for death in run["deaths"]] == [None, None, 2]
+    assert all(death["recovered_after_s"] < 60 for death in run["deaths"])
+    assert only_what_was_lost_is_done_again(run, num_splits=36)
+    placements = [json.loads(path.read_text()) for path in sorted(out.glob("placements/*.json"))]
+    assert [record["ranks"] for record in placements] == [3, 3, 3, 2]
+    assert len({node for record in placements for node in record["nodes"]}) == 3

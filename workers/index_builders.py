@@ -1,0 +1,53 @@
+"""Shards of an index built side by side as Ray tasks, on whichever machines of the cluster have a free processor."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+
+from pipeline.errors import JobError, UserError
+from pipeline.index.builders import Builders, ThreadBuilders
+from pipeline.index.shard_build import ShardResult, ShardTask, build_shard
+from workers import devices
+
+
+class RayBuilders:
+    """A shard a task of one processor, in the Ray that is connected. A task whose process dies is done again."""
+
+    def __init__(self, build: Callable[[ShardTask], ShardResult] = build_shard) -> None:
+        self._build = build
+
+    def __call__(self, tasks: Sequence[ShardTask], *, side_by_side: int) -> list[ShardResult]:
+        import ray
+
+        build = ray.remote(num_cpus=1, max_retries=3)(self._build)
+        results = dict[int, ShardResult]()
+        waiting = [dataclasses.replace(task, threads=1) for task in tasks]
+        running = dict[ray.ObjectRef[ShardResult], int]()
+        try:
+            while waiting or running:
+                while waiting and len(running) < side_by_side:
+                    task = waiting.pop(0)
+                    running[build.remote(task)] = task.number
+                for reference in ray.wait(list(running))[0]:
+                    results[running.pop(reference)] = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, JobError | UserError):
+                raise error.cause from None
+            raise JobError(f"building a shard of the index failed: {error.cause!r}") from error
+        except ray.exceptions.RayError as error:
+            reason = str(error).splitlines()[0]
+            raise JobError(f"a process that built a shard of the index was lost again and again: {reason}") from error
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
+        return [results[task.number] for task in tasks]
+
+
+def builders_at_hand() -> Builders:
+    """The Ray that is connected, or else this process's own threads: no Ray is started for an index alone."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return RayBuilders()
+    return ThreadBuilders(devices.num_cpus())
