@@ -26,21 +26,23 @@ import pyarrow.dataset as ds
 
 from jobs.client import run
 from jobs.progress import Progress
+from jobs.query import allowed_vectors, embedding_spec
 from jobs.ray_session import is_joined, ray_session
 from jobs.spec import JobSpec, JsonObject
 from jobs.specfile import parse_spec
-from jobs.status import latest_commits, open_job
+from jobs.status import open_index
 from jobs.tally import OnProgress
 from pipeline.commits import Commit, CommitLog
 from pipeline.durable import read_sealed, replace_file, seal, storage_errors
 from pipeline.embedding import query_forms
 from pipeline.errors import JobError, UserError
-from pipeline.found_rows import FoundRows
 from pipeline.index.faiss_files import check_file
 from pipeline.index.manifest import IndexManifest, Provenance, read_manifest
 from pipeline.index.row_map import RowMap
 from pipeline.index.search import best, prepare_queries, read_centering
-from pipeline.job_folder import JobFolder, read_job, read_plan
+from pipeline.index.selection import Mask
+from pipeline.indexed_jobs import IndexedRows, latest_commits
+from pipeline.job_folder import JobFolder, read_plan
 from pipeline.lock import lock
 from pipeline.model_path import resolve_model
 from pipeline.neighbours import NeighbourPart, QueryBatch, neighbour_table, prepared, query_batches
@@ -65,18 +67,22 @@ def bulk_query(
     k: int = 10,
     column: str | None = None,
     id_column: str | None = None,
+    filter: str | None = None,
     address: str | None = None,
     on_progress: OnProgress | None = None,
     engine_factory: str = DEFAULT_ENGINE,
 ) -> JsonObject:
     """The k rows of the index of `out` nearest to each row of `source`, into the folder `output`; or go on with it.
 
+    Only rows that `filter` means are found, where there is one.
+
     Gives {"output", "queries", "errors", "neighbours"}. UserError where there is no index, the model is another by now,
     or `output` holds another search; JobError if the index was built anew since the search began.
     """
-    folder = open_job(out)
+    folder = open_index(out)
     manifest = read_manifest(folder.index)
-    spec = JobSpec.model_validate(read_job(folder)["spec"])
+    spec = embedding_spec(out, manifest)
+    allowed = allowed_vectors(out, manifest, filter)
     refuse_changed_model(manifest.provenance, resolve_model(manifest.provenance.model))
     queries = query_job(source, column, id_column, output, manifest.provenance, spec)
     target = JobFolder(output.expanduser().absolute())
@@ -86,6 +92,7 @@ def bulk_query(
         "k": k,
         "input": queries.to_json()["input"],
         "prompt": queries.to_json()["prompt"],
+        **({} if filter is None else {"filter": filter}),
     }
     with lock(target):
         _begin(target, asked)
@@ -95,7 +102,7 @@ def bulk_query(
         if not _is_done(target, log):
             with ray_session(address, num_cpus=0 if joins else devices.num_cpus()):
                 embedded = run(queries, on_progress=on_progress, engine_factory=engine_factory)
-                _search_all(embedded.out, target, log, folder, manifest, k, on_progress)
+                _search_all(embedded.out, target, log, folder, manifest, k, allowed, on_progress)
         commits = log.commits.values()
     return {
         "output": str(output),
@@ -170,7 +177,7 @@ def _begin(target: JobFolder, asked: JsonObject) -> None:
             replace_file(path, seal(asked), drafts=target.attempts)
         return
     before = read_sealed(path)
-    changed = sorted(key for key in asked if before.get(key) != asked[key])
+    changed = sorted(key for key in {*asked, *before} if before.get(key) != asked.get(key))
     if changed == ["index_digest"]:
         raise JobError(
             f"the index in {asked['index']} was built anew since the search in {target.root} began: name another "
@@ -195,6 +202,7 @@ def _search_all(
     indexed: JobFolder,
     manifest: IndexManifest,
     k: int,
+    allowed: Mask | None,
     on_progress: OnProgress | None,
 ) -> None:
     from workers.index_shard import start_shards
@@ -204,7 +212,8 @@ def _search_all(
     wanted = [commit for split, commit in sorted(latest_commits(queries).items()) if split not in log.commits]
     rows = RowMap(check_file(indexed.index, manifest.rows))
     centering = read_centering(indexed.index, manifest)
-    records = FoundRows(indexed.root, cache_bytes=CACHE_BYTES)
+    records = IndexedRows(indexed.root, manifest, cache_bytes=CACHE_BYTES)
+    masks = None if allowed is None else [allowed[one.first_vector :][: one.num_vectors] for one in manifest.shards]
     batch_rows = max(BATCH_BYTES // max(4 * manifest.dimension, 16 * k), 1)
     shards = start_shards(indexed.index, manifest)
     watch = Watch(shards)
@@ -220,7 +229,7 @@ def _search_all(
                     for batch in query_batches(queries, commit, batch_rows)
                 )
                 part = NeighbourPart(target, commit)
-                for batch, (scores, numbers) in _answered(batches, lambda q: best(group.search(q, k), k), ahead):
+                for batch, (scores, numbers) in _answered(batches, lambda q: best(group.search(q, k, masks), k), ahead):
                     part.add(neighbour_table(batch, scores, numbers, rows, records))
                 log.publish(log.commit(part.close()))
                 counter.add(commit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.embedding import provenance_settings
+from jobs.embedding import job_provenance
 from jobs.expert_record import ExpertRecord
 from jobs.report import write_report
 from jobs.spec import JsonObject
@@ -14,7 +14,7 @@ from pipeline.audit import audit
 from pipeline.index.build import build_index, index_is_current
 from pipeline.index.kinds import DEFAULT_MEMORY_BYTES
 from pipeline.index.manifest import Provenance
-from pipeline.tokenizer import load_tokenizer
+from pipeline.index.rebuilding import kept_changes
 from workers.index_builders import builders_at_hand
 
 
@@ -41,6 +41,7 @@ class Finisher:
                 **self._index_arguments(),
                 builders=builders_at_hand(self._store.job.spec.cluster.labels),
                 on_shard=self._tally.indexed,
+                change=kept_changes(self._store.folder),
             )
 
     def audit(self) -> tuple[str, ...]:
@@ -71,12 +72,4 @@ class Finisher:
 
     def _provenance(self) -> Provenance:
         job = self._store.job
-        assert job.spec.embed is not None
-        return Provenance(
-            model=job.spec.model,
-            model_files=job.covers["model"],
-            tokenizer=load_tokenizer(job.model_path).digest,
-            pooling=job.spec.embed.pooling,
-            query_template=job.spec.embed.query_template,
-            settings=provenance_settings(job.spec),
-        )
+        return job_provenance(job.spec, model_files=job.covers["model"], model_path=job.model_path)

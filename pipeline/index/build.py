@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.commits import Commit
-from pipeline.durable import replace_folder, seal, storage_errors, sync_folder, write_new
+from pipeline.durable import replace_folder, storage_errors
 from pipeline.errors import JobError, UserError
 from pipeline.index import faiss_files
 from pipeline.index.budget import BuildBudget, build_budget
@@ -34,7 +34,6 @@ from pipeline.index.centering import CENTER_NAME, Centering
 from pipeline.index.effort import effort_name
 from pipeline.index.kinds import DEFAULT_MEMORY_BYTES, FLAT, make_index, next_kind, settled_kinds
 from pipeline.index.manifest import (
-    MANIFEST_NAME,
     ROWS_NAME,
     Contents,
     IndexedJob,
@@ -46,17 +45,18 @@ from pipeline.index.manifest import (
     parts_digest,
     read_manifest,
 )
-from pipeline.index.recall import KEPT, K, Queries, merged, query_numbers, recall_of
+from pipeline.index.recall import Queries, query_numbers
 from pipeline.index.row_map import RowMapWriter
 from pipeline.index.shard_build import (
     TEMPLATE_NAME,
     ShardResult,
     ShardTask,
-    harder,
+    measured,
     read_rows,
     write_queries,
 )
 from pipeline.index.vectors import committed_vectors, dimension_of, parts_with
+from pipeline.index.versions import Change, write_manifest
 from pipeline.job_folder import JobFolder
 
 Matrix = npt.NDArray[np.float32]
@@ -79,6 +79,7 @@ def build_index(
     threads: int | None = None,
     builders: Builders | None = None,
     on_shard: OnShard | None = None,
+    change: Change | None = None,
 ) -> IndexManifest:
     """Builds `index/` from the parts of `commits`, which are published, and puts it in the place of the one there.
 
@@ -128,8 +129,9 @@ def build_index(
                 if centering is None
                 else centering.write(draft / CENTER_NAME, num_vectors=source.num_vectors),
             )
-            write_new(draft / MANIFEST_NAME, seal(manifest.to_json()))
-            sync_folder(draft)
+            if change is not None:
+                manifest = change(draft, manifest)
+            write_manifest(draft, manifest)
             replace_folder(draft, folder.index, discarded=folder.attempts / f"index-old-{uuid.uuid4().hex}")
     except Exception:
         shutil.rmtree(draft, ignore_errors=True)
@@ -150,7 +152,9 @@ def index_is_current(
     recall: float = DEFAULT_RECALL,
     center: bool = False,
 ) -> bool:
-    """Whether `build_index` with these arguments would build what is there. Of the files it looks at the sizes only.
+    """Whether `build_index` with these arguments would build what is there, but for what was added or deleted since.
+
+    Of the files it looks at the sizes only.
 
     A job without rows has nothing to index: then no index is the current one. UserError as `build_index`, for settings.
     """
@@ -160,14 +164,15 @@ def index_is_current(
         manifest = read_manifest(folder.index)
     except (UserError, JobError):
         return False
-    if manifest.jobs != (_source(commits, job),):
+    source = _source(commits, job)
+    if manifest.jobs[:1] != (source,):
         return False
     settings = _Settings(kind=kind, shards=shards, memory_bytes=memory_bytes, recall=recall)
-    wanted = _wanted(settings, manifest.num_vectors, manifest.dimension, [one.kind for one in manifest.missed])
+    wanted = _wanted(settings, source.num_vectors, manifest.dimension, [one.kind for one in manifest.missed])
     return (
         wanted is not None
         and manifest.kind == wanted.kind
-        and len(manifest.shards) == wanted.shards
+        and sum(shard.first_vector < max(source.num_vectors, 1) for shard in manifest.shards) == wanted.shards
         and manifest.recall.target == settings.recall
         and manifest.provenance == provenance
         and (manifest.center is not None) == center
@@ -231,7 +236,7 @@ class _Build:
             self._prepare(template, budget)
             tasks = self._tasks(budget)
             results = builders(tasks, side_by_side=budget.side_by_side)
-            results, recall = self._measured(budget.kind, tasks, results)
+            results, recall = measured(budget.kind, tasks, results, self.settings.recall)
             for result in results:
                 if on_shard is not None:
                     on_shard(budget.kind, result.shard, result.seconds)
@@ -270,7 +275,7 @@ class _Build:
 
     def _tasks(self, budget: BuildBudget) -> list[ShardTask]:
         tasks, first = list[ShardTask](), 0
-        for number, count in enumerate(_shares(self.num_vectors, budget.shards)):
+        for number, count in enumerate(shares(self.num_vectors, budget.shards)):
             parts, skip = parts_with(self.commits, first, count)
             tasks.append(
                 ShardTask(
@@ -292,24 +297,6 @@ class _Build:
             first += count
         return tasks
 
-    def _measured(
-        self, kind: str, tasks: list[ShardTask], results: list[ShardResult]
-    ) -> tuple[list[ShardResult], Recall]:
-        """What the shards find together. Where that misses though each alone is good enough, all try harder."""
-        target = self.settings.recall
-        if kind == FLAT:
-            return results, Recall(target=target, reached=1.0, num_queries=0)
-        exact = merged([result.exact for result in results], KEPT)
-        while True:
-            reached, num_queries = recall_of(merged([result.found for result in results], K), exact)
-            recall = Recall(target=target, reached=reached, num_queries=num_queries)
-            if reached is None or reached >= target:
-                return results, recall
-            more = [harder(task, result) for task, result in zip(tasks, results, strict=True)]
-            if all(new is old for new, old in zip(more, results, strict=True)):
-                return results, recall
-            results = more
-
 
 def _spread(num_vectors: int, count: int, without: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """`count` numbers of vectors, or what there is, spread evenly over all but those in `without`. Ascending.
@@ -322,10 +309,10 @@ def _spread(num_vectors: int, count: int, without: npt.NDArray[np.int64]) -> npt
     return places + np.searchsorted(without - np.arange(len(without)), places, side="right")
 
 
-def _shares(num_vectors: int, shards: int) -> list[int]:
+def shares(num_vectors: int, shards: int) -> list[int]:
     """Vectors of each shard.
 
-    >>> _shares(8, 3)
+    >>> shares(8, 3)
     [3, 3, 2]
     """
     shards = max(min(shards, num_vectors), 1)

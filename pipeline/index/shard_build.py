@@ -30,8 +30,8 @@ from pipeline.index.centering import Centering
 from pipeline.index.effort import is_graph
 from pipeline.index.flat_file import FlatFile
 from pipeline.index.kinds import FLAT
-from pipeline.index.manifest import Contents, Shard
-from pipeline.index.recall import ExactSearch, Found, Queries, Tuned, tune
+from pipeline.index.manifest import Contents, Recall, Shard
+from pipeline.index.recall import KEPT, ExactSearch, Found, K, Queries, Tuned, merged, recall_of, tune
 from pipeline.index.vectors import VectorBatch, vectors_of_parts
 from pipeline.job_folder import JobFolder
 
@@ -115,6 +115,24 @@ def harder(task: ShardTask, result: ShardResult) -> ShardResult:
         return result
     contents = {field.name: getattr(shard, field.name) for field in dataclasses.fields(Contents)}
     return _result(Contents(**contents), tuned, result.exact, before=result)
+
+
+def measured(
+    kind: str, tasks: list[ShardTask], results: list[ShardResult], target: float
+) -> tuple[list[ShardResult], Recall]:
+    """What the shards find together. Where that misses though each alone is good enough, all try harder."""
+    if kind == FLAT:
+        return results, Recall(target=target, reached=1.0, num_queries=0)
+    exact = merged([result.exact for result in results], KEPT)
+    while True:
+        reached, num_queries = recall_of(merged([result.found for result in results], K), exact)
+        recall = Recall(target=target, reached=reached, num_queries=num_queries)
+        if reached is None or reached >= target:
+            return results, recall
+        more = [harder(task, result) for task, result in zip(tasks, results, strict=True)]
+        if all(new is old for new, old in zip(more, results, strict=True)):
+            return results, recall
+        results = more
 
 
 def write_queries(scratch: Path, queries: Queries) -> None:

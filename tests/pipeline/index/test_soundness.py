@@ -21,7 +21,7 @@ from pipeline.commits import CommitLog
 from pipeline.durable import file_sha256, read_sealed, seal
 from pipeline.errors import JobError, UserError
 from pipeline.index.build import build_index
-from pipeline.index.check import index_problems
+from pipeline.index.check import IndexedParts, index_problems
 from pipeline.index.manifest import Provenance, read_manifest
 from pipeline.index.row_map import SCHEMA
 from pipeline.index.search import VectorIndex
@@ -161,7 +161,11 @@ def test_numbers_that_lead_out_of_the_shard_or_stand_twice_are_refused(
         reseal(folder.index)
         with pytest.raises(JobError, match=r"shard-001.faiss is not sound: its vectors are not numbered .* 30 to 59"):
             VectorIndex.open(folder.index)
-        problems = list(index_problems(folder, read_manifest(folder.index), log.commits, parts_are_whole=True))
+        problems = list(
+            index_problems(
+                folder, read_manifest(folder.index), [IndexedParts(folder, log.commits)], parts_are_whole=True
+            )
+        )
         assert any("are not numbered" in problem for problem in problems)
     path.write_bytes(whole)
     reseal(folder.index)
@@ -242,7 +246,9 @@ def test_another_index_in_the_place_of_a_shard_is_refused(
 def test_what_was_built_is_sound(built: Callable[..., tuple[JobFolder, CommitLog]], kind: str) -> None:
     folder, log = built(kind, shards=2)
     assert VectorIndex.open(folder.index).search(unit(NUM_VECTORS)[3], 2)[0]
-    assert not list(index_problems(folder, read_manifest(folder.index), log.commits, parts_are_whole=True))
+    assert not list(
+        index_problems(folder, read_manifest(folder.index), [IndexedParts(folder, log.commits)], parts_are_whole=True)
+    )
 
 
 @pytest.mark.parametrize(
