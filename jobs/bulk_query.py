@@ -183,9 +183,13 @@ def _begin(target: JobFolder, asked: JsonObject) -> None:
 
 
 def _is_done(target: JobFolder, log: CommitLog) -> bool:
-    """Whether every split of the queries was searched for."""
+    """Whether every split of the queries was searched for. JobError if their files are others by now."""
     queries = JobFolder(target.root / QUERIES_NAME)
-    return queries.job_file.exists() and len(read_plan(queries)["splits"]) == len(log.commits)
+    if not queries.job_file.exists():
+        return False
+    plan = read_plan(queries)
+    Source.from_json(plan["source"]).check_unchanged()
+    return len(plan["splits"]) == len(log.commits)
 
 
 def _search_all(

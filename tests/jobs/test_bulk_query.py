@@ -18,7 +18,7 @@ from jobs.bulk_query import bulk_query, neighbours
 from jobs.cli import execute
 from jobs.client import connect
 from jobs.served import serving
-from pipeline.errors import UserError
+from pipeline.errors import JobError, UserError
 
 pytestmark = pytest.mark.ray
 
@@ -56,7 +56,7 @@ def asked_for(folder: Path) -> list[int]:
 
 
 def test_neighbours_are_those_that_single_queries_find(
-    ask: Callable[..., Any], indexed_job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ask: Callable[..., Any], indexed_job: Path, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert ask() == {"output": str(tmp_path / "found"), "queries": 150, "errors": 2, "neighbours": 148 * 3}
     found = records(tmp_path / "found")
@@ -90,6 +90,9 @@ def test_neighbours_are_those_that_single_queries_find(
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
     with pytest.raises(UserError, match=r"holds another search, with another k; name another folder"):
         ask(k=4)
+    pq.write_table(pa.table({"q": ["another"], "name": ["q0"]}), queries)
+    with pytest.raises(JobError, match=r"queries.parquet has changed"):
+        ask()
 
 
 def test_killed_at_any_time_it_goes_on_and_repeats_nothing(
