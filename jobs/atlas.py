@@ -21,13 +21,14 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from jobs.status import index_summary, latest_commits, open_job
+from jobs.status import index_summary, open_job
 from pipeline.commits import Commit
 from pipeline.durable import storage_errors
 from pipeline.errors import JobError, UserError
 from pipeline.found_rows import FoundRows
 from pipeline.index.search import VectorIndex
 from pipeline.index.vectors import FIELDS, VectorBatch, committed_vectors, part_vectors
+from pipeline.indexed_jobs import latest_commits
 from pipeline.job_folder import JobFolder
 from pipeline.projection import Projection
 

@@ -26,21 +26,23 @@ import pyarrow.dataset as ds
 
 from jobs.client import run
 from jobs.progress import Progress
+from jobs.query import allowed_vectors, embedding_spec
 from jobs.ray_session import is_joined, ray_session
 from jobs.spec import JobSpec, JsonObject
 from jobs.specfile import parse_spec
-from jobs.status import latest_commits, open_job
+from jobs.status import open_index
 from jobs.tally import OnProgress
 from pipeline.commits import Commit, CommitLog
 from pipeline.durable import read_sealed, replace_file, seal, storage_errors
 from pipeline.embedding import query_forms
 from pipeline.errors import JobError, UserError
-from pipeline.found_rows import FoundRows
 from pipeline.index.faiss_files import check_file
 from pipeline.index.manifest import IndexManifest, Provenance, read_manifest
 from pipeline.index.row_map import RowMap
 from pipeline.index.search import best, prepare_queries, read_centering
-from pipeline.job_folder import JobFolder, read_job, read_plan
+from pipeline.index.selection import Mask
+from pipeline.indexed_jobs import IndexedRows, latest_commits
+from pipeline.job_folder import JobFolder, read_plan
 from pipeline.lock import lock
 from pipeline.model_path import resolve_model
 from pipeline.neighbours import NeighbourPart, QueryBatch, neighbour_table, prepared, query_batches
@@ -65,18 +67,21 @@ def bulk_query(
     k: int = 10,
     column: str | None = None,
     id_column: str | None = None,
+    filter: str | None = None,
     address: str | None = None,
     on_progress: OnProgress | None = None,
     engine_factory: str = DEFAULT_ENGINE,
 ) -> JsonObject:
     """The k rows of the index of `out` nearest to each row of `source`, into the folder `output`; or go on with it.
 
+    With a `filter` only among the rows that it means (see `pipeline.index.expression`).
+
     Gives {"output", "queries", "errors", "neighbours"}. UserError where there is no index, the model is another by now,
     or `output` holds another search; JobError if the index was built anew since the search began.
     """
-    folder = open_job(out)
+    folder = open_index(out)
     manifest = read_manifest(folder.index)
-    spec = JobSpec.model_validate(read_job(folder)["spec"])
+    spec = embedding_spec(out, manifest)
     refuse_changed_model(manifest.provenance, resolve_model(manifest.provenance.model))
     queries = query_job(source, column, id_column, output, manifest.provenance, spec)
     target = JobFolder(output.expanduser().absolute())
@@ -84,18 +89,20 @@ def bulk_query(
         "index": str(out.resolve()),
         "index_digest": _digest(manifest.to_json()),
         "k": k,
+        "filter": filter,
         "input": queries.to_json()["input"],
         "prompt": queries.to_json()["prompt"],
     }
     with lock(target):
         _begin(target, asked)
         joins = is_joined(address)
+        allowed = allowed_vectors(out, manifest, filter)
         log = CommitLog(target, fingerprint=_digest(asked))
         log.recover()
         if not _is_done(target, log):
             with ray_session(address, num_cpus=0 if joins else devices.num_cpus()):
                 embedded = run(queries, on_progress=on_progress, engine_factory=engine_factory)
-                _search_all(embedded.out, target, log, folder, manifest, k, on_progress)
+                _search_all(embedded.out, target, log, folder, manifest, k, allowed, on_progress)
         commits = log.commits.values()
     return {
         "output": str(output),
@@ -199,22 +206,27 @@ def _search_all(
     indexed: JobFolder,
     manifest: IndexManifest,
     k: int,
+    allowed: Mask | None,
     on_progress: OnProgress | None,
 ) -> None:
+
     from workers.index_shard import start_shards
-    from workers.shard_group import STARTING_S, ShardGroup, Watch, await_ready, end_actors
+    from workers.shard_group import STARTING_S, ShardGroup, Watch, await_ready, end_actors, put_masks
 
     queries = JobFolder(queries_out)
     wanted = [commit for split, commit in sorted(latest_commits(queries).items()) if split not in log.commits]
     rows = RowMap(check_file(indexed.index, manifest.rows))
     centering = read_centering(indexed.index, manifest)
-    records = FoundRows(indexed.root, cache_bytes=CACHE_BYTES)
+    records = IndexedRows(indexed.root, manifest, cache_bytes=CACHE_BYTES)
     batch_rows = max(BATCH_BYTES // max(4 * manifest.dimension, 16 * k), 1)
     shards = start_shards(indexed.index, manifest)
     watch = Watch(shards)
     try:
         await_ready({f"shard {number}": shard for number, shard in enumerate(shards)})
         group = ShardGroup(shards, patience_s=STARTING_S)
+        masks = None
+        if allowed is not None:
+            masks = put_masks([allowed[one.first_vector :][: one.num_vectors] for one in manifest.shards])
         counter = _Counter(log, sum(commit.rows for commit in wanted), on_progress)
         with ThreadPoolExecutor(1) as ahead:  # the next queries are searched for while these are written
             for commit in wanted:
@@ -224,7 +236,7 @@ def _search_all(
                     for batch in query_batches(queries, commit, batch_rows)
                 )
                 part = NeighbourPart(target, commit)
-                for batch, (scores, numbers) in _answered(batches, lambda q: best(group.search(q, k), k), ahead):
+                for batch, (scores, numbers) in _answered(batches, lambda q: best(group.search(q, k, masks), k), ahead):
                     part.add(neighbour_table(batch, scores, numbers, rows, records))
                 log.publish(log.commit(part.close()))
                 counter.add(commit)

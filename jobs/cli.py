@@ -27,6 +27,7 @@ from jobs.cluster_commands import (
     submit,
     submitted_status,
 )
+from jobs.index_cli import index_app
 from jobs.terminal import reserved_stdout, say, write_json
 from pipeline.errors import JobError, UserError
 
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 tokenizer_app = typer.Typer(help="Vocabularies.", rich_markup_mode=None)
 app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(index_app, name="index")
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
 JobDirectory = Annotated[Path, typer.Argument(metavar="OUT", help="A job directory.", show_default=False)]
@@ -122,6 +124,10 @@ def query(
         typer.Option("--file", "--input", metavar="FILE", help="Texts to look for instead: a row each, of any format."),
     ] = None,
     column: Annotated[str | None, typer.Option(metavar="C", help="The column of --file that holds them.")] = None,
+    where: Annotated[
+        str | None,
+        typer.Option("--filter", metavar="EXPR", help="Only rows like this, by carried columns: \"lang == 'en'\"."),
+    ] = None,
     id: Annotated[str | None, typer.Option("--id", metavar="C", help="With --output: the column with ids.")] = None,
     output: Annotated[
         Path | None,
@@ -144,7 +150,9 @@ def query(
     if output is not None:
         if file is None:
             raise UserError(f"query: --output {output} is for the queries of --file FILE, which is not given")
-        return _query_many(context.obj, out, file, output, k=k, column=column, id_column=id, address=address)
+        return _query_many(
+            context.obj, out, file, output, k=k, column=column, id_column=id, filter=where, address=address
+        )
     if id is not None:
         raise UserError(f"query: --id {id} is for neighbours that are written with --output DIR, which is not given")
     texts = read_queries(file, column) if file is not None else text or []
@@ -153,12 +161,14 @@ def query(
 
         with connect(out, address) as served:
             if vector is None:
-                results = served.search(texts, k)
+                results = served.search(texts, k, filter=where)
             else:
                 names, vectors = read_vectors(vector)
-                results = served.search_vectors(vectors, k, names=names)
+                results = served.search_vectors(vectors, k, names=names, filter=where)
     else:
-        results = query_texts(out, texts, k) if vector is None else query_vectors(out, vector, k)
+        results = (
+            query_texts(out, texts, k, filter=where) if vector is None else query_vectors(out, vector, k, filter=where)
+        )
     context.obj.answer({"results": [result.to_json() for result in results]}, describe_results(results))
     return None
 

@@ -50,11 +50,14 @@ class JobResult:
         """The committed parts, in the order of rows."""
         return ds.dataset(sorted((self.out / "parts").glob("*.parquet")), format="parquet")
 
-    def search(self, texts: Sequence[str], k: int = 10) -> list[QueryResult]:
-        """The k rows nearest to each text, best first. UserError if the job made no index."""
+    def search(self, texts: Sequence[str], k: int = 10, *, filter: str | None = None) -> list[QueryResult]:
+        """The k rows nearest to each text, of those that `filter` means, best first.
+
+        UserError if the job made no index, or the filter is not understood (see `pipeline.index.expression`).
+        """
         from jobs.query import query_texts
 
-        return query_texts(self.out, texts, k)
+        return query_texts(self.out, texts, k, filter=filter)
 
 
 def connect(index: str | Path, address: str | None = None) -> ServedIndex:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jobs.spec import EmbedSpec, JobSpec
 from pipeline.embedding import TextForm, VectorForm, form_settings
+from pipeline.index.manifest import Provenance
+from pipeline.tokenizer import load_tokenizer
 
 
 def embedding_forms(embed: EmbedSpec) -> tuple[VectorForm, TextForm]:
@@ -23,3 +27,16 @@ def provenance_settings(spec: JobSpec) -> dict[str, Any]:
     vector, text = embedding_forms(spec.embed)
     settings = form_settings(vector, text, query_prompt=spec.embed.query_prompt, centered=spec.embed.center is True)
     return settings | ({"attention": list(spec.attention_rules)} if spec.attention is not None else {})
+
+
+def job_provenance(spec: JobSpec, *, model_files: Mapping[str, str], model_path: Path) -> Provenance:
+    """What makes the job's vectors comparable with others."""
+    assert spec.embed is not None
+    return Provenance(
+        model=spec.model,
+        model_files=model_files,
+        tokenizer=load_tokenizer(model_path).digest,
+        pooling=spec.embed.pooling,
+        query_template=spec.embed.query_template,
+        settings=provenance_settings(spec),
+    )

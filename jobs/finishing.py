@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.embedding import provenance_settings
+from jobs.embedding import job_provenance
 from jobs.report import write_report
 from jobs.spec import JsonObject
 from jobs.store import JobStore
 from jobs.tally import Tally
 from pipeline.audit import audit
 from pipeline.index.build import build_index, index_is_current
+from pipeline.index.kinds import DEFAULT_MEMORY_BYTES
 from pipeline.index.manifest import Provenance
-from pipeline.tokenizer import load_tokenizer
+from pipeline.index.rebuilding import kept_changes
 
 
 class Finisher:
@@ -31,7 +32,8 @@ class Finisher:
 
     def ensure_index(self) -> None:
         if not self.index_is_current():
-            build_index(self._store.folder, self._store.log.commits, **self._index_arguments())
+            change = kept_changes(self._store.folder)
+            build_index(self._store.folder, self._store.log.commits, change=change, **self._index_arguments())
 
     def audit(self) -> tuple[str, ...]:
         return tuple(audit(self._store.folder.root).problems)
@@ -48,19 +50,12 @@ class Finisher:
             "job": spec.name,
             "provenance": self._provenance(),
             "kind": spec.index.kind,
-            "shards": 1 if spec.index.shards == "auto" else spec.index.shards,
+            "shards": None if spec.index.shards == "auto" else spec.index.shards,
+            "memory_bytes": DEFAULT_MEMORY_BYTES if spec.index.memory_bytes == "auto" else spec.index.memory_bytes,
+            "recall": spec.index.recall,
             "center": spec.embed.center is True,
-            "memory_bytes": None if spec.index.memory_bytes == "auto" else spec.index.memory_bytes,
         }
 
     def _provenance(self) -> Provenance:
         job = self._store.job
-        assert job.spec.embed is not None
-        return Provenance(
-            model=job.spec.model,
-            model_files=job.covers["model"],
-            tokenizer=load_tokenizer(job.model_path).digest,
-            pooling=job.spec.embed.pooling,
-            query_template=job.spec.embed.query_template,
-            settings=provenance_settings(job.spec),
-        )
+        return job_provenance(job.spec, model_files=job.covers["model"], model_path=job.model_path)

@@ -22,8 +22,8 @@ from jobs.status import job_status
 from jobs.terminal import human_bytes, human_seconds
 from pipeline.embedding import EmbeddedText, TextEncoder, TextForm
 from pipeline.errors import RowError, UserError
-from pipeline.index.faiss_files import make_index, settled_kind
-from pipeline.index.kinds import index_bytes
+from pipeline.index.budget import build_budget
+from pipeline.index.kinds import DEFAULT_MEMORY_BYTES, FLAT, next_kind, settled_kinds
 from pipeline.prompts import Example, ModelText, PromptBuilder, PromptSettings, TextBuilder
 from pipeline.row_text import RowText
 from pipeline.source import Rows, Split
@@ -123,13 +123,24 @@ class Plan:
         return text
 
     def _index(self, vectors: int) -> str:
-        asked, width = self.job.spec.index, self.dimension
+        asked = self.job.spec.index
         if asked is None:
             return "none"
-        memory_bytes = None if asked.memory_bytes == "auto" else asked.memory_bytes
-        kind = settled_kind(asked.kind, num_vectors=vectors, dimension=width, memory_bytes=memory_bytes)
-        make_index(kind, width)  # says what is wrong with a kind that is none
-        return f"{kind}, {human_bytes(index_bytes(kind, vectors, width))} for {vectors:,} vectors"
+        memory_bytes = DEFAULT_MEMORY_BYTES if asked.memory_bytes == "auto" else asked.memory_bytes
+        kind, *others = settled_kinds(
+            asked.kind, num_vectors=vectors, dimension=self.dimension, memory_bytes=memory_bytes
+        )
+        shards = None if asked.shards == "auto" else asked.shards
+        budget = build_budget(kind, vectors, self.dimension, memory_bytes=memory_bytes, shards=shards)
+        text = (
+            f"{kind}, {human_bytes(budget.index_bytes)} for {vectors:,} vectors in {budget.shards} "
+            f"shard{'s' if budget.shards > 1 else ''}; building it takes up to "
+            f"{human_bytes(budget.peak_bytes(budget.side_by_side))} more than the process itself"
+        )
+        after = next_kind((kind, *others), [kind])
+        if kind != FLAT and after is not None:
+            text += f" (if it misses a recall of {asked.recall:g}, {after} is next)"
+        return text
 
     def _where(self) -> str:
         cluster, layout = self.job.spec.cluster, self.layout

@@ -18,11 +18,16 @@ import numpy as np
 import numpy.typing as npt
 
 from jobs.spec import JobSpec
-from jobs.status import open_job
+from jobs.status import open_index
 from pipeline.errors import RowError, UserError
-from pipeline.found_rows import FoundRow, FoundRows
-from pipeline.index.manifest import Provenance
+from pipeline.found_rows import FoundRow
+from pipeline.index.expression import Filter
+from pipeline.index.manifest import IndexManifest, Provenance
+from pipeline.index.matching import matching_vectors
+from pipeline.index.row_map import Place
 from pipeline.index.search import VectorIndex
+from pipeline.index.selection import Mask
+from pipeline.indexed_jobs import IndexedRows, job_folder
 from pipeline.job_folder import read_job
 from pipeline.model_path import resolve_model
 from workers.settings import DEFAULT_ENGINE, EngineSettings
@@ -30,8 +35,11 @@ from workers.settings import DEFAULT_ENGINE, EngineSettings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hit:
-    """A row near the query. `field` says what of it was embedded, and `text` is that text: None where it can't be
-    rebuilt from the carried columns."""
+    """A row near the query, of one of the index's jobs.
+
+    `field` says what of it was embedded, and `text` is that text: None where it can't be rebuilt from the carried
+    columns.
+    """
 
     row: int
     id: str | None
@@ -40,6 +48,7 @@ class Hit:
     score: float
     text: str | None
     columns: dict[str, Any]
+    job: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,14 +60,28 @@ class QueryResult:
         return {"query": self.query, "hits": [dataclasses.asdict(hit) for hit in self.hits]}
 
 
-def query_texts(out: Path, texts: Sequence[str], k: int) -> list[QueryResult]:
-    """The k rows nearest to each text. UserError where there is no index, or the model is another than the index's."""
+def query_texts(out: Path, texts: Sequence[str], k: int, *, filter: str | None = None) -> list[QueryResult]:
+    """The k rows nearest to each text, of those that `filter` means (see `pipeline.index.expression`).
+
+    UserError where there is no index, the model is another than the index's, or the filter is not understood.
+    """
     refuse_empty(texts)
-    folder = open_job(out)
-    index = VectorIndex.open(folder.index)
-    spec = JobSpec.model_validate(read_job(folder)["spec"])
-    vectors = embed_queries(texts, index.manifest.provenance, spec)
-    return _search(out, index, list(texts), vectors, k)
+    index = VectorIndex.open(open_index(out).index)
+    allowed = allowed_vectors(out, index.manifest, filter)
+    vectors = embed_queries(texts, index.manifest.provenance, embedding_spec(out, index.manifest))
+    return _search(out, index, list(texts), vectors, k, allowed)
+
+
+def embedding_spec(out: Path, manifest: IndexManifest) -> JobSpec:
+    """Of the first of the index's jobs: it says on which device and in which number format queries are embedded."""
+    return JobSpec.model_validate(read_job(job_folder(out, manifest.jobs[0]))["spec"])
+
+
+def allowed_vectors(out: Path, manifest: IndexManifest, filter: str | None) -> Mask | None:
+    """Which vectors may be found; None for all. UserError where the filter is not understood."""
+    if filter is None:
+        return None
+    return matching_vectors(out / "index", manifest, Filter.parse(filter), lambda job: job_folder(out, job))
 
 
 def refuse_empty(texts: Sequence[str]) -> None:
@@ -66,12 +89,11 @@ def refuse_empty(texts: Sequence[str]) -> None:
         raise UserError("query: the text is empty; say what to look for")
 
 
-def query_vectors(out: Path, file: Path, k: int) -> list[QueryResult]:
+def query_vectors(out: Path, file: Path, k: int, *, filter: str | None = None) -> list[QueryResult]:
     """The same for vectors in a .npy file, [d] or [n, d]."""
-    folder = open_job(out)
-    index = VectorIndex.open(folder.index)
+    index = VectorIndex.open(open_index(out).index)
     names, vectors = read_vectors(file)
-    return _search(out, index, names, vectors, k)
+    return _search(out, index, names, vectors, k, allowed_vectors(out, index.manifest, filter))
 
 
 def read_vectors(file: Path) -> tuple[list[str], npt.NDArray[Any]]:
@@ -139,28 +161,29 @@ def describe_results(results: Sequence[QueryResult]) -> str:
 
 
 def _search(
-    out: Path, index: VectorIndex, names: Sequence[str], vectors: npt.NDArray[Any], k: int
+    out: Path, index: VectorIndex, names: Sequence[str], vectors: npt.NDArray[Any], k: int, allowed: Mask | None
 ) -> list[QueryResult]:
-    found = index.search(vectors, k)
-    rows = FoundRows(out).read({(hit.place.row, hit.place.sample) for hits in found for hit in hits})
+    found = index.search(vectors, k, allowed=allowed)
+    records = IndexedRows(out, index.manifest).read({hit.place for hits in found for hit in hits})
     return [
         QueryResult(
             query=name,
-            hits=tuple(hit_of(rows[hit.place.row, hit.place.sample], hit.place.field, hit.score) for hit in hits),
+            hits=tuple(hit_of(records[hit.place.record], hit.place, hit.score) for hit in hits),
         )
         for name, hits in zip(names, found, strict=True)
     ]
 
 
-def hit_of(row: FoundRow, field: str, score: float) -> Hit:
+def hit_of(row: FoundRow, place: Place, score: float) -> Hit:
     return Hit(
         row=row.row,
         id=row.id,
         sample=row.sample,
-        field=field,
+        field=place.field,
         score=score,
-        text=row.generation if field == "generation" else row.passage,
+        text=row.generation if place.field == "generation" else row.passage,
         columns=row.columns,
+        job=place.job,
     )
 
 

@@ -27,11 +27,12 @@ from jobs.expert_tally import GangWork
 from jobs.history import read_runs
 from jobs.page.render import render
 from jobs.placements import record_of
-from jobs.status import committed_status, latest_commits
+from jobs.status import committed_status
 from jobs.terminal import human_seconds
 from pipeline.commits import Commit
 from pipeline.durable import replace_file, storage_errors
 from pipeline.index.manifest import parts_digest
+from pipeline.indexed_jobs import latest_commits
 from pipeline.job_folder import JobFolder, read_job
 
 MAX_EXAMPLES = 3

@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from jobs.query import QueryResult, hit_of, query_engine, refuse_empty
+from jobs.query import QueryResult, embedding_spec, hit_of, query_engine, refuse_empty
 from jobs.ray_session import is_joined, ray_session
-from jobs.spec import JobSpec
-from jobs.status import open_job
+from jobs.status import open_index
 from pipeline.errors import UserError
 from pipeline.index.manifest import read_manifest
-from pipeline.job_folder import read_job
 from workers import devices
 from workers.settings import DEFAULT_ENGINE
 
@@ -42,9 +40,9 @@ def serving(
     clients may call it; without one it is called by its directory. UserError where there is no index, the model is
     another by now, or the name is taken.
     """
-    folder = open_job(out)
+    folder = open_index(out)
     manifest = read_manifest(folder.index)
-    spec = JobSpec.model_validate(read_job(folder)["spec"])
+    spec = embedding_spec(out, manifest)
     if device is not None:
         spec = spec.model_copy(update={"cluster": spec.cluster.model_copy(update={"device": device})})
     engine = query_engine(manifest.provenance, spec, threads=0, max_sequences=MAX_SEQUENCES, factory=engine_factory)
@@ -93,21 +91,27 @@ class ServedIndex:
         """What is served: {"name", "output", "model", "kind", "dimension", "vectors", "shards"}."""
         return self._client.about()
 
-    def search(self, texts: Sequence[str], k: int = 10) -> list[QueryResult]:
-        """The k rows nearest to each text, best first. The served model embeds them.
+    def search(self, texts: Sequence[str], k: int = 10, *, filter: str | None = None) -> list[QueryResult]:
+        """The k rows nearest to each text, of those that `filter` means, best first. The served model embeds them.
 
-        UserError for a text that can't be embedded; JobError where no answer comes within seconds.
+        UserError for a text that can't be embedded or a filter that is not understood; JobError where no answer comes
+        within seconds.
         """
         refuse_empty(texts)
-        return _results(texts, self._client.search_texts(texts, k))
+        return _results(texts, self._client.search_texts(texts, k, filter))
 
     def search_vectors(
-        self, vectors: npt.ArrayLike, k: int = 10, *, names: Sequence[str] | None = None
+        self,
+        vectors: npt.ArrayLike,
+        k: int = 10,
+        *,
+        names: Sequence[str] | None = None,
+        filter: str | None = None,
     ) -> list[QueryResult]:
         """The same for vectors [d] or [n, d] like those in the parts. `names` are what the results call them."""
         matrix = np.atleast_2d(np.asarray(vectors))
         called = names if names is not None else [f"[{number}]" for number in range(len(matrix))]
-        return _results(called, self._client.search_vectors(matrix, k))
+        return _results(called, self._client.search_vectors(matrix, k, filter))
 
 
 def connect(index: str | Path, address: str | None = None) -> ServedIndex:
@@ -139,6 +143,6 @@ def directory_name(out: Path) -> str:
 
 def _results(names: Sequence[str], answer: Answer) -> list[QueryResult]:
     return [
-        QueryResult(query=name, hits=tuple(hit_of(row, place.field, score) for row, place, score in hits))
+        QueryResult(query=name, hits=tuple(hit_of(row, place, score) for row, place, score in hits))
         for name, hits in zip(names, answer, strict=True)
     ]

@@ -182,6 +182,7 @@ class IndexSpec(Section):
     kind: Text = "auto"
     shards: CountOrAuto = "auto"
     memory_bytes: BytesOrAuto = "auto"
+    recall: Annotated[float, Field(ge=0, le=1)] = 0.95
 
 
 class OutputSpec(Section):

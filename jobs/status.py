@@ -10,9 +10,10 @@ from typing import Any
 
 from jobs.submission import read_submission
 from pipeline.audit import Audit
-from pipeline.commits import Commit, read_commits
-from pipeline.errors import JobError, UserError
+from pipeline.commits import Commit
+from pipeline.errors import UserError
 from pipeline.index.manifest import MANIFEST_NAME, parts_digest, read_manifest
+from pipeline.indexed_jobs import latest_commits
 from pipeline.job_folder import JobFolder, read_job, read_plan
 from pipeline.lock import lock_holder
 
@@ -27,17 +28,10 @@ def open_job(out: Path) -> JobFolder:
     return folder
 
 
-def latest_commits(folder: JobFolder) -> dict[int, Commit]:
-    """Split -> its latest commit. A controller may be removing one that it replaced: then the list is read again."""
-    for attempt in range(3):
-        try:
-            commits = read_commits(folder)
-        except JobError:
-            if attempt == 2:
-                raise
-            continue
-        return {commit.split: commit for commit in sorted(commits, key=lambda commit: commit.revision)}
-    raise AssertionError
+def open_index(out: Path) -> JobFolder:
+    """The directory `out`, which has an index: a job's, or one that indexes were merged into. UserError otherwise."""
+    folder = JobFolder(out)
+    return folder if (folder.index / MANIFEST_NAME).is_file() else open_job(out)
 
 
 def job_status(out: Path) -> dict[str, Any]:
@@ -94,7 +88,10 @@ def index_summary(folder: JobFolder, commits: Mapping[int, Commit]) -> dict[str,
         "dimension": manifest.dimension,
         "shards": len(manifest.shards),
         "pooling": manifest.provenance.pooling,
-        "current": [job.parts_digest for job in manifest.jobs] == [parts_digest(commits)],
+        "version": manifest.version,
+        "jobs": len(manifest.jobs),
+        "deleted": manifest.num_deleted,
+        "current": manifest.jobs[0].parts_digest == parts_digest(commits),
     }
 
 
@@ -112,6 +109,8 @@ def describe_status(status: dict[str, Any]) -> str:
     if index is not None:
         lines.append(
             f"index   {index['vectors']:,} vectors of {index['dimension']}, {index['kind']}"
+            + (f", of {index['jobs']} jobs" if index["jobs"] > 1 else "")
+            + (f", {index['deleted']:,} of them deleted" if index["deleted"] else "")
             + ("" if index["current"] else ", older than the parts")
         )
     return "\n".join(lines)
@@ -121,6 +120,7 @@ def describe_audit(out: Path, found: Audit) -> str:
     counts = f"{found.rows:,} of {found.rows_planned:,} rows in {found.splits:,} splits, {found.errors:,} errors"
     if found.indexed_vectors is not None:
         counts += f", {found.indexed_vectors:,} vectors indexed"
+        counts += f" and {found.deleted_vectors:,} of them deleted" if found.deleted_vectors else ""
     if found.ok:
         return f"{out} is whole: {counts}"
     lines = [f"{out} is not whole: {counts}"]

@@ -17,8 +17,11 @@ from typing import Any
 from pipeline.commits import Commit, read_commit
 from pipeline.durable import file_sha256
 from pipeline.errors import JobError, UserError
-from pipeline.index.check import index_problems, is_of_these_parts
-from pipeline.index.manifest import MANIFEST_NAME, read_manifest
+from pipeline.index.check import IndexedParts, index_problems, is_of_these_parts
+from pipeline.index.deletions import read_deleted
+from pipeline.index.growth import is_all_deleted
+from pipeline.index.manifest import MANIFEST_NAME, IndexManifest, read_manifest
+from pipeline.indexed_jobs import job_folder, latest_commits
 from pipeline.job_folder import JobFolder, PlannedSplit, parse_commit_name, parse_splits, part_name, read_job, read_plan
 from pipeline.lock import lock_holder
 from pipeline.part_check import part_problems
@@ -39,6 +42,7 @@ class Audit:
     splits_planned: int
     splits: int
     indexed_vectors: int | None  # None where there is no index that can be read
+    deleted_vectors: int = 0  # of those: held, and never found
 
     @property
     def complete(self) -> bool:
@@ -59,6 +63,8 @@ def audit(out: Path) -> Audit:
     Memory: one part's row numbers and one shard of the index. Time: reading every file up to three times.
     """
     folder = JobFolder(out)
+    if not folder.job_file.exists() and (folder.index / MANIFEST_NAME).exists() and not _listed(folder.commits):
+        return _Auditor(folder).run_index()
     if not any(path.exists() for path in (folder.job_file, folder.plan_file, folder.commits)):
         raise UserError(f"{out} is not a job directory: it has no job.json, no plan.json and no commits/")
     return _Auditor(folder).run()
@@ -82,9 +88,7 @@ class _Auditor:
         latest, older = self._commits(job, splits)
         num_before = len(self._problems)
         self._parts(latest, older)
-        indexed_vectors = self._index(
-            latest, wanted=_wants_index(job, latest), parts_are_whole=len(self._problems) == num_before
-        )
+        index = self._index(latest, wanted=_wants_index(job, latest), parts_are_whole=len(self._problems) == num_before)
         codes: Counter[str] = Counter()
         for commit in latest.values():
             codes.update(commit.error_codes)
@@ -99,7 +103,26 @@ class _Auditor:
             vectors=sum(sum(commit.vectors.values()) for commit in latest.values()),
             splits_planned=len(splits or ()),
             splits=len(latest),
-            indexed_vectors=indexed_vectors,
+            indexed_vectors=None if index is None else index.num_vectors,
+            deleted_vectors=0 if index is None else index.num_deleted,
+        )
+
+    def run_index(self) -> Audit:
+        """Of a directory that holds nothing but an index, which others were merged into."""
+        index = self._index({}, wanted=True, parts_are_whole=True)
+        return Audit(
+            problems=tuple(self._problems),
+            pending=tuple(self._pending),
+            rows_planned=0,
+            rows=0,
+            errors=0,
+            error_codes={},
+            records=0,
+            vectors=0,
+            splits_planned=0,
+            splits=0,
+            indexed_vectors=None if index is None else index.num_vectors,
+            deleted_vectors=0 if index is None else index.num_deleted,
         )
 
     def _not_begun(self, path: Path) -> bool:
@@ -223,7 +246,7 @@ class _Auditor:
         path = self._folder.root / commit.path
         return path.is_file() and file_sha256(path) == commit.sha256
 
-    def _index(self, latest: Mapping[int, Commit], *, wanted: bool, parts_are_whole: bool) -> int | None:
+    def _index(self, latest: Mapping[int, Commit], *, wanted: bool, parts_are_whole: bool) -> IndexManifest | None:
         if not self._folder.index.exists():
             if wanted:
                 self._pending.append("the index is not built yet, or was removed")
@@ -236,11 +259,43 @@ class _Auditor:
         except JobError as error:
             self._problems.append(str(error))
             return None
-        if is_of_these_parts(manifest, latest):
-            self._problems.extend(index_problems(self._folder, manifest, latest, parts_are_whole=parts_are_whole))
-        elif not self._unreadable:
-            self._pending.append("the index was built from other parts than those that are committed now")
-        return manifest.num_vectors
+        parts = self._indexed_parts(manifest, latest)
+        if parts is not None:
+            self._problems.extend(index_problems(self._folder, manifest, parts, parts_are_whole=parts_are_whole))
+        return manifest
+
+    def _indexed_parts(self, manifest: IndexManifest, latest: Mapping[int, Commit]) -> list[IndexedParts] | None:
+        """Of all jobs of the index. None where one of them is gone or changed since, of which something is said."""
+        try:
+            deleted = read_deleted(self._folder.index, manifest)
+        except JobError as error:
+            self._problems.append(str(error))
+            return None
+        found = list[IndexedParts]()
+        for job, first in zip(manifest.jobs, manifest.first_vectors, strict=True):
+            if job.path == ".":
+                if is_of_these_parts(job, latest):
+                    found.append(IndexedParts(self._folder, latest))
+                elif not self._unreadable:
+                    self._pending.append("the index was built from other parts than those that are committed now")
+                continue
+            if is_all_deleted(deleted, first, job.num_vectors):
+                found.append(IndexedParts(self._folder, None))
+                continue
+            try:
+                folder = job_folder(self._folder.root, job)
+                commits = latest_commits(folder)
+            except JobError as error:
+                self._problems.append(str(error))
+                continue
+            if is_of_these_parts(job, commits):
+                found.append(IndexedParts(folder, commits))
+            else:
+                self._pending.append(
+                    f"the parts in {folder.root} are others than those that were added to the index as {job.job!r}; "
+                    "delete its rows from the index and add it again"
+                )
+        return found if len(found) == len(manifest.jobs) else None
 
 
 def _wants_index(job: Mapping[str, Any] | None, latest: Mapping[int, Commit]) -> bool:

@@ -128,12 +128,12 @@ class HashedFile:
         self.closed = True
 
 
-def replace_folder(new: Path, target: Path, *, discarded: Path) -> None:
+def replace_folder(new: Path, target: Path, *, discarded: Path, kept: Path | None = None) -> None:
     """Moves the folder `new`, whose files are flushed, to `target`, in place of a folder that may be there.
 
     In one step where the system can exchange two names (Linux, local filesystems); elsewhere `target` is missing for a
     moment, and after a crash in that moment. The folder that was there ends as `discarded`, a name that is free, or
-    `new`: both are to lie where leftovers are cleared.
+    `new`: both are to lie where leftovers are cleared. It is removed, or where `kept` is given ends under that name.
     """
     if not target.exists():
         os.rename(new, target)
@@ -143,7 +143,12 @@ def replace_folder(new: Path, target: Path, *, discarded: Path) -> None:
         os.rename(target, discarded)
         os.rename(new, target)
     sync_folder(target.parent)
-    shutil.rmtree(new if new.exists() else discarded)
+    before = new if new.exists() else discarded
+    if kept is None:
+        shutil.rmtree(before)
+    else:
+        os.rename(before, kept)
+        sync_folder(kept.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:

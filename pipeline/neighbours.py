@@ -20,8 +20,8 @@ from pipeline.attempt import Attempt
 from pipeline.commits import Commit
 from pipeline.durable import HashedFile, storage_errors, sync_folder
 from pipeline.errors import JobError, UserError
-from pipeline.found_rows import FoundRows
 from pipeline.index.row_map import RowMap
+from pipeline.indexed_jobs import IndexedRows
 from pipeline.job_folder import JobFolder, attempt_name
 
 _FIELDS: Final[list[pa.Field[Any]]] = [
@@ -131,7 +131,11 @@ def prepared(batch: QueryBatch, prepare: Callable[[npt.NDArray[np.float32]], npt
 
 
 def neighbour_table(
-    batch: QueryBatch, scores: npt.NDArray[np.float64], numbers: npt.NDArray[np.int64], rows: RowMap, records: FoundRows
+    batch: QueryBatch,
+    scores: npt.NDArray[np.float64],
+    numbers: npt.NDArray[np.int64],
+    rows: RowMap,
+    records: IndexedRows,
 ) -> pa.Table:
     """`scores` and vector `numbers` [q, k] of the queries that have a vector, best first; -1 where there is no more."""
     found = numbers >= 0
@@ -144,7 +148,7 @@ def neighbour_table(
     is_hit = num_hits[queries] > 0
     places = rows.table(numbers[found])
     hit_of: Any = pa.array(np.cumsum(is_hit) - 1, mask=~is_hit)  # [records] which of all hits
-    ids = pa.array(records.ids(places["row"].to_numpy()), pa.string())
+    ids = pa.array(records.ids(places), pa.string())
     columns: dict[str, Any] = {
         "query_row": batch.table["row"].take(queries),
         "query_id": batch.table["id"].take(queries),

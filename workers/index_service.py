@@ -21,11 +21,15 @@ import numpy.typing as npt
 import ray
 
 from pipeline.errors import JobError, RowError, UserError
-from pipeline.found_rows import FoundRow, FoundRows
+from pipeline.found_rows import FoundRow
+from pipeline.index.expression import Filter
 from pipeline.index.faiss_files import check_file
 from pipeline.index.manifest import IndexManifest
+from pipeline.index.matching import matching_vectors
 from pipeline.index.row_map import Place, RowMap
 from pipeline.index.search import best, prepare_queries, read_centering
+from pipeline.index.selection import Mask
+from pipeline.indexed_jobs import IndexedRows, job_folder
 from workers import devices
 from workers.index_shard import NAMESPACE, Phase, start_shards
 from workers.query_embedder import QueryEmbedder, SharedEmbedder, Vector
@@ -35,6 +39,7 @@ from workers.shard_group import ShardGroup, Watch, answer_of, await_ready, end_a
 NAME_PREFIX: Final = "index:"
 BEHIND_PREFIX: Final = "behind:"
 QUERIES_AT_ONCE: Final = 64
+FILTERS_KEPT: Final = 8
 CACHE_BYTES: Final = 256 << 20  # of the parts that hold what was found
 NAMED_S: Final = 60.0
 
@@ -110,12 +115,14 @@ class FrontActor:
         self._shards = ShardGroup(shards)
         self._embedder: Any = _named(served.embedder_name) if served.engine is not None else None
         self._reading = threading.Lock()
+        self._filtering = threading.Lock()
+        self._masks: dict[str, list[Mask]] = {}  # by filter; the oldest comes first
         self._failure = ""
         try:
             folder, manifest = Path(served.folder), served.manifest
             self._rows = RowMap(check_file(folder, manifest.rows))
             self._centering = read_centering(folder, manifest)
-            self._records = FoundRows(Path(served.out), cache_bytes=CACHE_BYTES)
+            self._records = IndexedRows(Path(served.out), manifest, cache_bytes=CACHE_BYTES)
         except (UserError, JobError) as error:
             self._failure = str(error)
         self._watch = Watch([*shards, *([self._embedder] if self._embedder is not None else [])])
@@ -136,12 +143,13 @@ class FrontActor:
             "shards": len(manifest.shards),
         }
 
-    def search_texts(self, texts: list[str], k: int) -> Answer:
+    def search_texts(self, texts: list[str], k: int, filter: str | None = None) -> Answer:
         """UserError for a text that can't be embedded, JobError where what stands behind has no answer in seconds."""
-        return self.search_vectors(self.embed(texts), k)
+        return self.search_vectors(self.embed(texts), k, filter)
 
-    def search_vectors(self, vectors: npt.NDArray[Any], k: int) -> Answer:
-        found = self.nearest(vectors, k)
+    def search_vectors(self, vectors: npt.NDArray[Any], k: int, filter: str | None = None) -> Answer:
+        """Among the rows that `filter` means. UserError where it is not understood."""
+        found = self.nearest(vectors, k, filter)
         numbers = np.concatenate([numbers[numbers >= 0] for _, numbers in found]) if found else np.empty(0, np.int64)
         with self._reading:
             places = iter(self._rows.places(numbers))
@@ -153,16 +161,32 @@ class FrontActor:
                 ]
                 for scores, numbers in found
             ]
-            records = self._records.read({(place.row, place.sample) for hits in each for place, _ in hits})
-        return [[(records[place.row, place.sample], place, score) for place, score in hits] for hits in each]
+            records = self._records.read({place for hits in each for place, _ in hits})
+        return [[(records[place.record], place, score) for place, score in hits] for hits in each]
 
-    def nearest(self, vectors: npt.NDArray[Any], k: int) -> Nearest:
+    def nearest(self, vectors: npt.NDArray[Any], k: int, filter: str | None = None) -> Nearest:
         """Scores and vector numbers [up to k] of each query, best first."""
         if self._failure:
             raise JobError(self._failure)
         queries = prepare_queries(vectors, self._served.manifest, self._centering)
-        scores, numbers = best(self._shards.search(queries, k), k)
+        allowed = None if filter is None else self._allowed(filter)
+        scores, numbers = best(self._shards.search(queries, k, allowed), k)
         return list(zip(scores, numbers, strict=True))
+
+    def _allowed(self, filter: str) -> list[Mask]:
+        """Of each shard's vectors. Those of the last filters stay."""
+        with self._filtering:
+            if filter not in self._masks:
+                served = self._served
+                out = Path(served.out)
+                mask = matching_vectors(
+                    Path(served.folder), served.manifest, Filter.parse(filter), lambda job: job_folder(out, job)
+                )
+                shards = served.manifest.shards
+                self._masks[filter] = [mask[one.first_vector :][: one.num_vectors] for one in shards]
+                while len(self._masks) > FILTERS_KEPT:
+                    del self._masks[next(iter(self._masks))]
+            return self._masks[filter]
 
     def embed(self, texts: list[str]) -> npt.NDArray[np.float32]:
         """[n, d]."""
@@ -252,11 +276,11 @@ class IndexClient:
     def about(self) -> dict[str, Any]:
         return cast(dict[str, Any], self._ask("about"))
 
-    def search_texts(self, texts: Sequence[str], k: int) -> Answer:
-        return cast(Answer, self._ask("search_texts", list(texts), k))
+    def search_texts(self, texts: Sequence[str], k: int, filter: str | None = None) -> Answer:
+        return cast(Answer, self._ask("search_texts", list(texts), k, filter))
 
-    def search_vectors(self, vectors: npt.NDArray[Any], k: int) -> Answer:
-        return cast(Answer, self._ask("search_vectors", vectors, k))
+    def search_vectors(self, vectors: npt.NDArray[Any], k: int, filter: str | None = None) -> Answer:
+        return cast(Answer, self._ask("search_vectors", vectors, k, filter))
 
     def nearest(self, vectors: npt.NDArray[Any], k: int) -> Nearest:
         return cast(Nearest, self._ask("nearest", vectors, k))

@@ -20,6 +20,7 @@ from pipeline.errors import JobError
 from pipeline.index.faiss_files import faiss_threads
 from pipeline.index.manifest import IndexManifest
 from pipeline.index.search import IndexShard
+from pipeline.index.selection import Mask
 from workers import devices
 
 Phase = Literal["loading", "ready", "failed"]
@@ -50,15 +51,18 @@ class IndexShardActor:
             return "loading", ""
         return ("ready", "") if self._shard is not None else ("failed", self._failure)
 
-    def search(self, queries: npt.NDArray[np.float32], k: int) -> Found:
-        """For queries [q, d] as the index compares them. JobError where the file is damaged, or is not read yet."""
+    def search(self, queries: npt.NDArray[np.float32], k: int, allowed: Mask | None = None) -> Found:
+        """Among the shard's vectors that are `allowed` [n], or all, for queries [q, d] as the index compares them.
+
+        JobError where the file is damaged, or is not read yet.
+        """
         if not self._loaded.wait(LOADING_S):
             size_mib = self._manifest.shards[self._number].size_bytes / (1 << 20)
             raise JobError(f"shard {self._number} is still being loaded ({size_mib:,.0f} MiB); ask again in a moment")
         if self._shard is None:
             raise JobError(self._failure)
         with faiss_threads(self._threads):  # it is the setting of this thread
-            return self._shard.search(queries, k)
+            return self._shard.search(queries, k, allowed)
 
     def _load(self) -> None:
         try:

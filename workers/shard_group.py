@@ -40,16 +40,27 @@ class ShardGroup:
         self._shards = list(shards)
         self._patience_s = patience_s
 
-    def search(self, queries: npt.NDArray[np.float32], k: int) -> list[Found]:
-        """Each shard's answer, to be merged by `best`. JobError where one has none within seconds."""
-        sent: Any = ray.put(queries) if queries.nbytes > _SHARED_BYTES and len(self._shards) > 1 else queries
-        asked = [shard.search.remote(sent, k) for shard in self._shards]
-        return [self._answer(number, reference, sent, k) for number, reference in enumerate(asked)]
+    def search(self, queries: npt.NDArray[np.float32], k: int, allowed: Sequence[Any] | None = None) -> list[Found]:
+        """Each shard's answer, to be merged by `best`, among the vectors `allowed` of each shard, or among all.
 
-    def _answer(self, number: int, reference: Any, queries: Any, k: int) -> Found:
+        `allowed` are masks, or what `put_masks` made of them.
+
+        JobError where one has none within seconds.
+        """
+        sent: Any = ray.put(queries) if queries.nbytes > _SHARED_BYTES and len(self._shards) > 1 else queries
+        masks = [None] * len(self._shards) if allowed is None else allowed
+        asked = [shard.search.remote(sent, k, mask) for shard, mask in zip(self._shards, masks, strict=True)]
+        return [self._answer(number, asked[number], sent, k, masks[number]) for number in range(len(asked))]
+
+    def _answer(self, number: int, reference: Any, queries: Any, k: int, allowed: Any) -> Found:
         shard = self._shards[number]
-        send = partial(shard.search.remote, queries, k)
+        send = partial(shard.search.remote, queries, k, allowed)
         return cast(Found, answer_of(shard, f"shard {number}", send, reference, patience_s=self._patience_s))
+
+
+def put_masks(masks: Sequence[npt.NDArray[np.bool_]]) -> list[Any]:
+    """Masks of shards that are searched again and again: sent once."""
+    return [ray.put(mask) for mask in masks]
 
 
 def answer_of(

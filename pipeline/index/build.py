@@ -1,18 +1,22 @@
-"""Committed parts -> an index, streaming: vectors are numbered in the order of rows and pass through once.
+"""Committed parts -> an index: vectors are numbered in the order of rows, and each goes into one shard, once.
 
-A Flat shard goes straight to its file; other kinds are held in memory a shard at a time, and trained once on a sample
-spread evenly over all vectors. The new index is made under `_attempts/` and takes the place of the old one whole.
+    parts -> mean (where the job centres) -> sample and queries -> trained, empty index -> shards, side by side
+          -> recall of all shards together -> rows.parquet, index.json -> index/
 
-Built twice from the same parts, an index has the same bytes where FAISS is deterministic: Flat, SQ and IVF are with any
-number of threads; HNSW is only with one, so that it is built with one.
+Where a kind misses the recall that is asked, `auto` goes on to the next (see `kinds`); if none is left, what was built
+is thrown away. The new index is made under `_attempts/` and takes the place of the old one whole.
+
+Built twice from the same parts, also after a crash, in one process or by many, an index has the same bytes: Flat, SQ
+and IVF with any number of threads; HNSW since each shard is built by one.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,32 +25,44 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.commits import Commit
-from pipeline.durable import replace_folder, seal, storage_errors, sync_folder, write_new
+from pipeline.durable import replace_folder, storage_errors
 from pipeline.errors import JobError, UserError
 from pipeline.index import faiss_files
+from pipeline.index.budget import BuildBudget, build_budget
+from pipeline.index.builders import Builders, ThreadBuilders
 from pipeline.index.centering import CENTER_NAME, Centering
-from pipeline.index.effort import is_graph
-from pipeline.index.flat_file import FlatFile
+from pipeline.index.effort import effort_name
+from pipeline.index.kinds import DEFAULT_MEMORY_BYTES, FLAT, make_index, next_kind, settled_kinds
 from pipeline.index.manifest import (
-    MANIFEST_NAME,
     ROWS_NAME,
     Contents,
     IndexedJob,
     IndexManifest,
+    MissedKind,
     Provenance,
     Recall,
     Shard,
     parts_digest,
     read_manifest,
 )
+from pipeline.index.recall import Queries, query_numbers
 from pipeline.index.row_map import RowMapWriter
-from pipeline.index.vectors import VectorBatch, committed_vectors, dimension_of
+from pipeline.index.shard_build import (
+    TEMPLATE_NAME,
+    ShardResult,
+    ShardTask,
+    measured,
+    read_rows,
+    write_queries,
+)
+from pipeline.index.vectors import committed_vectors, dimension_of, parts_with
+from pipeline.index.versions import Change, write_manifest
 from pipeline.job_folder import JobFolder
 
 Matrix = npt.NDArray[np.float32]
+OnShard = Callable[[str, Shard, tuple[float, ...]], None]
 
 DEFAULT_RECALL: Final = 0.95
-_SAMPLE_BYTES: Final = 256 << 20
 
 
 def build_index(
@@ -55,68 +71,71 @@ def build_index(
     *,
     job: str,
     provenance: Provenance,
-    kind: str = faiss_files.FLAT,
-    shards: int = 1,
-    memory_bytes: int | None = None,
+    kind: str = FLAT,
+    shards: int | None = 1,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
     recall: float = DEFAULT_RECALL,
-    threads: int | None = None,
     center: bool = False,
+    threads: int | None = None,
+    builders: Builders | None = None,
+    on_shard: OnShard | None = None,
+    change: Change | None = None,
 ) -> IndexManifest:
     """Builds `index/` from the parts of `commits`, which are published, and puts it in the place of the one there.
 
-    `job` is how rows.parquet calls the job; `kind` is `auto` (see `kinds`, which `memory_bytes` is for; None for its
-    default) or a FAISS factory string. Shards hold equal shares, as far as can be, of consecutive vectors; there are no
-    more of them than vectors. With `center` the mean of all vectors is taken out of each and kept in center.npy;
-    `provenance` says so too.
+    `job` is how rows.parquet calls the job. `kind` is `auto` or a FAISS factory string; `shards` None is as `budget`
+    has it. Shards hold equal shares, as far as can be, of consecutive vectors; there are no more of them than vectors.
+    `recall` is of the K nearest vectors, and every kind must reach it. With `center` the mean of all vectors is taken
+    out of each and kept in center.npy; `provenance` says so too. Shards are built by `builders`, by default side by
+    side in this process. `threads`: of FAISS; None for its own choice. `on_shard` hears of every shard that was built:
+    its kind, what it became, and the seconds of its trials.
 
-    UserError for a kind that FAISS can't make or train; JobError if a part or the storage fails. The index that is
-    there stays until the new one is complete, also through a crash.
+    UserError for a kind that FAISS can't make or train, or that doesn't fit the budget; JobError if a part or the
+    storage fails, or no kind reaches the recall. The index that is there stays until the new one is complete, also
+    through a crash.
     """
-    assert shards >= 1
+    settings = _Settings(kind=kind, shards=shards, memory_bytes=memory_bytes, recall=recall)
     dimension = dimension_of(folder, commits)
     if dimension is None:
         raise UserError(f"{folder.root} holds no embeddings to index: its job has no `embed`, or nothing is done yet")
     source = _source(commits, job)
-    kind = faiss_files.settled_kind(
-        kind, num_vectors=source.num_vectors, dimension=dimension, memory_bytes=memory_bytes
-    )
     draft = folder.attempts / f"index-{uuid.uuid4().hex}"
+    scratch = draft.with_name(f"{draft.name}-shards")
+    builders = builders or ThreadBuilders(threads or faiss.omp_get_max_threads())
     try:
         with storage_errors("writing the index in", draft), faiss_files.faiss_threads(threads):
-            template = faiss_files.make_index(kind, dimension)
             centering = _centering(folder, commits, dimension) if center else None
-            _train(template, folder, commits, kind, source.num_vectors, centering)
+            work = _Build(folder, commits, source.num_vectors, dimension, centering, settings, scratch, threads)
+            built = work.run(builders, on_shard)
             draft.mkdir()
-            contents: list[Shard] = []
+            for result in built.results:
+                os.rename(scratch / result.shard.file, draft / result.shard.file)
             with RowMapWriter.open(draft / ROWS_NAME, job=job) as rows:
-                stream = _Stream(committed_vectors(folder, commits), rows, centering)
-                first = 0
-                for number, count in enumerate(_shares(source.num_vectors, shards)):
-                    path = draft / f"shard-{number:03d}.faiss"
-                    matrices = stream.take(count)
-                    if kind == faiss_files.FLAT:
-                        contents.append(_write_flat(path, matrices, dimension, first, count))
-                    else:
-                        contents.append(_write_shard(path, matrices, template, first))
-                    first += count
+                for task in built.tasks:
+                    for batch in read_rows(task.rows_path):
+                        rows.add(batch)
+            shutil.rmtree(scratch)
             manifest = IndexManifest(
-                kind=kind,
+                kind=built.budget.kind,
                 dimension=dimension,
                 num_vectors=source.num_vectors,
                 provenance=provenance,
-                shards=tuple(contents),
+                shards=tuple(result.shard for result in built.results),
                 rows=rows.contents(),
                 jobs=(source,),
-                recall=Recall(target=recall, reached=1.0 if kind == faiss_files.FLAT else None, num_queries=0),
+                recall=built.recall,
+                missed=built.missed,
                 center=None
                 if centering is None
                 else centering.write(draft / CENTER_NAME, num_vectors=source.num_vectors),
             )
-            write_new(draft / MANIFEST_NAME, seal(manifest.to_json()))
-            sync_folder(draft)
+            if change is not None:
+                manifest = change(draft, manifest)
+            write_manifest(draft, manifest)
             replace_folder(draft, folder.index, discarded=folder.attempts / f"index-old-{uuid.uuid4().hex}")
     except Exception:
         shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
         raise
     return manifest
 
@@ -127,15 +146,17 @@ def index_is_current(
     *,
     job: str,
     provenance: Provenance,
-    kind: str,
-    shards: int,
-    memory_bytes: int | None = None,
+    kind: str = FLAT,
+    shards: int | None = 1,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
     recall: float = DEFAULT_RECALL,
     center: bool = False,
 ) -> bool:
-    """Whether `build_index` with these arguments would build what is there. Of the files it looks at the sizes only.
+    """Whether `build_index` with these arguments would build what is there, but for what was added or deleted since.
 
-    A job without rows has nothing to index: then no index is the current one.
+    Of the files it looks at the sizes only.
+
+    A job without rows has nothing to index: then no index is the current one. UserError as `build_index`, for settings.
     """
     if not commits:
         return not folder.index.exists()
@@ -144,46 +165,154 @@ def index_is_current(
     except (UserError, JobError):
         return False
     source = _source(commits, job)
-    if manifest.jobs != (source,):
+    if manifest.jobs[:1] != (source,):
         return False
-    wanted = faiss_files.settled_kind(
-        kind, num_vectors=source.num_vectors, dimension=manifest.dimension, memory_bytes=memory_bytes
-    )
+    settings = _Settings(kind=kind, shards=shards, memory_bytes=memory_bytes, recall=recall)
+    wanted = _wanted(settings, source.num_vectors, manifest.dimension, [one.kind for one in manifest.missed])
     return (
-        manifest.kind == wanted
-        and len(manifest.shards) == len(_shares(source.num_vectors, shards))
+        wanted is not None
+        and manifest.kind == wanted.kind
+        and sum(shard.first_vector < max(source.num_vectors, 1) for shard in manifest.shards) == wanted.shards
+        and manifest.recall.target == settings.recall
         and manifest.provenance == provenance
-        and manifest.recall.target == recall
         and (manifest.center is not None) == center
         and all(_has_size(folder.index, contents) for contents in manifest.files)
     )
 
 
-class _Stream:
-    """Hands out the vectors in runs of given lengths, and tells rows.parquet of each as it passes."""
-
-    def __init__(self, batches: Iterator[VectorBatch], rows: RowMapWriter, centering: Centering | None) -> None:
-        self._batches = batches
-        self._centering = centering
-        self._rows = rows
-        self._rest: Matrix | None = None
-
-    def take(self, count: int) -> Iterator[Matrix]:
-        """The next `count` vectors, as matrices [n, d]; parts hold as many as their commits say."""
-        while count > 0:
-            if self._rest is None or not len(self._rest):
-                batch = next(self._batches)
-                self._rows.add(batch)
-                self._rest = batch.matrix if self._centering is None else self._centering.apply(batch.matrix)
-            matrix, self._rest = self._rest[:count], self._rest[count:]
-            count -= len(matrix)
-            yield matrix
+def _wanted(settings: _Settings, num_vectors: int, dimension: int, missed: list[str]) -> BuildBudget | None:
+    """How to build the kind that is to be tried after those in `missed`; None where none is left."""
+    memory_bytes = settings.memory_bytes
+    kinds = settled_kinds(settings.kind, num_vectors=num_vectors, dimension=dimension, memory_bytes=memory_bytes)
+    kind = next_kind(kinds, missed)
+    if kind is None:
+        return None
+    return build_budget(kind, num_vectors, dimension, memory_bytes=memory_bytes, shards=settings.shards)
 
 
-def _shares(num_vectors: int, shards: int) -> list[int]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Settings:
+    kind: str
+    shards: int | None
+    memory_bytes: int
+    recall: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Built:
+    budget: BuildBudget
+    tasks: list[ShardTask]
+    results: list[ShardResult]
+    recall: Recall
+    missed: tuple[MissedKind, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Build:
+    """One build, up to shards whose recall is good enough."""
+
+    folder: JobFolder
+    commits: Mapping[int, Commit]
+    num_vectors: int
+    dimension: int
+    centering: Centering | None
+    settings: _Settings
+    scratch: Path
+    threads: int | None
+
+    def run(self, builders: Builders, on_shard: OnShard | None) -> _Built:
+        missed = list[MissedKind]()
+        worst = ""
+        while True:
+            budget = _wanted(self.settings, self.num_vectors, self.dimension, [one.kind for one in missed])
+            if budget is None:
+                raise JobError(
+                    f"index.recall {self.settings.recall:g} is missed: {worst}; give index.memory_bytes more, name a "
+                    "more exact index.kind, or ask less of index.recall. The rows are kept"
+                )
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            self.scratch.mkdir()
+            template = make_index(budget.kind, self.dimension)
+            self._prepare(template, budget)
+            tasks = self._tasks(budget)
+            results = builders(tasks, side_by_side=budget.side_by_side)
+            results, recall = measured(budget.kind, tasks, results, self.settings.recall)
+            for result in results:
+                if on_shard is not None:
+                    on_shard(budget.kind, result.shard, result.seconds)
+            if recall.reached is None or recall.reached >= recall.target:
+                return _Built(budget=budget, tasks=tasks, results=results, recall=recall, missed=tuple(missed))
+            missed.append(MissedKind(kind=budget.kind, reached=recall.reached))
+            effort = max(result.shard.effort or 0 for result in results)
+            at = f" at {effort_name(template)} {effort}" if effort else ""
+            worst = f"{worst}{', ' if worst else ''}{budget.kind} reaches {recall.reached:.3f}{at}"
+
+    def _prepare(self, template: Any, budget: BuildBudget) -> None:
+        """Trains `template` and puts it into the scratch folder with the queries; nothing to do for Flat."""
+        if budget.kind == FLAT:
+            return
+        asked = query_numbers(self.num_vectors)
+        sample, queries = self._draw(_spread(self.num_vectors, budget.training_vectors, asked), asked, budget)
+        if budget.training_vectors:
+            faiss_files.train(template, sample, budget.kind)
+        write_queries(self.scratch, Queries(numbers=asked, matrix=queries))
+        faiss.write_index(template, str(self.scratch / TEMPLATE_NAME))
+
+    def _draw(
+        self, first: npt.NDArray[np.int64], second: npt.NDArray[np.int64], budget: BuildBudget
+    ) -> tuple[Matrix, Matrix]:
+        """The vectors of two ascending lists of numbers, in one pass."""
+        wanted = (first, second)
+        found = tuple(np.empty((len(numbers), self.dimension), np.float32) for numbers in wanted)
+        start = 0
+        for batch in committed_vectors(self.folder, self.commits, batch_bytes=budget.batch_bytes):
+            for numbers, vectors in zip(wanted, found, strict=True):
+                low, high = np.searchsorted(numbers, (start, start + len(batch.rows)))
+                drawn = batch.matrix[numbers[low:high] - start]
+                vectors[low:high] = drawn if self.centering is None else self.centering.apply(drawn)
+            start += len(batch.rows)
+        return found[0], found[1]
+
+    def _tasks(self, budget: BuildBudget) -> list[ShardTask]:
+        tasks, first = list[ShardTask](), 0
+        for number, count in enumerate(shares(self.num_vectors, budget.shards)):
+            parts, skip = parts_with(self.commits, first, count)
+            tasks.append(
+                ShardTask(
+                    out=str(self.folder.root),
+                    scratch=str(self.scratch),
+                    number=number,
+                    kind=budget.kind,
+                    dimension=self.dimension,
+                    first=first,
+                    count=count,
+                    parts=parts,
+                    skip=skip,
+                    center=None if self.centering is None else self.centering.center,
+                    target=self.settings.recall,
+                    batch_bytes=budget.batch_bytes,
+                    threads=self.threads,
+                )
+            )
+            first += count
+        return tasks
+
+
+def _spread(num_vectors: int, count: int, without: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """`count` numbers of vectors, or what there is, spread evenly over all but those in `without`. Ascending.
+
+    >>> _spread(8, 3, np.array([0, 4])).tolist()
+    [1, 3, 7]
+    """
+    left = num_vectors - len(without)
+    places = np.unique(np.linspace(0, left - 1, min(count, left)).astype(np.int64))
+    return places + np.searchsorted(without - np.arange(len(without)), places, side="right")
+
+
+def shares(num_vectors: int, shards: int) -> list[int]:
     """Vectors of each shard.
 
-    >>> _shares(8, 3)
+    >>> shares(8, 3)
     [3, 3, 2]
     """
     shards = max(min(shards, num_vectors), 1)
@@ -202,47 +331,6 @@ def _source(commits: Mapping[int, Commit], job: str) -> IndexedJob:
 
 def _centering(folder: JobFolder, commits: Mapping[int, Commit], dimension: int) -> Centering:
     return Centering.of((batch.matrix for batch in committed_vectors(folder, commits)), dimension)
-
-
-def _train(
-    index: Any,
-    folder: JobFolder,
-    commits: Mapping[int, Commit],
-    kind: str,
-    num_vectors: int,
-    centering: Centering | None,
-) -> None:
-    """Trains on vectors spread evenly over all of them; nothing to do for kinds that need no training."""
-    limit = min(num_vectors, _SAMPLE_BYTES // (4 * index.d))
-    count = faiss_files.num_training_vectors(index, limit)
-    if index.is_trained:
-        return
-    wanted = np.unique(np.linspace(0, num_vectors - 1, count).astype(np.int64))
-    sample: list[Matrix] = [np.empty((0, index.d), np.float32)]
-    first = 0
-    for batch in committed_vectors(folder, commits):
-        low, high = np.searchsorted(wanted, (first, first + len(batch.rows)))
-        sample.append(batch.matrix[wanted[low:high] - first])
-        first += len(batch.rows)
-    vectors = np.concatenate(sample)
-    faiss_files.train(index, vectors if centering is None else centering.apply(vectors), kind)
-
-
-def _write_flat(path: Path, matrices: Iterator[Matrix], dimension: int, first: int, count: int) -> Shard:
-    with FlatFile(path, dimension=dimension, first_vector=first, num_vectors=count) as file:
-        for matrix in matrices:
-            file.add(matrix)
-    return Shard(**dataclasses.asdict(file.contents()), recall=1.0)
-
-
-def _write_shard(path: Path, matrices: Iterator[Matrix], template: Any, first: int) -> Shard:
-    index = faiss_files.with_numbers(faiss.clone_index(template), first)
-    number = first
-    with faiss_files.faiss_threads(1 if is_graph(template) else None):
-        for matrix in matrices:
-            faiss_files.add_numbered(index, matrix, number)
-            number += len(matrix)
-    return Shard(**dataclasses.asdict(faiss_files.write_index(index, path, first_vector=first)))
 
 
 def _has_size(folder: Path, contents: Contents) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import faiss
@@ -15,34 +16,47 @@ import pyarrow.parquet as pq
 from pipeline.commits import Commit
 from pipeline.errors import JobError
 from pipeline.index import faiss_files
-from pipeline.index.manifest import MANIFEST_NAME, ROWS_NAME, Contents, IndexManifest, parts_digest
+from pipeline.index.deletions import read_deleted
+from pipeline.index.kinds import FLAT
+from pipeline.index.manifest import MANIFEST_NAME, ROWS_NAME, Contents, IndexedJob, IndexManifest, parts_digest
 from pipeline.index.row_map import SCHEMA
 from pipeline.index.search import flat_matrix, read_centering
 from pipeline.index.vectors import FIELDS, VectorBatch, committed_vectors
 from pipeline.job_folder import JobFolder
 
 
-def is_of_these_parts(manifest: IndexManifest, commits: Mapping[int, Commit]) -> bool:
-    """Whether the index was built from just the parts of `commits`."""
-    return [job.parts_digest for job in manifest.jobs] == [parts_digest(commits)]
+@dataclass(frozen=True, slots=True)
+class IndexedParts:
+    """The parts of one of an index's jobs. `commits` None: all its rows were deleted, and nothing is compared."""
+
+    folder: JobFolder
+    commits: Mapping[int, Commit] | None
+
+
+def is_of_these_parts(job: IndexedJob, commits: Mapping[int, Commit]) -> bool:
+    """Whether what the index holds of a job was built from just the parts of `commits`."""
+    return job.parts_digest == parts_digest(commits)
 
 
 def index_problems(
-    folder: JobFolder, manifest: IndexManifest, commits: Mapping[int, Commit], *, parts_are_whole: bool
+    folder: JobFolder, manifest: IndexManifest, parts: Sequence[IndexedParts], *, parts_are_whole: bool
 ) -> Iterator[str]:
     """A line for everything about the index that is not right; none if it is.
 
-    Where `parts_are_whole` is false, vectors are counted but not compared. Vectors are compared bit by bit in a Flat
-    index; of other kinds, which don't keep them, only numbers are. Memory: a shard at a time.
+    `parts` are of its jobs, in their order. Where `parts_are_whole` is false, vectors are counted but not compared.
+    Vectors are compared bit by bit in a Flat index; of other kinds, which don't keep them, only numbers are. Memory: a
+    shard at a time.
     """
-    problems = [*_count_problems(folder, manifest, commits), *_file_problems(folder, manifest)]
+    problems = [*_count_problems(folder, manifest, parts), *_file_problems(folder, manifest)]
     yield from problems
     listed = {MANIFEST_NAME, *(contents.file for contents in manifest.files)}
     for name in sorted(set(os.listdir(folder.index)) - listed):
         yield f"{folder.index / name} is no file of the index"
-    if parts_are_whole and not problems:
+    if not problems:
         try:
-            yield from _content_problems(folder, manifest, commits)
+            read_deleted(folder.index, manifest)
+            if parts_are_whole:
+                yield from _content_problems(folder, manifest, parts)
         except JobError as error:
             yield str(error)
 
@@ -55,8 +69,13 @@ def _file_problems(folder: JobFolder, manifest: IndexManifest) -> Iterator[str]:
             yield str(error)
 
 
-def _count_problems(folder: JobFolder, manifest: IndexManifest, commits: Mapping[int, Commit]) -> Iterator[str]:
-    num_vectors = sum(sum(commit.vectors.values()) for commit in commits.values())
+def _count_problems(folder: JobFolder, manifest: IndexManifest, parts: Sequence[IndexedParts]) -> Iterator[str]:
+    for job, one in zip(manifest.jobs, parts, strict=True):
+        if one.commits is not None:
+            held = sum(sum(commit.vectors.values()) for commit in one.commits.values())
+            if held != job.num_vectors:
+                yield f"the index holds {job.num_vectors} vectors of {job.job}, and the parts hold {held}"
+    num_vectors = sum(job.num_vectors for job in manifest.jobs)
     if manifest.num_vectors != num_vectors:
         yield f"the index holds {manifest.num_vectors} vectors, and the parts hold {num_vectors}"
     number = 0
@@ -69,34 +88,37 @@ def _count_problems(folder: JobFolder, manifest: IndexManifest, commits: Mapping
             yield f"{folder.index / MANIFEST_NAME}: its {what} have {counted} of {manifest.num_vectors} vectors"
 
 
-def _content_problems(folder: JobFolder, manifest: IndexManifest, commits: Mapping[int, Commit]) -> Iterator[str]:
-    rows = _Records(folder, manifest)
+def _content_problems(folder: JobFolder, manifest: IndexManifest, parts: Sequence[IndexedParts]) -> Iterator[str]:
+    rows = _Records(folder)
     shards = _Shards(folder, manifest)
     centering = read_centering(folder.index, manifest)
-    number = 0
-    for batch in committed_vectors(folder, commits):
-        wrong_rows = rows.differing(batch, number)
-        if wrong_rows is not None:
-            yield f"{folder.index / ROWS_NAME}: vector {wrong_rows} does not stand for the row that it was made of"
-            return
-        wrong_vector = shards.differing(batch.matrix if centering is None else centering.apply(batch.matrix), number)
-        if wrong_vector is not None:
-            yield f"{folder.index}: vector {wrong_vector} is not the embedding in {folder.parts}"
-            return
-        number += len(batch.rows)
+    for job, number, one in zip(manifest.jobs, manifest.first_vectors, parts, strict=True):
+        if one.commits is None:
+            rows.skip(job.num_vectors)
+            continue
+        for batch in committed_vectors(one.folder, one.commits):
+            wrong_rows = rows.differing(batch, number, job.job)
+            if wrong_rows is not None:
+                yield f"{folder.index / ROWS_NAME}: vector {wrong_rows} does not stand for the row that it was made of"
+                return
+            matrix = batch.matrix if centering is None else centering.apply(batch.matrix)
+            wrong_vector = shards.differing(matrix, number)
+            if wrong_vector is not None:
+                yield f"{folder.index}: vector {wrong_vector} is not the embedding in {one.folder.parts}"
+                return
+            number += len(batch.rows)
     yield from shards.numbering_problems()
 
 
 class _Records:
     """Reads rows.parquet alongside the parts."""
 
-    def __init__(self, folder: JobFolder, manifest: IndexManifest) -> None:
+    def __init__(self, folder: JobFolder) -> None:
         self._path = folder.index / ROWS_NAME
-        self._job = manifest.jobs[0].job
         self._batches = self._read()
         self._waiting: list[pa.RecordBatch] = []
 
-    def differing(self, batch: VectorBatch, number: int) -> int | None:
+    def differing(self, batch: VectorBatch, number: int, job: str) -> int | None:
         """The first of the vectors from `number` on whose record is not as `batch` has it. JobError if unreadable."""
         count = len(batch.rows)
         table = self._take(count)
@@ -109,9 +131,12 @@ class _Records:
             & (table["row"].to_numpy() == batch.rows)
             & (table["sample"].to_numpy() == batch.samples)
             & (table["field"].to_numpy() == fields)
-            & (table["job"].to_numpy() == self._job)
+            & (table["job"].to_numpy() == job)
         )
         return None if equal.all() else int(numbers[~equal][0])
+
+    def skip(self, count: int) -> None:
+        self._take(count)
 
     def _take(self, count: int) -> pa.Table:
         while sum(batch.num_rows for batch in self._waiting) < count:
@@ -137,7 +162,7 @@ class _Shards:
     def __init__(self, folder: JobFolder, manifest: IndexManifest) -> None:
         self._folder = folder
         self._manifest = manifest
-        self._flat = manifest.kind == faiss_files.FLAT
+        self._flat = manifest.kind == FLAT
         self._waiting = iter(manifest.shards)
         self._loaded: tuple[Contents, Any] | None = None
         self._problems: list[str] = []
@@ -145,7 +170,7 @@ class _Shards:
     def differing(self, matrix: npt.NDArray[np.float32], number: int) -> int | None:
         """The first of the vectors from `number` on that a Flat shard has otherwise than `matrix` [n, d]."""
         while self._flat and len(matrix):
-            if self._loaded is None or number == self._loaded[0].first_vector + self._loaded[0].num_vectors:
+            if self._loaded is None or number >= self._loaded[0].first_vector + self._loaded[0].num_vectors:
                 self._load_next()
                 continue
             shard, index = self._loaded

@@ -1,8 +1,7 @@
-"""FAISS's own files: made from a factory string, written and flushed, and read only after our hash has checked them."""
+"""FAISS's own files: filled with numbered vectors, written and flushed, read only after our hash has checked them."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +11,13 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.durable import file_sha256, storage_errors
+from pipeline.durable import HashedFile, file_sha256, storage_errors
 from pipeline.errors import JobError, UserError
-from pipeline.index.kinds import AUTO, DEFAULT_MEMORY_BYTES, choose_kind
+from pipeline.index.kinds import faiss_reason
 from pipeline.index.manifest import Contents
 
-FLAT: Final = "Flat"
+_faiss: Final[Any] = faiss  # its type stubs leave PyCallbackIOWriter out
+_BLOCK_BYTES: Final = 1 << 20
 _LIMIT_SLACK_BYTES: Final = 1 << 20
 
 
@@ -33,39 +33,17 @@ def faiss_threads(threads: int | None) -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
-def settled_kind(kind: str, *, num_vectors: int, dimension: int, memory_bytes: int | None) -> str:
-    """`auto` -> what `kinds.choose_kind` says; any spelling of flat -> Flat; else the factory string as it is."""
-    asked = kind.strip()
-    if asked.lower() == AUTO:
-        return choose_kind(num_vectors, dimension, DEFAULT_MEMORY_BYTES if memory_bytes is None else memory_bytes)
-    return FLAT if asked.lower() == FLAT.lower() else asked
-
-
-def make_index(kind: str, dimension: int) -> Any:
-    """An empty inner-product index. UserError where FAISS doesn't know the factory string or can't have it so wide."""
-    try:
-        return faiss.index_factory(dimension, kind, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise UserError(
-            f"index.kind {kind!r} is no FAISS factory string for {dimension} dimensions: {_reason(error)}"
-        ) from error
-
-
-def num_training_vectors(index: Any, limit: int) -> int:
-    """How many vectors to train `index` on: 64 a list, enough for product quantizers, at most `limit`; 0 for none."""
-    if index.is_trained:
-        return 0
-    ivf = faiss.try_extract_index_ivf(index)
-    num_lists = ivf.nlist if ivf is not None else 0
-    return min(max(64 * num_lists, 1 << 14), limit)
-
-
 def train(index: Any, sample: npt.NDArray[np.float32], kind: str) -> None:
     """UserError where there are too few vectors for this kind of index."""
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is not None:
+        ivf.cp.min_points_per_centroid = 1  # fewer than FAISS likes are still trained on, and it says nothing of it
     try:
         index.train(sample)
     except RuntimeError as error:
-        raise UserError(f"index.kind {kind!r} can't be trained on {len(sample)} vectors: {_reason(error)}") from error
+        raise UserError(
+            f"index.kind {kind!r} can't be trained on {len(sample)} vectors: {faiss_reason(error)}"
+        ) from error
 
 
 def with_numbers(index: Any, first_vector: int) -> Any:
@@ -78,6 +56,29 @@ def with_numbers(index: Any, first_vector: int) -> Any:
     return faiss.IndexIDMap2(index)
 
 
+def reserve(index: Any, num_vectors: int) -> None:
+    """Takes the memory for as many vectors at once, where FAISS would double it again and again and copy each time."""
+    inner: Any = faiss.downcast_index(index)
+    match inner:
+        case faiss.IndexIDMap() | faiss.IndexPreTransform():
+            reserve(inner.index, num_vectors)
+        case faiss.IndexRefine():
+            reserve(inner.base_index, num_vectors)
+            reserve(inner.refine_index, num_vectors)
+        case faiss.IndexHNSW():
+            reserve(inner.storage, num_vectors)
+            graph: Any = inner.hnsw
+            _reserve(graph.neighbors, num_vectors * (int(graph.nb_neighbors(0)) + 2))
+        case faiss.IndexFlatCodes():
+            _reserve(inner.codes, num_vectors * int(inner.code_size))
+
+
+def _reserve(values: Any, size: int) -> None:
+    if hasattr(values, "resize"):
+        values.resize(size)
+        values.resize(0)  # gives nothing back
+
+
 def add_numbered(index: Any, matrix: npt.NDArray[np.float32], number: int) -> None:
     """Adds vectors [n, d] whose first has `number`; `index` comes from `with_numbers`. JobError where FAISS fails."""
     try:
@@ -86,28 +87,36 @@ def add_numbered(index: Any, matrix: npt.NDArray[np.float32], number: int) -> No
         else:
             index.add_with_ids(matrix, np.arange(number, number + len(matrix)))
     except (RuntimeError, MemoryError) as error:
-        raise JobError(f"FAISS can't add vectors {number} to {number + len(matrix) - 1}: {_reason(error)}") from error
+        raise JobError(
+            f"FAISS can't add vectors {number} to {number + len(matrix) - 1}: {faiss_reason(error)}"
+        ) from error
 
 
 def write_index(index: Any, path: Path, *, first_vector: int) -> Contents:
-    """JobError where the storage fails."""
-    try:
-        faiss.write_index(index, str(path))
-    except RuntimeError as error:
-        raise JobError(f"writing {path} failed: {_reason(error)}") from error
-    with storage_errors("writing", path):
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    """Hashed while it is written, and flushed. `path` must not exist. JobError where the storage fails."""
+    failed = list[OSError]()
+    with storage_errors("writing", path), HashedFile(path) as file:
+
+        def write(block: bytes) -> int:
+            try:
+                return file.write(block)
+            except OSError as error:
+                failed.append(error)
+                raise
+
         try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        return Contents(
-            file=path.name,
-            sha256=file_sha256(path),
-            size_bytes=path.stat().st_size,
-            first_vector=first_vector,
-            num_vectors=index.ntotal,
-        )
+            faiss.write_index(index, _faiss.PyCallbackIOWriter(write, _BLOCK_BYTES))
+        except (RuntimeError, OSError) as error:
+            if failed:
+                raise failed[0] from None
+            raise JobError(f"writing {path} failed: {faiss_reason(error)}") from error
+    return Contents(
+        file=path.name,
+        sha256=file.sha256,
+        size_bytes=file.size_bytes,
+        first_vector=first_vector,
+        num_vectors=index.ntotal,
+    )
 
 
 def check_file(folder: Path, contents: Contents) -> Path:
@@ -129,7 +138,7 @@ def read_shard(folder: Path, shard: Contents, *, dimension: int) -> Any:
         with _deserialization_limits(shard.size_bytes):
             index = faiss.read_index(str(path))
     except (RuntimeError, MemoryError) as error:
-        raise JobError(f"{path} can't be read by FAISS: {_reason(error)}") from error
+        raise JobError(f"{path} can't be read by FAISS: {faiss_reason(error)}") from error
     if index.d != dimension or index.ntotal != shard.num_vectors or index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise JobError(
             f"{path} holds {index.ntotal} vectors of width {index.d}, "
@@ -150,14 +159,3 @@ def _deserialization_limits(size_bytes: int) -> Iterator[None]:
     finally:
         faiss.set_deserialization_vector_byte_limit(vector_limit)
         faiss.set_deserialization_loop_limit(loop_limit)
-
-
-def _reason(error: Exception) -> str:
-    """FAISS's message without the C++ signature and the source line."""
-    text = " ".join(str(error).split())
-    _, separator, after = text.rpartition("Error: ")
-    if separator and "failed: " in after:
-        after = after.partition("failed: ")[2] or after
-    elif not separator:
-        after = text.rpartition(".cpp:")[2].partition(": ")[2] or text
-    return after

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,13 +94,17 @@ class MissedKind:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexedJob:
-    """The committed parts of one job that are in the index, in the order of rows."""
+    """The committed parts of one job that are in the index, in the order of rows.
+
+    Their vectors follow those of the jobs before it.
+    """
 
     job: str  # the name in rows.parquet
     fingerprint: str
     num_parts: int
     parts_digest: str  # see `parts_digest`
     num_vectors: int
+    path: str = "."  # its directory, seen from the one that index/ is in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,11 +120,23 @@ class IndexManifest:
     missed: tuple[MissedKind, ...] = ()
     metric: Literal["inner_product"] = "inner_product"
     center: Contents | None = None  # the mean that was taken out of the vectors; queries lose it too
+    deleted: Contents | None = None  # the numbers of vectors that are not to be found any more
+    version: int = 1  # one more with each change to what the index holds
 
     @property
     def files(self) -> tuple[Contents, ...]:
         """All that the index consists of beside index.json."""
-        return (self.rows, *((self.center,) if self.center is not None else ()), *self.shards)
+        return (self.rows, *(one for one in (self.center, self.deleted) if one is not None), *self.shards)
+
+    @property
+    def num_deleted(self) -> int:
+        return 0 if self.deleted is None else self.deleted.num_vectors
+
+    @property
+    def first_vectors(self) -> tuple[int, ...]:
+        """The number of each job's first vector."""
+        counts = [job.num_vectors for job in self.jobs]
+        return tuple(itertools.accumulate(counts[:-1], initial=0)) if counts else ()
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **dataclasses.asdict(self)}
@@ -133,8 +150,8 @@ class IndexManifest:
         values["provenance"] = Provenance(**values["provenance"])
         values["shards"] = tuple(_shard(shard) for shard in values["shards"])
         values["rows"] = Contents(**values["rows"])
-        center = values.get("center")
-        values["center"] = None if center is None else Contents(**center)
+        for name in ("center", "deleted"):
+            values[name] = None if values.get(name) is None else Contents(**values[name])
         values["jobs"] = tuple(IndexedJob(**job) for job in values["jobs"])
         values["recall"] = Recall(**values["recall"])
         values["missed"] = tuple(MissedKind(**missed) for missed in values["missed"])

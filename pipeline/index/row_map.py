@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.durable import HashedFile
+from pipeline.errors import JobError
 from pipeline.index.manifest import Contents
 from pipeline.index.vectors import FIELDS, VectorBatch
 
@@ -36,6 +37,11 @@ class Place:
     row: int
     sample: int
     field: str  # prompt or generation
+
+    @property
+    def record(self) -> tuple[str, int, int]:
+        """Which record of which job's parts it is of."""
+        return self.job, self.row, self.sample
 
 
 class RowMapWriter:
@@ -68,10 +74,32 @@ class RowMapWriter:
         fields = pa.array(FIELDS).take(pa.array(batch.fields, pa.int8()))
         jobs = pa.repeat(pa.scalar(self._job, pa.string()), count)
         columns = [numbers, jobs, pa.array(batch.rows), pa.array(batch.samples), fields]
-        self._waiting.append(pa.table(columns, schema=SCHEMA))
-        self._num_vectors += count
-        self._num_waiting += count
+        self._take(pa.table(columns, schema=SCHEMA))
+
+    def _take(self, table: pa.Table) -> None:
+        self._waiting.append(table)
+        self._num_vectors += table.num_rows
+        self._num_waiting += table.num_rows
         self._write_groups(at_least=GROUP_ROWS)
+
+    def copy(self, path: Path, names: Mapping[str, str] | None = None) -> None:
+        """All records of another rows.parquet, numbered on; `names`: of all its jobs, what they are called here.
+
+        JobError if it can't be read.
+        """
+        try:
+            with pq.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    table = file.read_row_group(group)
+                    numbers = pa.array(np.arange(self._num_vectors, self._num_vectors + table.num_rows))
+                    table = table.set_column(0, SCHEMA.field("vector"), numbers)
+                    if names is not None:
+                        called: Any = table["job"].combine_chunks().dictionary_encode()
+                        known = pa.array([names[job] for job in called.dictionary.to_pylist()], pa.string())
+                        table = table.set_column(1, SCHEMA.field("job"), known.take(called.indices))
+                    self._take(table)
+        except (pa.ArrowException, OSError) as error:
+            raise JobError(f"{path} can't be read: {' '.join(str(error).split())}") from error
 
     def contents(self) -> Contents:
         """To be asked after the block."""

@@ -22,9 +22,12 @@ import numpy.typing as npt
 from pipeline.errors import JobError, UserError
 from pipeline.index import faiss_files
 from pipeline.index.centering import Centering
+from pipeline.index.deletions import read_deleted
 from pipeline.index.effort import search_parameters
+from pipeline.index.kinds import FLAT
 from pipeline.index.manifest import IndexManifest, Shard, read_manifest
 from pipeline.index.row_map import Place, RowMap
+from pipeline.index.selection import Mask, allowed_mask, keeping_to, search_allowed, unnumbered
 
 Matrix = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float64]
@@ -32,6 +35,7 @@ Numbers = npt.NDArray[np.int64]
 
 _EXTRA_CANDIDATES: Final = 32
 _VECTORS_AT_ONCE: Final = 1 << 14
+_SKIPPING_SHARE: Final = 0.5
 _QUERIES_AT_ONCE: Final = 1 << 14  # FAISS goes over all vectors once for many queries, so many are asked together
 
 
@@ -47,11 +51,14 @@ class Hit:
 class IndexShard:
     """One shard's vectors, ready to be searched with its own effort. May be used by several threads at once."""
 
-    def __init__(self, index: Any, contents: Shard, *, kind: str) -> None:
+    def __init__(self, index: Any, contents: Shard, *, kind: str, deleted: Numbers | None = None) -> None:
+        """`deleted`: vector numbers of the index that are never found, ascending."""
         self._index = index
         self._contents = contents
+        self._deleted = deleted
         self._matrix: Matrix | None = None  # [n, d] of a Flat shard: FAISS's own memory
-        if kind == faiss_files.FLAT and contents.num_vectors:
+        if kind == FLAT and contents.num_vectors:
+            self._flat, _ = unnumbered(index, contents.first_vector)
             self._matrix = flat_matrix(index)
             self._longest = max(
                 float(np.sqrt(np.einsum("ij,ij->i", block, block, dtype=np.float64).max()))
@@ -60,44 +67,76 @@ class IndexShard:
 
     @staticmethod
     def load(folder: Path, manifest: IndexManifest, number: int) -> IndexShard:
-        """JobError if the shard's file is missing or damaged. Memory: the file's size."""
+        """JobError if the shard's file, or that of deletions, is missing or damaged. Memory: the files' size."""
         shard = manifest.shards[number]
+        deleted = read_deleted(folder, manifest)
         index = faiss_files.read_shard(folder, shard, dimension=manifest.dimension)
-        return IndexShard(index, shard, kind=manifest.kind)
+        return IndexShard(index, shard, kind=manifest.kind, deleted=deleted)
 
-    def search(self, queries: Matrix, k: int) -> tuple[Scores, Numbers]:
-        """Scores and vector numbers [q, min(k, n)], best first; number -1 where an approximate kind found fewer."""
-        k = min(k, self._contents.num_vectors)
+    @property
+    def first_vector(self) -> int:
+        return self._contents.first_vector
+
+    @property
+    def num_vectors(self) -> int:
+        """With the deleted ones."""
+        return self._contents.num_vectors
+
+    def share_of(self, allowed: Mask | None) -> Mask | None:
+        """This shard's share of a mask over all vectors of the index."""
+        return None if allowed is None else allowed[self.first_vector : self.first_vector + self.num_vectors]
+
+    def search(self, queries: Matrix, k: int, allowed: Mask | None = None) -> tuple[Scores, Numbers]:
+        """Scores and vector numbers [q, min(k, n)], best first; number -1 where fewer can be found.
+
+        `allowed` [n] says which of the shard's vectors may be found; None for all but the deleted ones.
+        """
+        allowed = allowed_mask(allowed, self._deleted, self.first_vector, self.num_vectors)
+        k = min(k, self.num_vectors if allowed is None else int(np.count_nonzero(allowed)))
         if k == 0 or not len(queries):
             return np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
-        if self._matrix is None:
-            parameters = search_parameters(self._index, self._contents.effort)
-            scores, numbers = self._index.search(queries, k, params=parameters)
-            return best([(scores.astype(np.float64), numbers)], k)
-        found = [
-            self._search_flat(self._matrix, queries[start : start + _QUERIES_AT_ONCE], k)
-            for start in range(0, len(queries), _QUERIES_AT_ONCE)
-        ]
-        return np.concatenate([scores for scores, _ in found]), np.concatenate([numbers for _, numbers in found])
+        if self._matrix is not None:
+            found = [
+                self._search_flat(self._matrix, queries[start : start + _QUERIES_AT_ONCE], k, allowed)
+                for start in range(0, len(queries), _QUERIES_AT_ONCE)
+            ]
+            return np.concatenate([scores for scores, _ in found]), np.concatenate([numbers for _, numbers in found])
+        if allowed is not None:
+            effort = self._contents.effort
+            return best(
+                [search_allowed(self._index, queries, k, allowed, first_vector=self.first_vector, effort=effort)], k
+            )
+        scores, numbers = self._index.search(queries, k, params=search_parameters(self._index, self._contents.effort))
+        return best([(scores.astype(np.float64), numbers)], k)
 
-    def _search_flat(self, matrix: Matrix, queries: Matrix, k: int) -> tuple[Scores, Numbers]:
-        first = self._contents.first_vector
+    def _search_flat(self, matrix: Matrix, queries: Matrix, k: int, allowed: Mask | None) -> tuple[Scores, Numbers]:
+        share = 1.0 if allowed is None else np.count_nonzero(allowed) / len(allowed)
+        # FAISS is fast at many queries only where it skips nothing: if most are allowed, it is to look at all.
+        skips = share < _SKIPPING_SHARE
+        only = keeping_to(allowed) if allowed is not None and skips else None
         num_candidates = min(k + _EXTRA_CANDIDATES, len(matrix))
-        rough, candidates = self._index.search(queries, num_candidates)
+        if not skips:
+            num_candidates = min(int(k / share) + _EXTRA_CANDIDATES, len(matrix))
+        rough, candidates = self._flat.search(queries, num_candidates, params=only)
         lengths = np.sqrt(np.square(queries, dtype=np.float64).sum(axis=1))
         # A float32 inner product is off by at most d * 2^-24 * |query| * |vector|; twice that is taken.
         slack = 2 * (matrix.shape[1] + 2) * 2.0**-24 * lengths * self._longest
-        scores, numbers = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
-        for place, query in enumerate(queries):
-            near = candidates[place]
-            exact = _exact_scores(matrix, near - first, query)
+        scores, places = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
+        for number, query in enumerate(queries):
+            complete = num_candidates == len(matrix) or candidates[number, -1] < 0  # nothing allowed is left out
+            near = _allowed_of(candidates[number], allowed)
+            if len(near) < k:
+                assert allowed is not None, "FAISS finds as many as there are"
+                near, complete = np.flatnonzero(allowed), True
+            exact = _exact_scores(matrix, near, query)
             last = np.partition(exact, -k)[-k]  # what the best k have at least
-            if num_candidates < len(matrix) and last <= rough[place, -1] + slack[place]:
-                radius = np.nextafter(np.float32(last - 2 * slack[place]), np.float32(-np.inf))
-                _, _, near = self._index.range_search(query[None], float(radius))
-                exact = _exact_scores(matrix, near - first, query)
-            (scores[place],), (numbers[place],) = best([(exact[None], near[None])], k)
-        return scores, numbers
+            if not complete and last <= rough[number, -1] + slack[number]:
+                radius = np.nextafter(np.float32(last - 2 * slack[number]), np.float32(-np.inf))
+                _, _, found = self._flat.range_search(query[None], float(radius), params=only)
+                near = _allowed_of(found, allowed)
+                exact = _exact_scores(matrix, near, query)
+            (scores[number],), (places[number],) = best([(exact[None], near[None])], k)
+        return scores, places + self.first_vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,15 +164,24 @@ class VectorIndex:
                 if read_manifest(folder) == manifest:  # or else another index was put here meanwhile
                     raise
 
-    def search(self, vectors: npt.ArrayLike, k: int, *, threads: int | None = None) -> list[list[Hit]]:
+    def search(
+        self, vectors: npt.ArrayLike, k: int, *, allowed: Mask | None = None, threads: int | None = None
+    ) -> list[list[Hit]]:
         """The k nearest vectors of each query in `vectors` [q, d] or [d], best first; fewer where there are fewer.
 
-        Queries are vectors as parts hold them: where the index is centred they lose its mean here.
+        Queries are vectors as parts hold them: where the index is centred they lose its mean here. `allowed` says of
+        each vector of the index whether it may be found; None for all. Deleted ones never are.
         UserError for a query that is not of the index's width, or holds NaN, infinities or nothing but zeros.
         """
         queries = prepare_queries(vectors, self.manifest, self.centering)
         with faiss_files.faiss_threads(threads):
-            scores, numbers = best([shard.search(queries, k) for shard in self.shards], k)
+            found = [
+                shard.search(
+                    queries, k, None if allowed is None else allowed[shard.first_vector :][: shard.num_vectors]
+                )
+                for shard in self.shards
+            ]
+            scores, numbers = best(found, k)
         places = iter(self.rows.places(numbers[numbers >= 0]))
         return [
             [
@@ -189,6 +237,12 @@ def best(found: Sequence[tuple[Scores, Numbers]], k: int) -> tuple[Scores, Numbe
     scores = np.where(numbers < 0, -np.inf, scores)
     order = np.lexsort((numbers, -scores), axis=1)[:, :k]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(numbers, order, axis=1)
+
+
+def _allowed_of(places: Numbers, allowed: Mask | None) -> Numbers:
+    """Those of `places`, of which -1 is none, that are allowed."""
+    places = places[places >= 0]
+    return places if allowed is None else places[allowed[places]]
 
 
 def _exact_scores(matrix: Matrix, places: Numbers, query: Matrix) -> Scores:

@@ -5,7 +5,7 @@ d: width of a vector; n: vectors of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -63,6 +63,33 @@ def committed_vectors(
             )
 
 
+def vectors_of_parts(
+    folder: JobFolder, parts: Sequence[Commit], *, skip: int, count: int, batch_bytes: int = BATCH_BYTES
+) -> Iterator[VectorBatch]:
+    """`count` vectors of `parts`, whose first `skip` are left out. JobError as `committed_vectors`."""
+    commits = {commit.split: commit for commit in parts}
+    for batch in committed_vectors(folder, commits, batch_bytes=batch_bytes):
+        kept = slice(min(skip, len(batch.rows)), min(skip + count, len(batch.rows)))
+        skip, count = skip - kept.start, count - (kept.stop - kept.start)
+        if kept.stop > kept.start:
+            yield VectorBatch(
+                matrix=batch.matrix[kept], rows=batch.rows[kept], samples=batch.samples[kept], fields=batch.fields[kept]
+            )
+
+
+def parts_with(commits: Mapping[int, Commit], first: int, count: int) -> tuple[tuple[Commit, ...], int]:
+    """The parts that hold vectors `first` to `first + count - 1`, and how many others lie before these in them."""
+    parts, skip, number = list[Commit](), 0, 0
+    for split in sorted(commits):
+        held = sum(commits[split].vectors.values())
+        if number < first + count and number + held > first:
+            if not parts:
+                skip = first - number
+            parts.append(commits[split])
+        number += held
+    return tuple(parts), skip
+
+
 def part_vectors(folder: JobFolder, commit: Commit, *, batch_bytes: int = BATCH_BYTES) -> Iterator[VectorBatch]:
     """The vectors of one part. JobError if it can't be read."""
     path = folder.part(commit.split)
@@ -87,8 +114,10 @@ def _vectors_of(batch: pa.RecordBatch, columns: Mapping[str, EmbedField], width:
         present = array.is_valid().to_numpy(zero_copy_only=False)
         matrix = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)  # [records with a vector, d]
         if field == "prompt":
-            matrix = matrix[samples[present] == 0]
-            present = present & (samples == 0)
+            first = samples == 0
+            if not first.all():  # else what Parquet decoded is used where it lies
+                matrix = matrix[first[present]]
+                present = present & first
         matrices.append(matrix)
         places.append(np.flatnonzero(present))
         fields.append(np.full(len(matrix), FIELDS.index(field), np.int8))

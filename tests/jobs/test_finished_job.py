@@ -197,6 +197,17 @@ def test_a_model_that_changed_since_the_index_was_made_is_refused(
     assert "config.json" in document["error"]
 
 
+def test_a_filter_leaves_rows_out_before_they_are_ranked(answer: Callable[..., tuple[int, Any]]) -> None:
+    status, document = answer("query", "out", str(BODIES[1]), "-k", "2", "--filter", "when >= '2026-01-04'")
+    assert status == 0
+    (result,) = document["results"]
+    assert {hit["row"] for hit in result["hits"]} < {3, 4, 5}
+    assert {hit["job"] for hit in result["hits"]} == {"job"}
+    status, document = answer("query", "out", "tuples", "--filter", "wen > 3")
+    assert status == 2
+    assert "there are body, when, row, id, sample, text, job" in document["error"]
+
+
 def test_an_empty_query_is_refused(answer: Callable[..., tuple[int, Any]]) -> None:
     status, document = answer("query", "out", "")
     assert status == 2

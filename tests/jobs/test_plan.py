@@ -13,6 +13,7 @@ import pytest
 from jobs.cli import execute
 from jobs.plan import common_prefix, make_plan
 from jobs.specfile import parse_spec
+from jobs.terminal import human_bytes
 from pipeline.errors import UserError
 from pipeline.tokenizer import load_tokenizer
 
@@ -55,6 +56,7 @@ def test_an_echo_counts_twice_and_a_passage_that_is_the_prompt_not_at_all(settin
 def test_the_memory_of_an_index_is_that_of_its_vectors(settings: dict[str, Any]) -> None:
     plan = make_plan(parse_spec(settings))
     assert plan.dimension == 60
+    assert f"index: Flat, {human_bytes(960)} for 4 vectors in 1 shard; building it takes up to" in plan.describe()
     settings["embed"] |= {"dimensions": 8, "routing_weight": 0.5}
     assert make_plan(parse_spec(settings)).dimension == 8 + 4 * 5
     settings["embed"] |= {"dimensions": 61}

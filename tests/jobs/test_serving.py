@@ -25,11 +25,11 @@ import pytest
 from jobs.cli import execute
 from jobs.client import connect
 from jobs.served import ServedIndex, serving
-from jobs.status import latest_commits
 from pipeline.errors import JobError, UserError
 from pipeline.index.build import build_index
 from pipeline.index.manifest import read_manifest
 from pipeline.index.search import VectorIndex
+from pipeline.indexed_jobs import latest_commits
 from pipeline.job_folder import JobFolder
 from workers.index_shard import IndexShardActor
 
@@ -93,6 +93,14 @@ def test_three_shards_answer_as_one_index_in_this_process(served: Served, querie
         [(hit.place.row, hit.score) for hit in hits] for hits in expected
     ]
     assert [hit.place.row for hit in expected[-1][:2]] == [17, 41]
+
+
+def test_a_filter_reaches_every_shard(served: Served, queries: np.ndarray) -> None:
+    for _ in range(2):  # the second time the mask is known
+        found = rows_of(served.client.search_vectors(queries, 100, filter="row in (3, 30, 50) or id == 'key-7'"))
+        assert all({row for row, _ in hits} == {3, 7, 30, 50} for hits in found)
+    with pytest.raises(UserError, match="no column 'rows'"):
+        served.client.search(["text number 7"], filter="rows == 3")
 
 
 def test_a_text_is_embedded_by_the_served_model(served: Served) -> None:

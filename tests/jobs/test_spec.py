@@ -269,6 +269,7 @@ OTHER_VALUES = {
     "index.kind": "Flat",
     "index.shards": 2,
     "index.memory_bytes": 1 << 30,
+    "index.recall": 0.9,
     "name": "other",
     "attention": [{"pattern": "sliding", "window": 5}],
 }

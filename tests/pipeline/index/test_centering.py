@@ -14,7 +14,7 @@ from pipeline.commits import CommitLog
 from pipeline.errors import JobError, UserError
 from pipeline.index.build import build_index, index_is_current
 from pipeline.index.centering import CENTER_NAME, Centering
-from pipeline.index.check import index_problems
+from pipeline.index.check import IndexedParts, index_problems
 from pipeline.index.manifest import Provenance, read_manifest
 from pipeline.index.search import VectorIndex, flat_matrix, search_index
 from pipeline.job_folder import JobFolder
@@ -63,7 +63,7 @@ def test_the_index_says_so_and_holds_against_its_parts(built: Any) -> None:
     manifest = read_manifest(folder.index)
     assert manifest.center is not None
     assert (manifest.center.file, manifest.center.num_vectors) == (CENTER_NAME, ROWS)
-    assert list(index_problems(folder, manifest, log.commits, parts_are_whole=True)) == []
+    assert list(index_problems(folder, manifest, [IndexedParts(folder, log.commits)], parts_are_whole=True)) == []
     assert index_is_current(folder, log.commits, **arguments)
     assert not index_is_current(folder, log.commits, **arguments | {"center": False})
 
@@ -95,7 +95,9 @@ def test_a_damaged_mean_is_noticed_before_it_is_used(built: Any, damage: str) ->
         path.write_bytes(b"\x93NUMPY" if damage == "foreign" else bytes(content))
     with pytest.raises(JobError, match=CENTER_NAME):
         VectorIndex.open(folder.index)
-    problems = list(index_problems(folder, read_manifest(folder.index), log.commits, parts_are_whole=True))
+    problems = list(
+        index_problems(folder, read_manifest(folder.index), [IndexedParts(folder, log.commits)], parts_are_whole=True)
+    )
     assert len(problems) == 1
     assert CENTER_NAME in problems[0]
 

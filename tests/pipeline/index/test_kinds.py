@@ -1,24 +1,22 @@
-"""The rule behind `kind: auto`, and that HNSW and IVF built twice are the same whatever the threads."""
+"""The rule behind `kind: auto`, what its kinds take in memory, and into how many shards they are cut."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import faiss
 import numpy as np
 import pytest
 
-from pipeline.commits import CommitLog
 from pipeline.errors import UserError
-from pipeline.index import kinds
-from pipeline.index.build import build_index, index_is_current
-from pipeline.index.kinds import choose_kind, index_bytes
-from pipeline.index.manifest import Provenance
-from pipeline.job_folder import JobFolder
+from pipeline.index.budget import SHARD_VECTORS, build_budget
+from pipeline.index.kinds import index_bytes, next_kind, settled_kinds
 
-Committed = Callable[..., tuple[JobFolder, CommitLog]]
 GIB = 1 << 30
+
+
+def kinds_of_auto(num_vectors: int, memory_bytes: int, dimension: int = 384) -> tuple[str, ...]:
+    return settled_kinds("auto", num_vectors=num_vectors, dimension=dimension, memory_bytes=memory_bytes)
 
 
 @pytest.mark.parametrize(
@@ -41,45 +39,68 @@ GIB = 1 << 30
 def test_auto_is_exact_while_small_and_quantized_where_memory_demands_it(
     num_vectors: int, memory_bytes: int, kind: str
 ) -> None:
-    assert choose_kind(num_vectors, 384, memory_bytes) == kind
+    assert kinds_of_auto(num_vectors, memory_bytes)[0] == kind
     assert index_bytes(kind, num_vectors, 384) <= memory_bytes
+
+
+def test_a_factory_string_is_taken_as_it_is_and_any_spelling_of_flat_is_flat() -> None:
+    for asked, kind in [("flat", "Flat"), (" FLAT ", "Flat"), ("IVF7,SQ6", "IVF7,SQ6")]:
+        assert settled_kinds(asked, num_vectors=9, dimension=8, memory_bytes=1) == (kind,)
+
+
+def test_after_a_miss_comes_the_next_kind_that_fits_and_is_no_coarser() -> None:
+    kinds = kinds_of_auto(200_000, GIB)
+    assert kinds == ("HNSW32", "HNSW32,SQ8", "IVF1024,Flat", "IVF1024,SQ8", "IVF1024,PQ96", "IVF1024,PQ48")
+    assert next_kind(kinds, ["HNSW32"]) == "IVF1024,Flat"
+    assert next_kind(kinds, ["HNSW32", "IVF1024,Flat"]) is None
+    small = kinds_of_auto(200_000, 200_000_000)
+    assert small[0] == "HNSW32,SQ8"
+    assert next_kind(small, ["HNSW32,SQ8"]) == "IVF1024,SQ8"
+    assert next_kind(small, ["HNSW32,SQ8", "IVF1024,SQ8"]) is None
+    assert next_kind(["IVF4,PQ4x4"], ["IVF4,PQ4x4"]) is None
 
 
 def test_too_little_memory_for_any_kind_is_one_line_that_says_how_much_would_do() -> None:
     with pytest.raises(UserError, match=r"index\.memory_bytes 1,000: .* at least 59,") as caught:
-        choose_kind(1_000_000, 384, 1000)
+        kinds_of_auto(1_000_000, 1000)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["Flat", "SQ8", "HNSW32", "HNSW16,SQ8", "IVF16,Flat", "IVF16,SQ8", "IVF16,PQ8x4"])
 def test_the_memory_that_is_foretold_is_what_faiss_writes(kind: str) -> None:
-    vectors = np.random.default_rng(0).normal(size=(4000, 64)).astype(np.float32)
+    vectors = np.random.default_rng(0).normal(size=(2000, 64)).astype(np.float32)
     index: Any = faiss.index_factory(64, kind, faiss.METRIC_INNER_PRODUCT)
     index.train(vectors)
     index.add(vectors)
-    assert faiss.serialize_index(index).nbytes == pytest.approx(index_bytes(kind, 4000, 64), rel=0.15)
+    assert faiss.serialize_index(index).nbytes == pytest.approx(index_bytes(kind, 2000, 64), rel=0.2)
 
 
-@pytest.mark.parametrize("kind", ["HNSW8", "HNSW8,SQ8", "IVF4,SQ8"])
-def test_built_with_any_number_of_threads_the_files_are_the_same(
-    committed: Committed, provenance: Provenance, kind: str
-) -> None:
-    folder, log = committed(np.random.default_rng(0).normal(size=(400, 8)).astype(np.float32))
-    made = []
-    for threads in (1, 2, 2):
-        build_index(folder, log.commits, job="mine", provenance=provenance, kind=kind, shards=2, threads=threads)
-        made.append({path.name: path.read_bytes() for path in folder.index.iterdir()})
-    assert made[0] == made[1] == made[2]
+def test_an_index_is_cut_where_it_is_large_and_where_the_memory_does_not_hold_a_shard() -> None:
+    assert build_budget("IVF2048,Flat", SHARD_VECTORS, 384).shards == 1
+    assert build_budget("IVF2048,Flat", SHARD_VECTORS + 1, 384).shards == 2
+    assert build_budget("Flat", 10 * SHARD_VECTORS, 384).shards == 10
+    small = build_budget("IVF2048,Flat", 1_000_000, 384, memory_bytes=GIB)
+    assert small.shards > 2
+    assert small.side_by_side == 1
+    assert small.peak_bytes(1) <= GIB
+    large = build_budget("IVF2048,Flat", 4 * SHARD_VECTORS, 384)
+    assert large.shards == 4
+    assert large.side_by_side == 3
+    assert large.peak_bytes(2) < large.peak_bytes(3) == large.peak_bytes(99) <= 8 * GIB
 
 
-def test_auto_that_would_choose_another_kind_now_makes_the_index_out_of_date(
-    committed: Committed, provenance: Provenance, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, log = committed(np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32))
-    made: dict[str, Any] = {"job": "mine", "provenance": provenance, "kind": "auto", "shards": 1}
-    assert build_index(folder, log.commits, **made).kind == "Flat"
-    assert index_is_current(folder, log.commits, **made)
-    assert not index_is_current(folder, log.commits, **made, memory_bytes=400)
-    monkeypatch.setattr(kinds, "FLAT_VECTORS", 29)
-    assert not index_is_current(folder, log.commits, **made)
-    assert build_index(folder, log.commits, **made).kind == "HNSW32"
+def test_shards_that_the_memory_does_not_hold_are_refused_with_how_much_they_take() -> None:
+    with pytest.raises(
+        UserError, match=r"index\.memory_bytes 1,073,741,824: building HNSW32 over .* in 2 shards takes"
+    ):
+        build_budget("HNSW32", 2_000_000, 384, memory_bytes=GIB, shards=2)
+    with pytest.raises(UserError, match="give it more"):
+        build_budget("SQ8", 100_000, 64, memory_bytes=10_000)
+
+
+@pytest.mark.parametrize("kind", ["Nonsense", "IVF4", "PQ7", "IVF0,Flat", "", "HNSW32,,Flat"])
+def test_a_string_that_faiss_does_not_know_is_one_line(kind: str) -> None:
+    with pytest.raises(UserError, match=r"^index\.kind .* is no FAISS factory string for 8 dimensions") as caught:
+        build_budget(kind, 100, 8)
+    assert "\n" not in str(caught.value)
+    assert "cpp" not in str(caught.value)

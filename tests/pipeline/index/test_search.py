@@ -117,7 +117,7 @@ def test_an_approximate_index_answers_with_faisss_scores(committed: Committed, p
     build_index(folder, log.commits, job="mine", provenance=provenance, kind="IVF8,SQ8", shards=2)
     hits = search_index(folder.index, vectors[:50], 1)
     assert [hit[0].vector for hit in hits] == list(range(50))
-    np.testing.assert_allclose([hit[0].score for hit in hits], 1, atol=0.02)
+    np.testing.assert_allclose([hit[0].score for hit in hits], 1, atol=0.2)  # codes cut off what training never saw
 
 
 def test_queries_of_any_length_are_scaled_where_the_index_holds_unit_vectors(

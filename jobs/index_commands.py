@@ -1,0 +1,138 @@
+"""`gristmill index ...`: what changes an index after its job is done, each time as a version of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs.embedding import job_provenance
+from jobs.spec import JobSpec
+from jobs.status import open_index, open_job
+from pipeline.errors import UserError
+from pipeline.index.deletions import delete_vectors, read_deleted
+from pipeline.index.expression import Filter
+from pipeline.index.growth import Addition, add_job
+from pipeline.index.manifest import MANIFEST_NAME, IndexManifest, Provenance, read_manifest
+from pipeline.index.matching import OfIds, Wanted, matching_vectors
+from pipeline.index.merging import merge_indexes
+from pipeline.index.versions import change_index
+from pipeline.indexed_jobs import job_folder, latest_commits
+from pipeline.job_folder import JobFolder, read_job, read_plan
+from pipeline.lock import lock
+from pipeline.model_path import resolve_model
+
+
+def add_to_index(out: Path, other: Path) -> IndexManifest:
+    """Adds the rows of the finished job in `other` to the index in `out`. UserError where that can't be."""
+    with _changing(out) as folder:
+        read_manifest(folder.index)
+        source = open_job(other)
+        spec = JobSpec.model_validate(read_job(source)["spec"])
+        if spec.embed is None:
+            raise UserError(f"{other} holds no embeddings to add: its job has no `embed`")
+        commits = latest_commits(source)
+        planned = sum(split["num_rows"] for split in read_plan(source)["splits"])
+        if sum(commit.rows for commit in commits.values()) < planned:
+            raise UserError(f"{other} is not done yet: run its job to the end, then add it")
+        addition = Addition(
+            folder=source,
+            path=os.path.relpath(other.resolve(), folder.root.resolve()),
+            job=spec.name,
+            commits=commits,
+            provenance=_provenance(source, spec),
+        )
+        return change_index(folder, lambda draft, manifest: add_job(draft, manifest, addition))
+
+
+def delete_from_index(out: Path, *, filter: str | None = None, ids: Sequence[str] = ()) -> tuple[IndexManifest, int]:
+    """Has the index never find these rows again. The index as it is then, and how many vectors were deleted.
+
+    Where none was, the index is left alone.
+    """
+    if (filter is None) == (not ids):
+        raise UserError("index delete: say which rows, by --filter or by their ids")
+    wanted: Wanted = OfIds(ids) if filter is None else Filter.parse(filter)
+    with _changing(out) as folder:
+        manifest = read_manifest(folder.index)
+        mask = matching_vectors(folder.index, manifest, wanted, lambda job: job_folder(folder.root, job))
+        deleted = read_deleted(folder.index, manifest)
+        if deleted is not None:
+            mask[deleted] = False
+        numbers = np.flatnonzero(mask)
+        if not len(numbers):
+            return manifest, 0
+        return change_index(folder, lambda draft, before: delete_vectors(draft, before, numbers)), len(numbers)
+
+
+def merge_into(out: Path, sources: Sequence[Path]) -> IndexManifest:
+    """Joins the indexes of `sources` in the new directory `out`."""
+    if len(sources) < 2:
+        raise UserError("index merge: name at least two directories whose indexes are to be merged")
+    folders = [open_index(source) for source in sources]
+    return merge_indexes(JobFolder(out), folders)
+
+
+def index_contents(out: Path) -> dict[str, Any]:
+    """What the index in `out` holds: {"version", "kind", "vectors", "deleted", "shards", "recall", "jobs"}."""
+    manifest = read_manifest(open_index(out).index)
+    deleted = read_deleted(out / "index", manifest)
+    jobs = []
+    for job, first in zip(manifest.jobs, manifest.first_vectors, strict=True):
+        gone = 0
+        if deleted is not None:
+            low, high = np.searchsorted(deleted, (first, first + job.num_vectors))
+            gone = int(high - low)
+        jobs.append({"job": job.job, "path": job.path, "vectors": job.num_vectors, "deleted": gone})
+    return {
+        "version": manifest.version,
+        "kind": manifest.kind,
+        "dimension": manifest.dimension,
+        "vectors": manifest.num_vectors,
+        "deleted": manifest.num_deleted,
+        "shards": len(manifest.shards),
+        "recall": manifest.recall.reached,
+        "jobs": jobs,
+    }
+
+
+def describe_contents(found: dict[str, Any]) -> str:
+    lines = [
+        f"version {found['version']}: {found['vectors']:,} vectors of {found['dimension']}, {found['kind']} in "
+        f"{found['shards']:,} {'shard' if found['shards'] == 1 else 'shards'}"
+        + (f", {found['deleted']:,} of them deleted" if found["deleted"] else "")
+    ]
+    for job in found["jobs"]:
+        gone = f", {job['deleted']:,} of them deleted" if job["deleted"] else ""
+        where = "" if job["path"] == "." else f", rows in {job['path']}"
+        lines.append(f"  {job['job']}: {job['vectors']:,} vectors{gone}{where}")
+    return "\n".join(lines)
+
+
+def read_ids(file: Path) -> list[str]:
+    """One id a line. UserError where there is no such file, or it holds no id."""
+    try:
+        ids = [line for line in file.read_text(encoding="utf-8").splitlines() if line]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--ids {file}: can't be read ({' '.join(str(error).split())})") from None
+    if not ids:
+        raise UserError(f"--ids {file}: it holds no id")
+    return ids
+
+
+@contextmanager
+def _changing(out: Path) -> Iterator[JobFolder]:
+    folder = open_index(out)
+    with lock(folder):
+        yield folder
+
+
+def _provenance(folder: JobFolder, spec: JobSpec) -> Provenance:
+    """As the job's own index has it, or where it made none, from its model."""
+    if (folder.index / MANIFEST_NAME).is_file():
+        return read_manifest(folder.index).provenance
+    return job_provenance(spec, model_files=read_job(folder)["covers"]["model"], model_path=resolve_model(spec.model))

@@ -1,0 +1,68 @@
+"""deleted.parquet: the numbers of vectors that an index still holds and never finds again.
+
+FAISS can remove vectors from few kinds of index, and would number the others anew. So for all kinds a deletion is a
+tombstone: files of vectors stay as they are, and search leaves the numbers out before it ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.durable import HashedFile
+from pipeline.errors import JobError
+from pipeline.index import faiss_files
+from pipeline.index.manifest import Contents, IndexManifest
+
+DELETED_NAME: Final = "deleted.parquet"
+SCHEMA: Final = pa.schema({"vector": pa.int64()})
+
+Numbers = npt.NDArray[np.int64]
+
+
+def write_deleted(path: Path, numbers: Numbers) -> Contents:
+    """`numbers`: ascending, each once. `path` must not exist; it is flushed."""
+    with HashedFile(path) as file:
+        table = pa.table([pa.array(numbers)], schema=SCHEMA)
+        encoding = {"vector": "DELTA_BINARY_PACKED"}
+        pq.write_table(table, file.sink, compression="zstd", use_dictionary=False, column_encoding=encoding)
+    return Contents(
+        file=path.name,
+        sha256=file.sha256,
+        size_bytes=file.size_bytes,
+        first_vector=0,
+        num_vectors=len(numbers),
+    )
+
+
+def read_deleted(folder: Path, manifest: IndexManifest) -> Numbers | None:
+    """The numbers, ascending, or None where none were deleted. JobError if their file is missing or damaged."""
+    if manifest.deleted is None:
+        return None
+    path = faiss_files.check_file(folder, manifest.deleted)
+    try:
+        table = pq.read_table(path, partitioning=None)
+    except (pa.ArrowException, OSError) as error:
+        raise JobError(f"{path} can't be read: {' '.join(str(error).split())}") from error
+    if not table.schema.equals(SCHEMA):
+        raise JobError(f"{path} is no list of vector numbers")
+    numbers: Numbers = table["vector"].combine_chunks().to_numpy(zero_copy_only=False)
+    in_order = len(numbers) == 0 or (numbers[0] >= 0 and numbers[-1] < manifest.num_vectors)
+    if len(numbers) != manifest.deleted.num_vectors or not in_order or (np.diff(numbers) <= 0).any():
+        raise JobError(f"{path} does not list {manifest.deleted.num_vectors} vectors of the index, each once, in order")
+    return numbers
+
+
+def delete_vectors(draft: Path, manifest: IndexManifest, numbers: Numbers) -> IndexManifest:
+    """A change of `versions.change_index`: these are not to be found any more, nor are those deleted before."""
+    before = read_deleted(draft, manifest)
+    merged: Numbers = np.union1d(numbers, before) if before is not None else np.unique(numbers)
+    path = draft / DELETED_NAME
+    path.unlink(missing_ok=True)
+    return dataclasses.replace(manifest, deleted=write_deleted(path, merged.astype(np.int64)))

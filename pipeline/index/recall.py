@@ -1,0 +1,161 @@
+"""How much of what an exact search finds a shard finds, and the least effort at which that is enough.
+
+Queries are vectors of the corpus, drawn by a seed, that are not trained on and don't find themselves. While vectors
+stream past on their way into a shard, each query keeps its best KEPT of them by exact search; afterwards the shard is
+asked for the best K with one effort after another. A found vector counts if its exact score is that of the K-th best or
+better, so that of vectors that score alike any is right. A query of which more score alike than KEPT can tell nothing
+and is left out.
+
+q: queries; n, d: vectors and their width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.index.effort import effort_name, most_effort, search_parameters
+from pipeline.index.manifest import Trial
+from pipeline.index.search import Numbers, Scores, best
+
+Matrix = npt.NDArray[np.float32]
+
+K: Final = 10
+KEPT: Final = 64
+NUM_QUERIES: Final = 256
+
+_SEED: Final = 0x67726973746D696C
+_LEAST_EF_SEARCH: Final = 16  # less than K does not search less
+_MOST_EF_SEARCH: Final = 4096
+_ALIKE: Final = 2e-6  # float32 rounding of the inner product of two unit vectors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queries:
+    numbers: Numbers  # [q] ascending: which vectors of the corpus they are
+    matrix: Matrix  # [q, d]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The best of each query, best first; number -1 and score -inf stand for nothing. Merged by `best`."""
+
+    scores: Scores  # [q, k]
+    numbers: Numbers  # [q, k]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """A shard's effort, what it finds with it, and the way there."""
+
+    effort: int | None
+    recall: float | None
+    trials: tuple[Trial, ...]
+    seconds: tuple[float, ...]  # of all queries together, a trial
+    found: Found
+
+
+def query_numbers(num_vectors: int) -> Numbers:
+    """Which vectors are queries: NUM_QUERIES of them, and at most a quarter of all. Ascending, always the same."""
+    count = min(NUM_QUERIES, num_vectors // 4)
+    drawn: Numbers = np.random.default_rng(_SEED).choice(num_vectors, count, replace=False, shuffle=False)
+    return np.sort(drawn).astype(np.int64)
+
+
+class ExactSearch:
+    """The best KEPT vectors of each query among those that were added, without the query itself."""
+
+    def __init__(self, queries: Queries) -> None:
+        self._queries = queries
+        shape = len(queries.numbers), 0
+        self.found = Found(scores=np.empty(shape), numbers=np.empty(shape, np.int64))
+
+    def add(self, matrix: Matrix, number: int) -> None:
+        """Vectors [n, d] that are numbered from `number` on."""
+        queries = self._queries
+        if not len(queries.numbers):
+            return
+        k = min(KEPT + 1, len(matrix))
+        scores, places = faiss.knn(queries.matrix, matrix, k, metric=faiss.METRIC_INNER_PRODUCT)
+        found = Found(scores=scores.astype(np.float64), numbers=places + number)
+        self.found = merged([self.found, without_itself(found, queries)], KEPT)
+
+
+def without_itself(found: Found, queries: Queries) -> Found:
+    itself = found.numbers == queries.numbers[:, None]
+    return Found(scores=np.where(itself, -np.inf, found.scores), numbers=np.where(itself, -1, found.numbers))
+
+
+def merged(found: list[Found], k: int) -> Found:
+    scores, numbers = best([(one.scores, one.numbers) for one in found], k)
+    return Found(scores=scores, numbers=numbers)
+
+
+def recall_of(found: Found, exact: Found) -> tuple[float | None, int]:
+    """The share of the K nearest that were found, and of how many queries. None where no query tells anything."""
+    wanted = np.minimum((exact.numbers >= 0).sum(axis=1), K)  # [q]
+    if exact.numbers.shape[1] == 0 or not wanted.any():
+        return None, 0
+    threshold = np.take_along_axis(exact.scores, np.maximum(wanted - 1, 0)[:, None], axis=1) - _ALIKE
+    is_right = (exact.scores >= threshold) & (exact.numbers >= 0)
+    tells = (wanted > 0) & ~((exact.numbers.shape[1] >= KEPT) & is_right[:, KEPT - 1 :].any(axis=1))
+    if not tells.any():
+        return None, 0
+    hits = [
+        min(np.isin(found.numbers[query], exact.numbers[query][is_right[query]]).sum(), wanted[query])
+        for query in np.flatnonzero(tells)
+    ]
+    return round(float(np.sum(hits) / wanted[tells].sum()), 6), int(tells.sum())
+
+
+def tune(index: Any, queries: Queries, exact: Found, target: float, *, more_than: int = 0) -> Tuned:
+    """Searches `index` with more and more effort, beginning above `more_than`, until the recall is `target`.
+
+    Where that is never reached the result has the most effort. Where nothing can be measured, too: it costs least where
+    there are few vectors, and where all vectors are alike.
+    """
+    trials, seconds = list[Trial](), list[float]()
+    while True:
+        effort, is_last = next(step for step in _ladder(index) if step[1] or step[0] is None or step[0] > more_than)
+        start = time.perf_counter()
+        found = _search(index, queries, effort)
+        took = time.perf_counter() - start
+        recall, _ = recall_of(found, exact)
+        if recall is not None:
+            trials.append(Trial(effort=effort, recall=recall))
+            seconds.append(took)
+        if is_last or (recall is not None and recall >= target):
+            return Tuned(effort=effort, recall=recall, trials=tuple(trials), seconds=tuple(seconds), found=found)
+        assert effort is not None
+        more_than = effort
+
+
+def _search(index: Any, queries: Queries, effort: int | None) -> Found:
+    k = min(K + 1, index.ntotal)
+    if k == 0 or not len(queries.numbers):
+        shape = len(queries.numbers), 0
+        return Found(scores=np.empty(shape), numbers=np.empty(shape, np.int64))
+    scores, numbers = index.search(queries.matrix, k, params=search_parameters(index, effort))
+    found = Found(scores=scores.astype(np.float64), numbers=numbers)
+    return merged([without_itself(found, queries)], K)
+
+
+def _ladder(index: Any) -> Iterator[tuple[int | None, bool]]:
+    """Efforts in powers of two, and whether one is the last."""
+    most = most_effort(index, index.ntotal)
+    if most is None:
+        yield None, True
+        return
+    effort = 1
+    if effort_name(index) == "efSearch":
+        effort, most = _LEAST_EF_SEARCH, min(most, _MOST_EF_SEARCH)
+    while effort < most:
+        yield effort, False
+        effort *= 2
+    yield most, True

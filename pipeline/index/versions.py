@@ -1,0 +1,96 @@
+"""Versions of an index: each change makes the next one beside it, which then takes its place whole.
+
+    _attempts/index-...     the next version while it is made; files that don't change are the old ones, by hard links
+    index/                  the newest
+    index-versions/000003   the one before it, until the next change: who still works with it finds its files there
+
+A crash at any moment leaves the old version or the new one. What makes a change holds the directory's lock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from pipeline.durable import replace_folder, seal, storage_errors, sync_folder, write_new
+from pipeline.errors import JobError, UserError
+from pipeline.index.manifest import MANIFEST_NAME, IndexManifest, read_manifest
+from pipeline.job_folder import JobFolder
+
+VERSIONS_NAME: Final = "index-versions"
+DRAFT_PREFIX: Final = "index-"
+
+# What a draft folder holds, which has the files of the manifest -> the manifest of what it holds then.
+Change = Callable[[Path, IndexManifest], IndexManifest]
+
+
+def change_index(folder: JobFolder, change: Change) -> IndexManifest:
+    """Makes the next version of `index/` by `change`, which may add files to its folder and replace names in it.
+
+    It must not write into a file that is there: those belong to the old version, too. UserError where there is no
+    index, JobError where it is damaged or the storage fails; the old version stays then.
+    """
+    before = read_manifest(folder.index)
+    clear_drafts(folder)
+    draft = folder.attempts / f"{DRAFT_PREFIX}{uuid.uuid4().hex}"
+    try:
+        with storage_errors("writing the index in", draft):
+            draft.mkdir(parents=True)
+            for contents in before.files:
+                link_or_copy(folder.index / contents.file, draft / contents.file)
+            changed = dataclasses.replace(change(draft, before), version=before.version + 1)
+            write_manifest(draft, changed)
+            _publish(folder, draft, before)
+    except Exception:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return changed
+
+
+def write_manifest(draft: Path, manifest: IndexManifest) -> None:
+    """The last file of a draft."""
+    write_new(draft / MANIFEST_NAME, seal(manifest.to_json()))
+    sync_folder(draft)
+
+
+def clear_drafts(folder: JobFolder) -> None:
+    """Removes what a change that was cut off has left."""
+    for path in folder.attempts.glob(f"{DRAFT_PREFIX}*") if folder.attempts.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """`target` is then a name of the same file, or where that can't be, a copy of it. JobError if it is missing."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise JobError(f"{source} is missing: build the index again (`gristmill run` does)") from None
+    except OSError:
+        shutil.copyfile(source, target)
+        with target.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def folder_of_version(folder: Path, manifest: IndexManifest) -> Path:
+    """Where the files of this version of the index in `folder` (OUT/index) are now: there, or as the version before."""
+    try:
+        if read_manifest(folder).version == manifest.version:
+            return folder
+    except (UserError, JobError):
+        return folder
+    before = folder.parent / VERSIONS_NAME / f"{manifest.version:06d}"
+    return before if before.is_dir() else folder
+
+
+def _publish(folder: JobFolder, draft: Path, before: IndexManifest) -> None:
+    versions = folder.root / VERSIONS_NAME
+    versions.mkdir(exist_ok=True)
+    for path in versions.iterdir():
+        shutil.rmtree(path)
+    kept = versions / f"{before.version:06d}"
+    replace_folder(draft, folder.index, discarded=draft.with_name(f"{draft.name}-old"), kept=kept)

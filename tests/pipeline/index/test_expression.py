@@ -1,0 +1,98 @@
+"""What a filter means, and that everything else is refused in one line that says what there is."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import pyarrow as pa
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.index.expression import Filter
+
+ROWS = pa.table(
+    {
+        "lang": ["en", "de", None, "en"],
+        "year": [2019, 2020, 2021, None],
+        "when": [dt.datetime(2024, 1, day) for day in range(1, 5)],
+        "day": [dt.date(2024, 1, day) for day in range(1, 5)],
+        "meta": [{"a": 1}, {"a": 2}, {"a": None}, None],
+        "title": ["Fox one", "fox two", "Three", None],
+        "odd name": [1.5, 2.5, 3.5, 4.5],
+        "ok": [True, False, None, True],
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("lang == 'en' and year >= 2019", [0]),
+        ("lang == 'de' or ok", [0, 1, 3]),
+        ("lang != 'en'", [1]),  # where there is no value, no comparison holds
+        ("not lang == 'en'", [1]),
+        ("not (lang == 'en' or year == 2020)", []),
+        ("lang in ('en', 'fr')", [0, 3]),
+        ("lang not in ['en']", [1]),
+        ("year in {2019, 2021}", [0, 2]),
+        ("lang is None", [2]),
+        ("lang is not None and lang != 'de'", [0, 3]),
+        ("2019 < year <= 2021", [1, 2]),
+        ("when >= '2024-01-02' and when < '2024-01-03 12:00:00'", [1, 2]),
+        ("day in ('2024-01-02',)", [1]),
+        ("'2024-01-03' <= day", [2, 3]),
+        ("meta.a == 2", [1]),
+        ("'ox' in title", [0, 1]),
+        ("'ox' not in title", [2]),
+        ("startswith(title, 'Fox')", [0]),
+        ("title.endswith('two') or contains(title, 'hre')", [1, 2]),
+        ("lower(title) == 'fox one' or title.upper() == 'THREE'", [0, 2]),
+        ("length(title) > 5", [0, 1]),
+        ("year - 1 == 2019 or year * 2 == 4038", [0, 1]),
+        ("column('odd name') > 2.5", [2, 3]),
+        ("year == -1", []),
+        ("ok", [0, 3]),
+    ],
+)
+def test_an_expression_means_these_rows(text: str, rows: list[int]) -> None:
+    table = ROWS.append_column("number", pa.array(range(4)))
+    assert table.filter(Filter.parse(text).over(ROWS.schema))["number"].to_pylist() == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "empty"),
+        ("lang ==", "not an expression"),
+        ("import os", "not an expression"),
+        ("1 == 1", "it names no column"),
+        ("langg == 'en'", r"no column 'langg'; did you mean 'lang'\?; there are lang, year, when"),
+        ("year == 'x'", "int64, string"),
+        ("year in ('a',)", "can't be compared with year, which is of type int64"),
+        ("year", "it is of type int64, and is to say yes or no of a row"),
+        ("lang == None", "write `is None`"),
+        ("lang is 'en'", "only None can"),
+        ("lang in year", "can't stand after `in`"),
+        ("when > 'tomorrow'", "'tomorrow' is none; write it like '2024-05-31'"),
+        ("meta.b == 1", "has no part|no part of"),
+        ("lang[0] == 'e'", "is not understood; there are comparisons"),
+        ("lang.__class__ == 'e'", "no part"),
+        ("(lambda: lang)()", "is not understood"),
+        ("exec(lang)", "is not understood; there are startswith"),
+        ("title.startswith(lang)", "is not understood; there are startswith"),
+        ("lang if ok else lang", "is not understood"),
+        ("(" * 300 + "year" + ")" * 300, "not an expression"),
+        ("not " * 2000 + "ok", "not an expression|nested too deeply"),
+        ("ok and " * 2000 + "ok", "longer than"),
+    ],
+)
+def test_anything_else_is_refused_in_one_line(text: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected) as caught:
+        Filter.parse(text).over(ROWS.schema)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("--filter")
+
+
+def test_it_says_which_columns_it_needs() -> None:
+    assert Filter.parse("a == 1 and startswith(b, 'x') and column('c d') in (1, 2)").columns == {"a", "b", "c d"}
+    assert Filter.parse("lower == 'x'").columns == {"lower"}

@@ -1,0 +1,120 @@
+"""Filters over carried columns of one job and of several, and the search among what they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.commits import CommitLog
+from pipeline.errors import RowError, UserError
+from pipeline.index.build import build_index
+from pipeline.index.expression import Filter
+from pipeline.index.manifest import Provenance, read_manifest
+from pipeline.index.matching import matching_vectors
+from pipeline.index.search import VectorIndex
+from pipeline.job_folder import JobFolder, write_job, write_plan
+from pipeline.parts import PartBuilder
+from pipeline.records import RecordLayout
+
+LANGS = ["en", "de", "en", None, "fr", "en", "de"]
+YEARS = [2019, 2020, 2021, 2022, 2023, 2024, 2025]
+
+
+@pytest.fixture
+def job(tmp_path: Path, provenance: Provenance) -> JobFolder:
+    """Seven rows in three parts, two samples a row; the prompt and each generation have a vector. Row 2 failed."""
+    folder = JobFolder(tmp_path / "out")
+    log = CommitLog(folder, fingerprint="this job")
+    log.recover()
+    carried = pa.record_batch({"lang": LANGS, "year": YEARS, "text": [f"text {row}" for row in range(7)]})
+    layout = RecordLayout.of(samples=2, embeds="both", dimension=3, carried=carried.schema)
+    splits = [{"index": n, "first_row": first, "num_rows": min(3, 7 - first)} for n, first in enumerate((0, 3, 6))]
+    for split in splits:
+        first, count = split["first_row"], split["num_rows"]
+        builder = PartBuilder(layout, split=split["index"], first_row=first, num_rows=count)
+        builder.carry(first, carried.slice(first, count))
+        for row in range(first, first + count):
+            if row == 2:
+                builder.fail(row, RowError("internal", "no"))
+                continue
+            builder.add_vector(row, "prompt", np.array([1, row, 0], np.float32))
+            for sample in range(2):
+                text = f"answer {row}.{sample}"
+                builder.add(row, sample=sample, text=text, finish_reason="stop", prompt_tokens=1, completion_tokens=1)
+                builder.add_vector(row, "generation", np.array([1, row, 1 + sample], np.float32), sample=sample)
+        log.publish(log.commit(builder.write(folder)))
+    spec = {"output": {"columns": ["lang", "year", "text"]}, "generate": {"n": 2}}
+    write_job(folder, fingerprint="this job", document={"spec": spec})
+    write_plan(folder, fingerprint="this job", splits=splits, document={})
+    build_index(folder, log.commits, job="mine", provenance=provenance, shards=2)
+    return folder
+
+
+@pytest.fixture
+def found(job: JobFolder) -> Callable[[str], list[tuple[int, int, str]]]:
+    """`found(filter)` -> (row, sample, field) of all vectors that it leaves to be found."""
+    index = VectorIndex.open(job.index)
+
+    def search(text: str) -> list[tuple[int, int, str]]:
+        mask = matching_vectors(job.index, index.manifest, Filter.parse(text), lambda _: job)
+        (hits,) = index.search(np.ones(3), 100, allowed=mask)
+        assert len(hits) == mask.sum()
+        return sorted((hit.place.row, hit.place.sample, hit.place.field) for hit in hits)
+
+    return search
+
+
+def vectors_of(*rows: int) -> list[tuple[int, int, str]]:
+    return sorted(
+        entry for row in rows for entry in [(row, 0, "prompt"), (row, 0, "generation"), (row, 1, "generation")]
+    )
+
+
+Found = Callable[[str], list[tuple[int, int, str]]]
+
+
+def test_all_vectors_of_a_row_are_meant_across_parts(found: Found) -> None:
+    assert found("lang == 'en'") == vectors_of(0, 5)  # row 2 failed
+    assert found("lang in ('de', 'fr') and year > 2020") == vectors_of(4, 6)
+    assert found("lang is None") == vectors_of(3)
+    assert found("year > 3000") == []
+
+
+def test_a_filter_may_name_the_parts_own_columns_and_samples_apart(found: Found) -> None:
+    assert found("row == 4") == vectors_of(4)
+    assert found("id == '4' and job == 'mine'") == vectors_of(4)
+    assert found("row == 4 and sample == 1") == [(4, 1, "generation")]
+    assert found("job == 'other'") == []
+
+
+def test_a_carried_column_goes_before_the_parts_own_of_that_name(found: Found) -> None:
+    assert found("text == 'text 4'") == vectors_of(4)
+
+
+def test_an_unknown_column_names_those_there_are(found: Found) -> None:
+    with pytest.raises(UserError, match=r"no column 'years'; did you mean 'year'\?; there are lang, year, text, row"):
+        found("years == 3")
+
+
+def test_a_column_that_only_another_job_has_is_missing_here(job: JobFolder, tmp_path: Path) -> None:
+    manifest: Any = read_manifest(job.index)
+    bare = JobFolder(tmp_path / "bare")
+    bare.create()
+    spec = {"output": {"columns": ["size"]}, "generate": None}
+    write_job(bare, fingerprint="bare", document={"spec": spec})
+    write_plan(bare, fingerprint="bare", splits=[], document={})
+    import dataclasses
+
+    other = dataclasses.replace(manifest.jobs[0], job="bare", num_vectors=0)
+    both = dataclasses.replace(manifest, jobs=(*manifest.jobs, other))
+
+    def folder_of(one: Any) -> JobFolder:
+        return bare if one.job == "bare" else job
+
+    assert matching_vectors(job.index, both, Filter.parse("size is None"), folder_of).all()
+    assert not matching_vectors(job.index, both, Filter.parse("size == 3"), folder_of).any()

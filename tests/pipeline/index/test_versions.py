@@ -1,0 +1,334 @@
+"""An index that grows, loses rows and is merged: what it answers, who is not disturbed, and where a crash leaves it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pytest
+
+from pipeline.audit import audit
+from pipeline.commits import CommitLog
+from pipeline.errors import JobError, UserError
+from pipeline.index.build import build_index, index_is_current
+from pipeline.index.deletions import delete_vectors
+from pipeline.index.growth import Addition, add_job
+from pipeline.index.manifest import IndexManifest, Provenance, read_manifest
+from pipeline.index.merging import merge_indexes
+from pipeline.index.rebuilding import kept_changes
+from pipeline.index.search import IndexShard, VectorIndex
+from pipeline.index.versions import change_index, folder_of_version
+from pipeline.indexed_jobs import IndexedRows
+from pipeline.job_folder import JobFolder, write_job, write_plan
+from pipeline.parts import PartBuilder
+from pipeline.records import RecordLayout
+
+KINDS = ["Flat", "SQ8", "IVF4,Flat", "HNSW8", "PCA7,SQ8", "PCA7,IVF4,Flat", "SQ8,RFlat", "PCA7,HNSW8"]
+SPLIT_ROWS = 32
+
+Matrix = npt.NDArray[np.float32]
+
+
+def unit(num_vectors: int, *, seed: int, dimension: int = 8) -> Matrix:
+    vectors = np.random.default_rng(seed).normal(size=(num_vectors, dimension)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    folder: JobFolder
+    log: CommitLog
+    name: str
+    vectors: Matrix
+    arguments: Mapping[str, Any]
+
+    def build(self, **changes: Any) -> IndexManifest:
+        return build_index(self.folder, self.log.commits, **{**self.arguments, **changes})
+
+    def add(self, other: Job, *, provenance: Provenance | None = None) -> IndexManifest:
+        addition = Addition(
+            folder=other.folder,
+            path=os.path.relpath(other.folder.root, self.folder.root),
+            job=other.name,
+            commits=other.log.commits,
+            provenance=provenance or other.arguments["provenance"],
+        )
+        return change_index(self.folder, lambda draft, manifest: add_job(draft, manifest, addition))
+
+    def delete(self, *numbers: int) -> IndexManifest:
+        gone = np.array(numbers, np.int64)
+        return change_index(self.folder, lambda draft, manifest: delete_vectors(draft, manifest, gone))
+
+    def found(self, queries: Matrix, k: int = 5) -> list[list[tuple[str, int]]]:
+        return found_in(self.folder, queries, k)
+
+
+def found_in(folder: JobFolder, queries: Matrix, k: int = 5) -> list[list[tuple[str, int]]]:
+    hits = VectorIndex.open(folder.index).search(queries, k)
+    return [[(hit.place.job, hit.place.row) for hit in one] for one in hits]
+
+
+@pytest.fixture
+def job(tmp_path: Path, provenance: Provenance) -> Callable[..., Job]:
+    """`job(name, vectors)` -> a finished job that embeds prompts and carries `key`, indexed as `build` is told."""
+
+    def make(name: str, vectors: Matrix, *, center: bool = False, **arguments: Any) -> Job:
+        folder = JobFolder(tmp_path / name)
+        log = CommitLog(folder, fingerprint=f"of {name}")
+        log.recover()
+        carried = pa.record_batch({"key": [f"{name}-{row}" for row in range(len(vectors))]})
+        layout = RecordLayout.of(samples=0, embeds="prompt", dimension=vectors.shape[1], carried=carried.schema)
+        splits = []
+        for split, first in enumerate(range(0, len(vectors), SPLIT_ROWS)):
+            count = min(SPLIT_ROWS, len(vectors) - first)
+            splits.append({"index": split, "first_row": first, "num_rows": count})
+            builder = PartBuilder(layout, split=split, first_row=first, num_rows=count)
+            builder.carry(first, carried.slice(first, count))
+            for row in range(first, first + count):
+                builder.add_vector(row, "prompt", vectors[row], prompt_tokens=1)
+            log.publish(log.commit(builder.write(folder)))
+        spec = {
+            "output": {"columns": ["key"]},
+            "generate": None,
+            "embed": {"template": None},
+            "prompt": {"template": None, "column": "key"},
+            "index": {},
+        }
+        write_job(folder, fingerprint=f"of {name}", document={"spec": spec})
+        write_plan(folder, fingerprint=f"of {name}", splits=splits, document={})
+        made = Job(folder, log, name, vectors, {"job": name, "provenance": provenance, "center": center, **arguments})
+        made.build()
+        return made
+
+    return make
+
+
+Make = Callable[..., Job]
+
+
+def assert_whole(folder: JobFolder) -> None:
+    found = audit(folder.root)
+    assert (found.problems, found.pending) == ((), ())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_are_added_and_deleted_are_found_and_not_found(job: Make, kind: str) -> None:
+    one = job("one", unit(60, seed=1), kind=kind, recall=0.1)
+    two = job("two", unit(20, seed=2), kind="Flat")
+    before = {path.name: path.read_bytes() for path in one.folder.index.glob("*.faiss")}
+    manifest = one.add(two)
+    assert (manifest.version, manifest.num_vectors, [one.job for one in manifest.jobs]) == (2, 80, ["one", "two"])
+    assert {name: (one.folder.index / name).read_bytes() for name in before} == before, "nothing was built again"
+    k = 1 if kind == "Flat" else 30  # what is kept of a vector is near it, and not itself
+    assert all(("two", row) in hits for row, hits in enumerate(one.found(two.vectors, k)))
+    assert all(("one", row) in hits for row, hits in enumerate(one.found(one.vectors, k)))
+    assert_whole(one.folder)
+
+    manifest = one.delete(3, 65)
+    assert (manifest.version, manifest.num_deleted) == (3, 2)
+    every = one.found(unit(3, seed=3), k=100)
+    assert [len(hits) for hits in every] == [78] * 3
+    assert not {("one", 3), ("two", 5)} & {hit for hits in every for hit in hits}
+    assert one.delete(0).num_deleted == 3
+    assert_whole(one.folder)
+
+
+def test_a_grown_flat_index_answers_as_one_that_was_built_of_all(job: Make) -> None:
+    one, two = job("one", unit(40, seed=1), shards=2), job("two", unit(30, seed=2))
+    both = job("both", np.concatenate([one.vectors, two.vectors]))
+    one.add(two)
+    queries = unit(10, seed=3)
+    grown = VectorIndex.open(one.folder.index).search(queries, 20)
+    built = VectorIndex.open(both.folder.index).search(queries, 20)
+    assert [[(hit.vector, hit.score) for hit in hits] for hits in grown] == [
+        [(hit.vector, hit.score) for hit in hits] for hits in built
+    ]
+
+
+def test_what_is_added_is_centred_on_the_first_mean(job: Make) -> None:
+    one = job("one", unit(40, seed=1) + 0.5, center=True)
+    two = job("two", unit(30, seed=2) - 0.5)
+    center = (one.folder.index / "center.npy").read_bytes()
+    manifest = one.add(two)
+    assert (one.folder.index / "center.npy").read_bytes() == center
+    assert manifest.center is not None
+    assert_whole(one.folder)
+
+
+def test_files_can_be_read_with_faiss_alone_under_their_numbers(job: Make) -> None:
+    one, two = job("one", unit(10, seed=1)), job("two", unit(7, seed=2))
+    manifest = one.add(two)
+    assert [(shard.first_vector, shard.num_vectors) for shard in manifest.shards] == [(0, 10), (10, 7)]
+    index = faiss.read_index(str(one.folder.index / manifest.shards[1].file))
+    np.testing.assert_array_equal(index.reconstruct(13), two.vectors[3])
+
+
+def test_records_are_read_from_the_job_that_a_hit_is_of(job: Make) -> None:
+    one, two = job("one", unit(10, seed=1)), job("two", unit(7, seed=2))
+    manifest = one.add(two)
+    (hits,) = VectorIndex.open(one.folder.index).search(two.vectors[3], 1)
+    rows = IndexedRows(one.folder.root, manifest)
+    assert rows.read([hits[0].place])[hits[0].place.record].columns == {"key": "two-3"}
+    two.folder.root.rename(two.folder.root.with_name("elsewhere"))
+    with pytest.raises(JobError, match=r"the rows of job 'two' are in .*two, and there is no job directory there"):
+        IndexedRows(one.folder.root, manifest).read([hits[0].place])
+    assert any("the rows of job 'two'" in problem for problem in audit(one.folder.root).problems)
+
+
+def test_what_can_not_be_compared_or_is_there_is_refused_and_nothing_changes(job: Make, provenance: Provenance) -> None:
+    one, two = job("one", unit(10, seed=1)), job("two", unit(7, seed=2))
+    before = read_manifest(one.folder.index)
+    for changed, expected in (
+        (dataclasses.replace(provenance, pooling="last"), r"another pooling \(mean there, last here\)"),
+        (dataclasses.replace(provenance, model_files={"model.safetensors": "cc"}), "model_files"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            one.add(two, provenance=changed)
+    with pytest.raises(UserError, match="is in the index already, as 'one'"):
+        one.add(one)
+    assert read_manifest(one.folder.index) == before
+    assert not list(one.folder.attempts.iterdir())
+
+
+def test_a_job_is_added_anew_once_its_rows_are_deleted(job: Make) -> None:
+    one, two = job("one", unit(10, seed=1)), job("two", unit(7, seed=2))
+    one.add(two)
+    with pytest.raises(UserError, match="index delete OUT --filter \"job == 'two'\""):
+        one.add(two)
+    one.delete(*range(10, 17))
+    manifest = one.add(two)
+    assert [entry.job for entry in manifest.jobs] == ["one", "two", "two-2"]
+    assert one.found(two.vectors[:1], 1) == [[("two-2", 0)]]
+    assert_whole(one.folder)
+
+
+def test_a_reader_of_the_old_version_is_not_disturbed(job: Make) -> None:
+    one, two = job("one", unit(30, seed=1)), job("two", unit(7, seed=2))
+    queries = unit(5, seed=3)
+    reader, manifest = VectorIndex.open(one.folder.index), read_manifest(one.folder.index)
+    expected = reader.search(queries, 10)
+    one.add(two)
+    assert reader.search(queries, 10) == expected
+    # One that comes back for a file, as a replaced worker does, finds that of its version.
+    folder = folder_of_version(one.folder.index, manifest)
+    assert folder == one.folder.root / "index-versions" / "000001"
+    assert read_manifest(folder) == manifest
+    assert IndexShard.load(folder, manifest, 0).num_vectors == 30
+    one.delete(0)
+    assert reader.search(queries, 10) == expected
+    assert [path.name for path in (one.folder.root / "index-versions").iterdir()] == ["000002"]
+
+
+def test_unchanged_files_are_not_copied(job: Make) -> None:
+    one = job("one", unit(30, seed=1))
+    before = os.stat(one.folder.index / "shard-000.faiss").st_ino
+    one.delete(0)
+    assert os.stat(one.folder.index / "shard-000.faiss").st_ino == before
+
+
+@pytest.mark.parametrize("change", ["add", "delete", "rebuild"])
+def test_a_crash_at_any_step_leaves_the_old_version_or_the_new(job: Make, filesystem: Any, change: str) -> None:
+    one, two = job("one", unit(20, seed=1)), job("two", unit(7, seed=2))
+    one.delete(4)
+    old = read_manifest(one.folder.index)
+    work = {
+        "add": lambda: one.add(two),
+        "delete": lambda: one.delete(2),
+        "rebuild": lambda: one.build(change=kept_changes(one.folder)),
+    }[change]
+    with filesystem.dies_at(None):
+        work()
+    num_steps = len(filesystem.trace)
+    assert num_steps > 5
+    new = read_manifest(one.folder.index)
+    for step in range(num_steps):
+        one.build()
+        change_index(one.folder, lambda draft, manifest: delete_vectors(draft, manifest, np.array([4])))
+        assert read_manifest(one.folder.index).jobs == old.jobs
+        with filesystem.dies_at(step):
+            work()
+        assert filesystem.died
+        manifest = read_manifest(one.folder.index)
+        expected = old if manifest.version == 2 else new
+        assert (manifest.jobs, manifest.num_deleted) == (expected.jobs, expected.num_deleted)
+        every = one.found(unit(1, seed=3), 100)[0]
+        assert ("one", 4) not in every
+        assert len(every) == manifest.num_vectors - manifest.num_deleted
+        one.log.recover()
+        assert_whole(one.folder)
+        if manifest.version == 2:
+            work()
+            assert read_manifest(one.folder.index).num_deleted == new.num_deleted
+
+
+def test_a_job_that_is_indexed_again_keeps_what_was_added_and_deleted(job: Make) -> None:
+    one, two = job("one", unit(40, seed=1)), job("two", unit(7, seed=2))
+    one.add(two)
+    one.delete(4, 42)
+    assert index_is_current(one.folder, one.log.commits, **one.arguments), "adding and deleting is no reason to build"
+    assert not index_is_current(one.folder, {0: one.log.commits[0]}, **one.arguments)
+    manifest = one.build(kind="SQ8", recall=0.5, change=kept_changes(one.folder))
+    assert (manifest.version, manifest.num_vectors, manifest.num_deleted) == (4, 47, 2)
+    every = {hit for hits in one.found(unit(1, seed=3), 100) for hit in hits}
+    assert every == {("one", row) for row in range(40) if row != 4} | {("two", row) for row in range(7) if row != 2}
+    assert_whole(one.folder)
+
+
+def test_a_damaged_list_of_deletions_is_never_read_as_none(job: Make) -> None:
+    one = job("one", unit(20, seed=1))
+    one.delete(4)
+    (one.folder.index / "deleted.parquet").write_bytes(b"")
+    with pytest.raises(JobError, match="damaged"):
+        VectorIndex.open(one.folder.index)
+    with pytest.raises(JobError, match="damaged"):
+        kept_changes(one.folder)
+    assert any("deleted.parquet" in problem for problem in audit(one.folder.root).problems)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_indexes_answer_as_each_did(job: Make, tmp_path: Path, kind: str) -> None:
+    one = job("one", unit(60, seed=1), kind=kind, recall=0.1)
+    two = job("two", unit(50, seed=2), kind=kind, recall=0.1, shards=2)
+    one.delete(7)
+    two.delete(9)
+    merged = JobFolder(tmp_path / "merged")
+    manifest = merge_indexes(merged, [one.folder, two.folder])
+    assert [(entry.job, entry.path) for entry in manifest.jobs] == [("one", "../one"), ("two", "../two")]
+    assert (manifest.num_vectors, manifest.num_deleted, len(manifest.shards)) == (110, 2, 3)
+    (hits,) = VectorIndex.open(merged.index).search(unit(1, seed=3), 200, allowed=np.ones(110, np.bool_))
+    every = [(hit.place.job, hit.place.row) for hit in hits]
+    assert len(every) == 108
+    assert not {("one", 7), ("two", 9)} & set(every)
+    k = 1 if kind == "Flat" else 30
+    assert all(("two", row) in hits for row, hits in enumerate(found_in(merged, two.vectors, k)) if row != 9)
+    assert_whole(merged)
+
+
+def test_indexes_that_do_not_belong_together_are_not_merged(job: Make, tmp_path: Path, provenance: Provenance) -> None:
+    one, two, other = (job(name, unit(20, seed=number)) for number, name in enumerate(("one", "two", "other")))
+    out = JobFolder(tmp_path / "merged")
+    one.add(two)
+    with pytest.raises(UserError, match="two is in the index already, as 'two'"):
+        merge_indexes(out, [one.folder, two.folder])
+    other.build(provenance=dataclasses.replace(provenance, tokenizer="cc"))
+    with pytest.raises(UserError, match=r"can't be merged with .*one: its vectors were made with another tokenizer"):
+        merge_indexes(out, [one.folder, other.folder])
+    other.build(kind="SQ8", recall=0.1)
+    with pytest.raises(UserError, match=r"give both the same index\.kind"):
+        merge_indexes(out, [one.folder, other.folder])
+    other.build(center=True)
+    with pytest.raises(UserError, match="centred on different means"):
+        merge_indexes(out, [one.folder, other.folder])
+    other.build()
+    with pytest.raises(UserError, match="is not empty"):
+        merge_indexes(two.folder, [one.folder, other.folder])
+    assert not out.index.exists()
+    merge_indexes(out, [one.folder, other.folder])
+    assert_whole(out)
