@@ -74,7 +74,7 @@ def bulk_query(
 ) -> JsonObject:
     """The k rows of the index of `out` nearest to each row of `source`, into the folder `output`; or go on with it.
 
-    Only rows that `filter` means are found, where there is one.
+    With a `filter` only among the rows that it means (see `pipeline.index.expression`).
 
     Gives {"output", "queries", "errors", "neighbours"}. UserError where there is no index, the model is another by now,
     or `output` holds another search; JobError if the index was built anew since the search began.
@@ -82,7 +82,6 @@ def bulk_query(
     folder = open_index(out)
     manifest = read_manifest(folder.index)
     spec = embedding_spec(out, manifest)
-    allowed = allowed_vectors(out, manifest, filter)
     refuse_changed_model(manifest.provenance, resolve_model(manifest.provenance.model))
     queries = query_job(source, column, id_column, output, manifest.provenance, spec)
     target = JobFolder(output.expanduser().absolute())
@@ -90,13 +89,14 @@ def bulk_query(
         "index": str(out.resolve()),
         "index_digest": _digest(manifest.to_json()),
         "k": k,
+        "filter": filter,
         "input": queries.to_json()["input"],
         "prompt": queries.to_json()["prompt"],
-        **({} if filter is None else {"filter": filter}),
     }
     with lock(target):
         _begin(target, asked)
         joins = is_joined(address)
+        allowed = allowed_vectors(out, manifest, filter)
         log = CommitLog(target, fingerprint=_digest(asked))
         log.recover()
         if not _is_done(target, log):
@@ -177,7 +177,7 @@ def _begin(target: JobFolder, asked: JsonObject) -> None:
             replace_file(path, seal(asked), drafts=target.attempts)
         return
     before = read_sealed(path)
-    changed = sorted(key for key in {*asked, *before} if before.get(key) != asked.get(key))
+    changed = sorted(key for key in asked if before.get(key) != asked[key])
     if changed == ["index_digest"]:
         raise JobError(
             f"the index in {asked['index']} was built anew since the search in {target.root} began: name another "
@@ -190,9 +190,13 @@ def _begin(target: JobFolder, asked: JsonObject) -> None:
 
 
 def _is_done(target: JobFolder, log: CommitLog) -> bool:
-    """Whether every split of the queries was searched for."""
+    """Whether every split of the queries was searched for. JobError if their files are others by now."""
     queries = JobFolder(target.root / QUERIES_NAME)
-    return queries.job_file.exists() and len(read_plan(queries)["splits"]) == len(log.commits)
+    if not queries.job_file.exists():
+        return False
+    plan = read_plan(queries)
+    Source.from_json(plan["source"]).check_unchanged()
+    return len(plan["splits"]) == len(log.commits)
 
 
 def _search_all(
@@ -205,21 +209,24 @@ def _search_all(
     allowed: Mask | None,
     on_progress: OnProgress | None,
 ) -> None:
+
     from workers.index_shard import start_shards
-    from workers.shard_group import STARTING_S, ShardGroup, Watch, await_ready, end_actors
+    from workers.shard_group import STARTING_S, ShardGroup, Watch, await_ready, end_actors, put_masks
 
     queries = JobFolder(queries_out)
     wanted = [commit for split, commit in sorted(latest_commits(queries).items()) if split not in log.commits]
     rows = RowMap(check_file(indexed.index, manifest.rows))
     centering = read_centering(indexed.index, manifest)
     records = IndexedRows(indexed.root, manifest, cache_bytes=CACHE_BYTES)
-    masks = None if allowed is None else [allowed[one.first_vector :][: one.num_vectors] for one in manifest.shards]
     batch_rows = max(BATCH_BYTES // max(4 * manifest.dimension, 16 * k), 1)
     shards = start_shards(indexed.index, manifest)
     watch = Watch(shards)
     try:
         await_ready({f"shard {number}": shard for number, shard in enumerate(shards)})
         group = ShardGroup(shards, patience_s=STARTING_S)
+        masks = None
+        if allowed is not None:
+            masks = put_masks([allowed[one.first_vector :][: one.num_vectors] for one in manifest.shards])
         counter = _Counter(log, sum(commit.rows for commit in wanted), on_progress)
         with ThreadPoolExecutor(1) as ahead:  # the next queries are searched for while these are written
             for commit in wanted:

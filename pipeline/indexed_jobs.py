@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.commits import Commit, read_commits
@@ -52,14 +51,14 @@ class IndexedRows:
             (job, *at): record for job, rows in wanted.items() for at, record in self._rows_of(job).read(rows).items()
         }
 
-    def ids(self, jobs: pa.ChunkedArray[Any], rows: npt.NDArray[np.int64]) -> list[str | None]:
-        """The id of each row of `rows`, which is one of the job beside it in `jobs`. JobError as `read`."""
-        called: Any = jobs.combine_chunks().dictionary_encode()
-        codes = called.indices.to_numpy()
+    def ids(self, places: pa.Table) -> list[str | None]:
+        """The id of each record of rows.parquet in `places`, in their order. JobError as `read`."""
+        jobs: Any = places["job"].to_pylist()
+        rows = places["row"].to_numpy()
         found: list[str | None] = [None] * len(rows)
-        for code, job in enumerate(called.dictionary.to_pylist()):
-            (places,) = np.nonzero(codes == code)
-            for place, id in zip(places.tolist(), self._rows_of(job).ids(rows[places]), strict=True):
+        for job in dict.fromkeys(jobs):
+            mine = np.array([place for place, other in enumerate(jobs) if other == job], np.int64)
+            for place, id in zip(mine.tolist(), self._rows_of(job).ids(rows[mine]), strict=True):
                 found[place] = id
         return found
 

@@ -148,7 +148,7 @@ def neighbour_table(
     is_hit = num_hits[queries] > 0
     places = rows.table(numbers[found])
     hit_of: Any = pa.array(np.cumsum(is_hit) - 1, mask=~is_hit)  # [records] which of all hits
-    ids = pa.array(records.ids(places["job"], places["row"].to_numpy()), pa.string())
+    ids = pa.array(records.ids(places), pa.string())
     columns: dict[str, Any] = {
         "query_row": batch.table["row"].take(queries),
         "query_id": batch.table["id"].take(queries),

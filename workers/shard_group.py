@@ -40,10 +40,10 @@ class ShardGroup:
         self._shards = list(shards)
         self._patience_s = patience_s
 
-    def search(
-        self, queries: npt.NDArray[np.float32], k: int, allowed: Sequence[npt.NDArray[np.bool_]] | None = None
-    ) -> list[Found]:
+    def search(self, queries: npt.NDArray[np.float32], k: int, allowed: Sequence[Any] | None = None) -> list[Found]:
         """Each shard's answer, to be merged by `best`, among the vectors `allowed` of each shard, or among all.
+
+        `allowed` are masks, or what `put_masks` made of them.
 
         JobError where one has none within seconds.
         """
@@ -56,6 +56,11 @@ class ShardGroup:
         shard = self._shards[number]
         send = partial(shard.search.remote, queries, k, allowed)
         return cast(Found, answer_of(shard, f"shard {number}", send, reference, patience_s=self._patience_s))
+
+
+def put_masks(masks: Sequence[npt.NDArray[np.bool_]]) -> list[Any]:
+    """Masks of shards that are searched again and again: sent once."""
+    return [ray.put(mask) for mask in masks]
 
 
 def answer_of(

@@ -18,7 +18,7 @@ from jobs.bulk_query import bulk_query, neighbours
 from jobs.cli import execute
 from jobs.client import connect
 from jobs.served import serving
-from pipeline.errors import UserError
+from pipeline.errors import JobError, UserError
 
 pytestmark = pytest.mark.ray
 
@@ -56,7 +56,7 @@ def asked_for(folder: Path) -> list[int]:
 
 
 def test_neighbours_are_those_that_single_queries_find(
-    ask: Callable[..., Any], indexed_job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ask: Callable[..., Any], indexed_job: Path, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert ask() == {"output": str(tmp_path / "found"), "queries": 150, "errors": 2, "neighbours": 148 * 3}
     found = records(tmp_path / "found")
@@ -90,11 +90,15 @@ def test_neighbours_are_those_that_single_queries_find(
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
     with pytest.raises(UserError, match=r"holds another search, with another k; name another folder"):
         ask(k=4)
+    pq.write_table(pa.table({"q": ["another"], "name": ["q0"]}), queries)
+    with pytest.raises(JobError, match=r"queries.parquet has changed"):
+        ask()
 
 
 def test_killed_at_any_time_it_goes_on_and_repeats_nothing(
     ask: Callable[..., Any], ray_cluster: str, indexed_job: Path, queries: Path, tmp_path: Path
 ) -> None:
+    few = "row < 2"
     script = (
         "from pathlib import Path\n"
         "import jobs.bulk_query as bulk, time\n"
@@ -105,7 +109,7 @@ def test_killed_at_any_time_it_goes_on_and_repeats_nothing(
         "    return written(*arguments)\n"
         "bulk.neighbour_table = slowly\n"
         f"bulk.bulk_query(Path({str(indexed_job)!r}), {str(queries)!r}, Path({str(tmp_path / 'found')!r}), k=3,\n"
-        f"    column='q', id_column='name', engine_factory={CHEAP!r})\n"
+        f"    column='q', id_column='name', filter={few!r}, engine_factory={CHEAP!r})\n"
     )
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ENGINES)]),
@@ -123,7 +127,8 @@ def test_killed_at_any_time_it_goes_on_and_repeats_nothing(
     assert [path.name for path in parts] == ["part-000000.parquet"]
     stamp = parts[0].stat().st_mtime_ns
     assert list((found / "_attempts").iterdir()) != [], "it was killed in the midst of the second"
-    assert ask()["neighbours"] == 148 * 3
+    assert ask(filter=few)["neighbours"] == 148 * 2, "no more rows match"
+    assert {record["row"] for record in records(found)} == {0, 1, None}
     assert asked_for(found) == list(range(150))
     assert parts[0].stat().st_mtime_ns == stamp
     assert list((found / "_attempts").iterdir()) == []
