@@ -122,6 +122,7 @@ def _run(
         keep=RunRecords(store.folder).keep,
     )
     finisher = Finisher(store, tally)
+    finisher.refuse_unknown_kind()
     report = store.report()
     if not state.num_open and report is not None and finisher.index_is_current():
         return JobResult(out=store.folder.root, report=report)

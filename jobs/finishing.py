@@ -12,7 +12,7 @@ from jobs.store import JobStore
 from jobs.tally import Tally
 from pipeline.audit import audit
 from pipeline.index.build import build_index, index_is_current
-from pipeline.index.kinds import DEFAULT_MEMORY_BYTES
+from pipeline.index.kinds import DEFAULT_MEMORY_BYTES, refuse_unknown
 from pipeline.index.manifest import Provenance
 from pipeline.index.rebuilding import kept_changes
 from workers.index_builders import builders_at_hand
@@ -26,6 +26,11 @@ class Finisher:
         self._tally = tally
         self._experts = ExpertRecord(store.folder)
         self.written_report: JsonObject | None = None
+
+    def refuse_unknown_kind(self) -> None:
+        """UserError where the job names a kind of index that there is none of: before its rows are run, not after."""
+        if self._store.job.spec.index is not None:
+            refuse_unknown(self._store.job.spec.index.kind)
 
     def index_is_current(self) -> bool:
         """True also for a job that has none."""

@@ -38,6 +38,10 @@ def train(index: Any, sample: npt.NDArray[np.float32], kind: str) -> None:
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None:
         ivf.cp.min_points_per_centroid = 1  # fewer than FAISS likes are still trained on, and it says nothing of it
+    quantized: Any
+    for quantized in (index, ivf):
+        if hasattr(quantized, "pq"):
+            quantized.pq.cp.min_points_per_centroid = 1
     try:
         index.train(sample)
     except RuntimeError as error:

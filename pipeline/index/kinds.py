@@ -30,6 +30,7 @@ HNSW_VECTORS: Final = 250_000
 _HNSW_LINKS: Final = 32
 _TRAINING_PER_LIST: Final = 64
 _PQ_TRAINING: Final = 1 << 14  # a product quantizer of 8 bits wants about 10,000 vectors
+_ANY_DIMENSION: Final = 64
 _REFINED: Final = 8  # a kind that refines looks at so many times k candidates
 
 
@@ -67,6 +68,16 @@ def next_kind(kinds: Sequence[str], missed: Sequence[str]) -> str | None:
         if kind not in missed and all(_coarseness(kind) <= _coarseness(other) for other in missed):
             return kind
     return None
+
+
+def refuse_unknown(kind: str) -> None:
+    """UserError for what FAISS can't read whatever the width of vectors, so that it shows before there are any."""
+    try:
+        if kind.strip().lower() not in (AUTO, FLAT.lower()):
+            make_index(kind.strip(), _ANY_DIMENSION)
+    except UserError as error:
+        if "could not parse" in str(error):
+            raise UserError(f"index.kind {kind!r} is neither auto nor a FAISS factory string") from None
 
 
 def make_index(kind: str, dimension: int) -> Any:

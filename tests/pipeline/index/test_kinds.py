@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.index.budget import SHARD_VECTORS, build_budget
-from pipeline.index.kinds import index_bytes, next_kind, settled_kinds
+from pipeline.index.kinds import index_bytes, next_kind, refuse_unknown, settled_kinds
 
 GIB = 1 << 30
 
@@ -96,6 +96,13 @@ def test_shards_that_the_memory_does_not_hold_are_refused_with_how_much_they_tak
         build_budget("HNSW32", 2_000_000, 384, memory_bytes=GIB, shards=2)
     with pytest.raises(UserError, match="give it more"):
         build_budget("SQ8", 100_000, 64, memory_bytes=10_000)
+
+
+def test_a_string_that_faiss_cannot_read_is_refused_before_there_are_vectors() -> None:
+    for known in ("auto", "flat", "IVF4096,PQ48", "PQ7", "OPQ16_64,IVF32,PQ16,RFlat"):
+        refuse_unknown(known)
+    with pytest.raises(UserError, match=r"index\.kind 'IVF8,Nope' is neither auto nor a FAISS factory string"):
+        refuse_unknown("IVF8,Nope")
 
 
 @pytest.mark.parametrize("kind", ["Nonsense", "IVF4", "PQ7", "IVF0,Flat", "", "HNSW32,,Flat"])
