@@ -134,6 +134,8 @@ def _run(
         controller = Controller(store, state, fleet, finisher, tally)
         with _stopping(controller):
             outcome = controller.run()
+        if outcome.kind != "done":
+            finisher.keep_counts()
     if outcome.kind == "interrupted":
         raise JobInterrupted
     if outcome.kind == "failed":

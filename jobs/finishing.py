@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jobs.embedding import job_provenance
+from jobs.expert_record import ExpertRecord
 from jobs.report import write_report
 from jobs.spec import JsonObject
 from jobs.store import JobStore
@@ -23,6 +24,7 @@ class Finisher:
     def __init__(self, store: JobStore, tally: Tally) -> None:
         self._store = store
         self._tally = tally
+        self._experts = ExpertRecord(store.folder)
         self.written_report: JsonObject | None = None
 
     def index_is_current(self) -> bool:
@@ -37,7 +39,7 @@ class Finisher:
                 self._store.folder,
                 self._store.log.commits,
                 **self._index_arguments(),
-                builders=builders_at_hand(),
+                builders=builders_at_hand(self._store.job.spec.cluster.labels),
                 on_shard=self._tally.indexed,
                 change=kept_changes(self._store.folder),
             )
@@ -46,8 +48,13 @@ class Finisher:
         return tuple(audit(self._store.folder.root).problems)
 
     def report(self) -> None:
+        self.keep_counts()
+        self.written_report = write_report(self._store.folder.root)
+
+    def keep_counts(self) -> None:
+        """What this run counted, for the reports of later runs too."""
         self._tally.keep()
-        self.written_report = write_report(self._store.folder.root, gangs=self._tally.experts.gangs)
+        self._experts.keep(self._tally.experts.gangs)
 
     def _index_arguments(self) -> dict[str, Any]:
         spec = self._store.job.spec

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Final
 
 from jobs.progress import ROWS_PHASE, Progress
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class History:
-    """Progress reports at least `spacing_s` apart, and the latest. When there are too many, every second goes."""
+    """Progress reports at least `spacing_s` apart, each phase's last, and the latest. Of too many every second goes."""
 
     def __init__(self, max_samples: int = MAX_SAMPLES) -> None:
         self._max_samples = max_samples
@@ -35,14 +36,20 @@ class History:
         self.spacing_s = 0.0
 
     def add(self, progress: Progress) -> None:
-        self._latest = progress
-        if self._kept:
-            last = self._kept[-1]
-            if progress.phase == last.phase and progress.elapsed_s < last.elapsed_s + self.spacing_s:
+        before, self._latest = self._latest, progress
+        if before is not None:
+            if progress.phase != before.phase:
+                if self._kept[-1] is not before:
+                    self._kept.append(before)  # a phase's last, which says what came of it
+            elif progress.elapsed_s < self._kept[-1].elapsed_s + self.spacing_s:
                 return
         self._kept.append(progress)
         if len(self._kept) > self._max_samples:
-            self._kept = self._kept[::2]
+            self._kept = [
+                sample
+                for place, (sample, after) in enumerate(pairwise([*self._kept, self._kept[-1]]))
+                if place % 2 == 0 or sample.phase != after.phase
+            ]
             self.spacing_s = (self._kept[-1].elapsed_s - self._kept[0].elapsed_s) / (len(self._kept) - 1)
 
     def samples(self) -> list[Progress]:

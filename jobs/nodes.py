@@ -62,7 +62,7 @@ def own_node_id() -> str:
 
 
 def out_of_reach(nodes: Sequence[Node], timeout_s: float = REACH_S) -> list[Node]:
-    """Those whose raylet takes no connection: dead, cut off or stopped. Ray itself may need a minute to find out."""
+    """Those whose raylet takes no connection: dead or cut off. Ray itself may need a minute to find out."""
     if not nodes:
         return []
     with ThreadPoolExecutor(min(_NUM_THREADS, len(nodes))) as threads:

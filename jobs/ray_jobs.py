@@ -66,8 +66,11 @@ class RayJobs:
         """`address`: a URL, `auto` for a cluster that this machine is part of; None: what the environment says."""
         self.address = _checked_address(address)
         with self._asking():
+            from ray._private.authentication import authentication_token_setup as tokens
             from ray.job_submission import JobSubmissionClient
 
+            # Where a token is it is sent, also without RAY_AUTH_MODE; a cluster that wants none doesn't mind.
+            tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
             self._client: JobSubmissionClient = JobSubmissionClient(self.address)
 
     def submit(self, submission_id: str, entrypoint: str, files: Mapping[str, str], metadata: dict[str, str]) -> None:
@@ -135,8 +138,8 @@ class RayJobs:
             message = " ".join(str(error).split())
             if type(error).__name__ == "AuthenticationError":
                 raise UserError(
-                    f"{self.address} wants the cluster's token: set RAY_AUTH_MODE=token, and put the token into "
-                    "~/.ray/auth_token or RAY_AUTH_TOKEN"
+                    f"{self.address} wants the cluster's token: put it into ~/.ray/auth_token or RAY_AUTH_TOKEN, "
+                    "and leave RAY_AUTH_MODE unset or at token"
                 ) from error
             if submission_id and "does not exist" in message:
                 raise UserError(f"{submission_id}: {self.address} knows no such job") from error

@@ -42,10 +42,10 @@ class RankNeeds:
             return needs if forecast.rank_bytes(ranks) <= GPU_SHARE * (self.gpu_bytes or 0) else None
         return needs | {"memory": forecast.rank_bytes(ranks) / HOST_SHARE}
 
-    def why_not(self, ranks: int, places: int) -> str:
-        """For people: why a gang of `ranks` can't be formed where `places` of them have room."""
+    def why_not(self, ranks: int, places: int, most: int) -> str:
+        """For people: why a gang of `ranks`, of which `places` have room, forms with `most` or, if 0, not at all."""
         have = f"{places or 'none'} of a replica's {ranks} workers have room on the nodes that are left"
-        if not places or self.forecast is None:
+        if not places or most >= places or self.forecast is None:
             return have
         size = f"{self.forecast.rank_bytes(places) / 2**30:,.1f} GiB"
         return f"{have}, and over {places} the model takes {size} on each, which is more than they can count on"

@@ -11,7 +11,6 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,11 @@ import pyarrow.parquet as pq
 import yaml
 
 from jobs.corpus_map import CorpusMap, make_map
-from jobs.expert_report import describe_experts, expert_report
-from jobs.expert_tally import GangWork
+from jobs.expert_record import read_experts
+from jobs.expert_report import describe_experts
 from jobs.history import read_runs
 from jobs.mourning import describe_deaths
 from jobs.page.render import render
-from jobs.placements import record_of
 from jobs.status import committed_status
 from jobs.terminal import human_seconds
 from pipeline.commits import Commit
@@ -114,10 +112,8 @@ def histogram(lengths: Counter[int]) -> dict[str, Any]:
     }
 
 
-def make_report(
-    folder: JobFolder, commits: Mapping[int, Commit], corpus_map: CorpusMap | None, experts: dict[str, Any] | None
-) -> dict[str, Any]:
-    """The report of what is committed now, and of the runs that runs.json has. `experts`: see expert_report."""
+def make_report(folder: JobFolder, commits: Mapping[int, Commit], corpus_map: CorpusMap | None) -> dict[str, Any]:
+    """The report of what is committed now, and of the runs that runs.json and experts.json tell of."""
     job, status = read_job(folder), committed_status(folder)
     summary = summarize([folder.part(split) for split in sorted(commits)])
     return {
@@ -138,22 +134,18 @@ def make_report(
         },
         "index": status["index"],
         "map": None if corpus_map is None else corpus_map.summary(),
-        "experts": experts,
+        "experts": read_experts(folder),
         "runs": read_runs(folder),
         "spec": job["spec"],
     }
 
 
-def write_report(out: Path, *, gangs: Sequence[GangWork] = ()) -> dict[str, Any]:
-    """Write report.json and report.html from what lies in the job directory.
-
-    `gangs`: what the experts of this run's shards did; the last report tells of those before.
-    """
+def write_report(out: Path) -> dict[str, Any]:
+    """Write report.json and report.html from what lies in the job directory."""
     folder = JobFolder(out)
     commits = latest_commits(folder)
-    experts = expert_report(_earlier_experts(folder), gangs, partial(record_of, folder))
     corpus_map = make_map(folder, commits)
-    report = make_report(folder, commits, corpus_map, experts)
+    report = make_report(folder, commits, corpus_map)
     with storage_errors("writing the report in", out):
         replace_file(out / "report.json", json.dumps(report, indent=2).encode(), drafts=folder.attempts)
         page = render(report, yaml.safe_dump(report["spec"], sort_keys=False, allow_unicode=True), corpus_map)
@@ -182,15 +174,6 @@ def describe_report(report: dict[str, Any], out: Path) -> str:
     if report["index"] is not None:
         lines.append(f"  search:  {shlex.join(['gristmill', 'query', str(out)])} 'TEXT'")
     return "\n".join(lines)
-
-
-def _earlier_experts(folder: JobFolder) -> dict[str, Any] | None:
-    """`experts` of the last report. None of a damaged one: they only say how it went."""
-    try:
-        experts = json.loads((folder.root / "report.json").read_text()).get("experts")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return experts if isinstance(experts, dict) else None
 
 
 def _total(lengths: Counter[int]) -> int:

@@ -107,4 +107,4 @@ class RoomWatch:
         rooms, apart = room_left(ground.rooms, held), self._cluster.spread
         ranks = most_ranks(rooms, needs.of, self._layout.ranks, apart=apart)
         places = min(num_places(rooms, whole, apart=apart), self._layout.ranks)
-        return ranks, needs.why_not(self._layout.ranks, places)
+        return ranks, needs.why_not(self._layout.ranks, places, ranks)

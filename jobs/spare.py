@@ -24,7 +24,11 @@ def spare_experts(
     if ranks == 1:
         return 0, "one shard holds each expert"
     if cluster.spare_experts != "auto":
-        return cluster.spare_experts, "as the job asks"
+        asked = cluster.spare_experts
+        if asked and model is not None:
+            num_experts = model().num_experts
+            asked = min(asked, num_experts - -(-num_experts // ranks))  # with these a shard holds all of them
+        return asked, "as the job asks"
     if cluster.calibration_rows == 0:
         return 0, "no loads are measured"
     room = room_bytes()

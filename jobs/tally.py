@@ -84,6 +84,7 @@ class Tally:
         ]
 
     def enter(self, phase: str) -> None:
+        self._history.add(self.progress())
         now = time.monotonic()
         self._phases[self._phase] = self._phases.get(self._phase, 0.0) + now - self._phase_at
         self._phase, self._phase_at = phase, now

@@ -4,7 +4,7 @@ job.json  plan.json            sealed (pipeline.durable.seal); see `write_job` a
 parts/part-000003.parquet      committed parts only, one a split
 commits/000003.json            revision 0 of split 3; 000003.r1.json replaces it
 index/  report.json  report.html
-runs.json                      how each run went, for the report
+runs.json  experts.json        how each run went, and what experts did in all of them, for the report
 placements/000000.json         where each gang held its experts, in the order in which gangs were formed
 submission.json                what a cluster runs the job as, where one does (jobs.submission)
 _attempts/                     work in progress; nothing in it is needed while nothing runs, but for an attempt
@@ -59,6 +59,10 @@ class JobFolder:
     @property
     def runs_file(self) -> Path:
         return self.root / "runs.json"
+
+    @property
+    def experts_file(self) -> Path:
+        return self.root / "experts.json"
 
     @property
     def placements(self) -> Path:

@@ -1,10 +1,10 @@
-"""Shards of an index built side by side as Ray tasks, on whichever machines of the cluster have a free processor."""
+"""Shards of an index built side by side as Ray tasks, on whichever of the job's machines have a free processor."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from pipeline.errors import JobError, UserError
 from pipeline.index.builders import Builders, ThreadBuilders
@@ -15,13 +15,17 @@ from workers import devices
 class RayBuilders:
     """A shard a task of one processor, in the Ray that is connected. A task whose process dies is done again."""
 
-    def __init__(self, build: Callable[[ShardTask], ShardResult] = build_shard) -> None:
+    def __init__(
+        self, build: Callable[[ShardTask], ShardResult] = build_shard, *, labels: Mapping[str, str] | None = None
+    ) -> None:
+        """`labels`: rules as of Ray's label selectors, for the nodes that may build."""
         self._build = build
+        self._labels = dict(labels or {})
 
     def __call__(self, tasks: Sequence[ShardTask], *, side_by_side: int) -> list[ShardResult]:
         import ray
 
-        build = ray.remote(num_cpus=1, max_retries=3)(self._build)
+        build = ray.remote(num_cpus=1, max_retries=3, label_selector=self._labels)(self._build)
         results = dict[int, ShardResult]()
         waiting = [dataclasses.replace(task, threads=1) for task in tasks]
         running = dict[ray.ObjectRef[ShardResult], int]()
@@ -45,9 +49,9 @@ class RayBuilders:
         return [results[task.number] for task in tasks]
 
 
-def builders_at_hand() -> Builders:
+def builders_at_hand(labels: Mapping[str, str] | None = None) -> Builders:
     """The Ray that is connected, or else this process's own threads: no Ray is started for an index alone."""
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
-        return RayBuilders()
+        return RayBuilders(labels=labels)
     return ThreadBuilders(devices.num_cpus())

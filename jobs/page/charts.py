@@ -46,7 +46,8 @@ def throughput(runs: Sequence[Mapping[str, Any]]) -> Markup | None:
 
     None where no run lasted long enough to have a speed. What is pointed at says the rows a second too.
     """
-    parts = [run["series"] for run in runs if run["series"]["seconds"] and run["series"]["seconds"][-1] > 0]
+    every = [run["series"] for run in runs]
+    parts = [one for one in every if one["seconds"] and one["seconds"][-1] > one["seconds"][0]]
     if not parts:
         return None
     end = sum(series["seconds"][-1] for series in parts)
@@ -95,15 +96,21 @@ def _area(axes: Axes, upper: Sequence[tuple[float, float]], lower: Sequence[tupl
 
 def _rates(series: Mapping[str, Sequence[float]], stretch: float) -> list[tuple[float, float, dict[str, float]]]:
     """(from, to, what happened a second) in stretches of `stretch` seconds or more, from counts since a run began."""
-    names = ("rows", "prompt_tokens", "completion_tokens")
+    seconds, bounds = series["seconds"], [0]
+    for place in range(1, len(seconds)):
+        if seconds[place] - seconds[bounds[-1]] >= stretch:
+            bounds.append(place)
+    if len(bounds) > 1 and seconds[-1] - seconds[bounds[-1]] < stretch / 2:
+        bounds.pop()  # a rest too short to have a speed of its own
+    bounds.append(len(seconds) - 1)
     found: list[tuple[float, float, dict[str, float]]] = []
-    before, seconds = 0, series["seconds"]
-    for after in range(1, len(seconds)):
+    for before, after in pairwise(bounds):
         length = seconds[after] - seconds[before]
-        if length >= stretch or (after == len(seconds) - 1 and length > 0):
-            rates = {name: max(series[name][after] - series[name][before], 0) / length for name in names}
-            found.append((seconds[before], seconds[after], rates))
-            before = after
+        rates = {
+            name: max(series[name][after] - series[name][before], 0) / length
+            for name in ("rows", "prompt_tokens", "completion_tokens")
+        }
+        found.append((seconds[before], seconds[after], rates))
     return found
 
 

@@ -130,11 +130,18 @@ def _deaths(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
             "at": human_seconds(death["at_s"]),
             "replica": death["replica"],
             "reason": death["reason"],
-            "recovered": "–" if (seconds := death.get("recovered_after_s")) is None else f"{seconds:,.1f} s",
+            "noticed": _seconds(death.get("unheard_s")),
+            "again": f"{death['splits_again']:,}" if "splits_again" in death else "–",
+            "recovered": _seconds(death.get("recovered_after_s")),
+            "ranks": f"{death['ranks']}" if "ranks" in death else "as before",
         }
         for number, run in enumerate(runs, start=1)
         for death in run.get("deaths", ())
     ]
+
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.1f} s"
 
 
 def _lengths(lengths: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Markup, str]]:

@@ -182,6 +182,20 @@ def rows_of() -> Callable[[Path | str], list[dict[str, Any]]]:
     return read_rows
 
 
+def is_shard(process: psutil.Process) -> bool:
+    """Whether it is an actor that holds a decoder shard, by the title that Ray gives it, whichever thread it was in."""
+    try:
+        return " ".join(process.cmdline()).startswith("ray::ShardActor")
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture
+def shards_of() -> Callable[[psutil.Process], list[psutil.Process]]:
+    """A process -> the actors among what it started that hold decoder shards."""
+    return lambda process: [child for child in process.children(recursive=True) if is_shard(child)]
+
+
 class Controller:
     """A run in a process of its own, which may be killed with everything that it started."""
 

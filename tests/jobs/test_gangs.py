@@ -20,18 +20,13 @@ from pipeline.audit import audit
 pytestmark = pytest.mark.ray
 
 
-def rank_processes() -> list[psutil.Process]:
-    """Actors of gangs, by the title that Ray gives their processes."""
-    own = psutil.Process().children(recursive=True)
-    return [process for process in own if process.name().startswith("ray::ShardActor")]
-
-
 def test_rows_are_the_same_over_several_ranks_and_replicas_and_after_a_rank_was_killed(
     ray_cluster: str,
     moe_job: Callable[..., dict[str, Any]],
     moe_alone: Any,
     moe_rows: list[dict[str, Any]],
     rows_of: Callable[..., list[dict[str, Any]]],
+    shards_of: Callable[[psutil.Process], list[psutil.Process]],
 ) -> None:
     alone, experts = moe_rows, moe_alone.report["experts"]
     assert (experts["layers"], experts["gangs"]) == ([0, 1, 2, 3], [])
@@ -44,7 +39,7 @@ def test_rows_are_the_same_over_several_ranks_and_replicas_and_after_a_rank_was_
     def kill_a_rank() -> None:
         while not list(out.glob("commits/*.json")):
             time.sleep(0.005)
-        for process in rank_processes()[1:2]:
+        for process in shards_of(psutil.Process())[1:2]:
             process.send_signal(signal.SIGKILL)
             killed.append(process.pid)
 
@@ -73,3 +68,28 @@ def test_rows_are_the_same_over_several_ranks_and_replicas_and_after_a_rank_was_
         assert gang["nodes"] == [0, 0]
         assert 1 <= gang["balance"]["achieved"] < 2
         assert gang["bytes"]["within"] > 0 == gang["bytes"]["across"]
+
+
+def test_a_row_that_kills_its_gang_is_found_and_what_shared_the_gang_with_it_is_served(
+    run_job: Callable[..., Any],
+    job: Callable[..., dict[str, Any]],
+    tiny_model: Callable[..., Path],
+    rows_of: Callable[..., list[dict[str, Any]]],
+) -> None:
+    """The engine computes nothing; its gang has two ranks, each of which takes the other along."""
+    texts = ["DIE" if row == 5 else f"text number {row}" for row in range(16)]
+    settings = job(texts, model=str(tiny_model("mixtral")), prompt={"column": "body", "chat": False}, embed=None)
+    settings |= {
+        "cluster": {"threads": 1, "expert_parallel": 2},
+        "output": {"path": settings["output"]["path"], "rows_per_split": 2},
+    }
+    result = run_job(settings)
+    rows = rows_of(result.out)
+    assert {row["row"]: row["error_code"] for row in rows if row["error_code"]} == {5: "worker_killed"}
+    assert [row["row"] for row in rows] == list(range(16))
+    run = result.report["runs"][-1]
+    assert (run["layout"]["replicas"], run["layout"]["ranks"]) == (1, 2)
+    assert 4 <= len(run["deaths"]) <= 6
+    again = [death["splits_again"] for death in run["deaths"]]
+    assert again[0] > 1, "the gang had other splits in hand"
+    assert again[2:] == [1] * len(again[2:]), "from the third death on the suspect was alone"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,15 @@ def test_samples_are_few_and_evenly_spread_however_long_a_run_takes(count: int, 
     assert samples[-1].elapsed_s == (count - 1) * every_s
     gaps = [after.elapsed_s - before.elapsed_s for before, after in pairwise(samples[:-1])]
     assert not gaps or max(gaps) <= 2.01 * min(gaps)
+
+
+def test_what_a_phase_came_to_is_kept_however_far_samples_are_apart() -> None:
+    history = History(max_samples=10)
+    for number in range(1, 1000):
+        history.add(progress(number, rows=number, tokens=number))
+    for number in range(1000, 1100):
+        history.add(replace(progress(number, rows=999, tokens=999), phase="index"))
+    assert run_record(history.samples(), "2026-01-01T00:00:00+00:00", {})["rows"] == 999
 
 
 def test_a_run_record_counts_its_own_rows() -> None:

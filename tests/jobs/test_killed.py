@@ -40,9 +40,9 @@ def wait_for_commits(out: Path, num_commits: int, process, timeout_s: float = 90
 
 
 def test_jobs_with_a_ray_of_their_own_survive_interrupts_and_kills(
-    undisturbed, job, run_job, rows_of, controller, cheap_model, tmp_path
+    undisturbed, job, run_job, rows_of, controller, shards_of, cheap_model, tmp_path
 ):
-    """Ctrl-C at a terminal reaches every process of its group; a kill leaves none of them any time."""
+    """Ctrl-C at a terminal reaches every process of its group; a killed controller takes its Ray and actors along."""
     cheap_model(step_s=0.3, rows_a_step=4)
     interrupted, killed = (
         job(TEXTS, output={"path": str(tmp_path / name), "rows_per_split": 8}) for name in ("interrupted", "killed")
@@ -53,7 +53,10 @@ def test_jobs_with_a_ray_of_their_own_survive_interrupts_and_kills(
     tree = psutil.Process(first.process.pid).children(recursive=True)
     os.killpg(first.process.pid, signal.SIGINT)
     wait_for_commits(tmp_path / "killed", 2, second.process)
-    second.kill_tree()
+    (shard,) = shards_of(psutil.Process(second.process.pid))
+    second.process.kill()
+    _, alive = psutil.wait_procs([shard, shard.parent()], timeout=20)
+    assert alive == [], "an actor and its node outlive the controller"
     status, stdout, stderr = first.end()
     assert (status, stdout) == (130, ""), stderr
     assert "Traceback" not in stderr

@@ -183,12 +183,30 @@ def test_throughput_is_drawn_over_all_runs_with_a_seam_where_one_was_resumed() -
     assert "resumed 1 time" in text
 
 
+def test_a_rest_too_short_to_have_a_speed_belongs_to_the_stretch_before_it() -> None:
+    burst, last = run(600), {"seconds": 600.5, "rows": 700, "prompt_tokens": 5600, "completion_tokens": 1400}
+    burst["series"] = {name: [*values, last[name]] for name, values in burst["series"].items()}
+    (drawn,) = [f for f in figures(render(report(runs=[burst]), "")) if "Tokens a second" in f.get("aria-label", "")]
+    said = [title.text or "" for title in drawn.iter("title")]
+    assert said[0].startswith("0:00 to 0:11: 8 tokens/s read")
+    assert len(said) <= 60
+    assert "tokens/s read" in said[-1]
+    assert float(said[-1].split(": ")[1].split()[0].replace(",", "")) < 200, "and not 1,600"
+
+
 def test_a_run_that_had_no_rows_to_do_has_no_throughput() -> None:
     idle = run(0) | {"series": {key: [0, 0] for key in ("seconds", "rows", "prompt_tokens", "completion_tokens")}}
     text = render(report(runs=[idle, run(40), idle]), "")
     (drawn,) = [figure for figure in figures(text) if "Tokens a second" in figure.get("aria-label", "")]
     assert not [found for found in drawn.iter("text") if found.text == "resumed"]
     assert "Tokens a second over" not in render(report(runs=[idle]), "")
+
+
+def test_a_run_that_was_looked_at_once_has_no_speed_beside_others() -> None:
+    long, once = run(60), run(60)
+    once["series"] = {name: counts[-1:] for name, counts in once["series"].items()}
+    assert "Tokens a second over" not in render(report(runs=[once]), "")
+    assert "Tokens a second over" in render(report(runs=[long, once]), "")
 
 
 def test_a_job_without_rows_runs_index_or_errors_has_a_page_too() -> None:
@@ -212,12 +230,22 @@ def test_a_job_without_rows_runs_index_or_errors_has_a_page_too() -> None:
 
 def test_deaths_say_how_long_the_rows_stood_still() -> None:
     deaths = [
-        {"replica": 1, "at_s": 75.0, "reason": "rank 2 was killed", "recovered_after_s": 3.25},
+        {
+            "replica": 1,
+            "at_s": 75.0,
+            "reason": "rank 2 was killed",
+            "unheard_s": 0.75,
+            "splits_again": 4,
+            "recovered_after_s": 3.25,
+            "ranks": 3,
+        },
         {"replica": 0, "at_s": 80.0, "reason": "rank 0 was killed", "recovered_after_s": None},
     ]
     page = render(report(runs=[run(4), run(100, deaths=deaths)]), "")
     assert '<td class="number">1:15</td>' in page
-    assert "3.2 s" in page
+    cells = re.findall(r'<td class="number">(.*?)</td>', page)
+    assert cells[-14:-7] == ["2", "1:15", "1", "0.8 s", "4", "3.2 s", "3"]
+    assert cells[-7:] == ["2", "1:20", "0", "–", "–", "–", "as before"]
     assert "rank 0 was killed" in page
 
 

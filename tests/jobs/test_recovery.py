@@ -52,8 +52,9 @@ def test_a_gang_forms_with_as_many_ranks_as_have_room_if_they_hold_the_model(mix
     assert most_ranks([large], needs.of, 3) == 1
     assert most_ranks([{"CPU": 6.0, "memory": small["memory"]}], needs.of, 3) == 3, "as it was laid out"
     assert most_ranks([{"CPU": 4.0, "memory": small["memory"]}], needs.of, 3) == 0, "two would share the memory of one"
-    assert "over 1 the model takes" in needs.why_not(3, 1)
-    assert "none of a replica's 3 workers have room" in needs.why_not(3, 0)
+    assert "1 of a replica's 3 workers have room on the nodes that are left, and over 1" in needs.why_not(3, 1, 0)
+    assert needs.why_not(3, 2, 2) == "2 of a replica's 3 workers have room on the nodes that are left"
+    assert "none of a replica's 3 workers have room" in needs.why_not(3, 0, 0)
 
 
 def test_on_gpus_a_rank_takes_one_whose_memory_is_known(mixtral: Forecast) -> None:

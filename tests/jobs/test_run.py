@@ -41,6 +41,7 @@ def test_a_job_leaves_parts_commits_an_index_and_a_report(job, run_job, rows_of)
     assert [row["body"] for row in rows] == TEXTS, "the column that the prompt is made of is carried over"
     assert result.report["rows"] == {"total": 40, "done": 40, "ok": 40, "errors": 0}
     run = result.report["runs"][-1]
+    assert run["rows"] == run["series"]["rows"][-1] == 40
     assert run["first_token_s"] > 0
     assert run["deaths"] == []
     assert (seen[-1].rows_done, seen[-1].rows_total) == (40, 40)

@@ -50,6 +50,7 @@ def test_there_are_as_many_as_a_quarter_more_and_memory_allow(experts, ranks, ro
 
 def test_what_is_asked_for_is_given_and_without_loads_none_is_kept_free() -> None:
     assert spare(64, 4, 20, spare_experts=3) == 3
+    assert spare(64, 4, 20, spare_experts=99) == 48, "which is all of them"
     assert spare(64, 4, 80, spare_experts=0) == 0
     assert spare(64, 4, 80, calibration_rows=0) == 0
     assert spare_experts(ClusterSpec(), 4, model=None, room_bytes=lambda: 80 * GIB)[0] == 0

@@ -69,10 +69,6 @@ class Nodes:
         (raylet,) = self._named[name].all_processes["raylet"]
         return psutil.Process(raylet.process.pid)
 
-    def shards(self, name: str) -> list[psutil.Process]:
-        """The node's actors that hold decoder shards, by the title that Ray gives their processes."""
-        return [child for child in self.raylet(name).children() if child.name().startswith("ray::ShardActor")]
-
     def is_idle(self) -> bool:
         """Whether nothing of any job is left: no placement group, and every CPU free."""
         state = self._cluster.global_state
