@@ -29,6 +29,7 @@ from pipeline.index.matching import matching_vectors
 from pipeline.index.row_map import Place, RowMap
 from pipeline.index.search import best, prepare_queries, read_centering
 from pipeline.index.selection import Mask
+from pipeline.index.versions import folder_of_version
 from pipeline.indexed_jobs import IndexedRows, job_folder
 from workers import devices
 from workers.index_shard import NAMESPACE, Phase, start_shards
@@ -119,7 +120,8 @@ class FrontActor:
         self._masks: dict[str, list[Mask]] = {}  # by filter; the oldest comes first
         self._failure = ""
         try:
-            folder, manifest = Path(served.folder), served.manifest
+            manifest = served.manifest
+            folder = folder_of_version(Path(served.folder), manifest)
             self._rows = RowMap(check_file(folder, manifest.rows))
             self._centering = read_centering(folder, manifest)
             self._records = IndexedRows(Path(served.out), manifest, cache_bytes=CACHE_BYTES)
@@ -179,9 +181,8 @@ class FrontActor:
             if filter not in self._masks:
                 served = self._served
                 out = Path(served.out)
-                mask = matching_vectors(
-                    Path(served.folder), served.manifest, Filter.parse(filter), lambda job: job_folder(out, job)
-                )
+                folder = folder_of_version(Path(served.folder), served.manifest)
+                mask = matching_vectors(folder, served.manifest, Filter.parse(filter), lambda job: job_folder(out, job))
                 shards = served.manifest.shards
                 self._masks[filter] = [mask[one.first_vector :][: one.num_vectors] for one in shards]
                 while len(self._masks) > FILTERS_KEPT:

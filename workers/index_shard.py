@@ -21,6 +21,7 @@ from pipeline.index.faiss_files import faiss_threads
 from pipeline.index.manifest import IndexManifest
 from pipeline.index.search import IndexShard
 from pipeline.index.selection import Mask
+from pipeline.index.versions import folder_of_version
 from workers import devices
 
 Phase = Literal["loading", "ready", "failed"]
@@ -66,7 +67,8 @@ class IndexShardActor:
 
     def _load(self) -> None:
         try:
-            self._shard = IndexShard.load(self._folder, self._manifest, self._number)
+            folder = folder_of_version(self._folder, self._manifest)
+            self._shard = IndexShard.load(folder, self._manifest, self._number)
         except JobError as error:
             self._failure = str(error)
         except Exception as error:

@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import JobError, UserError
-from pipeline.index.manifest import ROWS_NAME, IndexedJob, IndexManifest
+from pipeline.index.faiss_files import check_file
+from pipeline.index.manifest import IndexedJob, IndexManifest
 from pipeline.index.selection import Mask
 from pipeline.job_folder import JobFolder, read_job, read_plan
 from pipeline.records import carried_names
@@ -86,7 +87,7 @@ def matching_vectors(folder: Path, manifest: IndexManifest, wanted: Wanted, fold
     for table in tables:
         types = {**table.types(named), **types}
     schema = pa.schema([pa.field(name, types.get(name, pa.null())) for name in named])
-    with (folder / ROWS_NAME).open("rb") as file:
+    with check_file(folder, manifest.rows).open("rb") as file:
         places = pq.ParquetFile(file)
         group_ends = np.cumsum([places.metadata.row_group(n).num_rows for n in range(places.num_row_groups)])
         for table, first, job in zip(tables, manifest.first_vectors, manifest.jobs, strict=True):

@@ -78,13 +78,12 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def folder_of_version(folder: Path, manifest: IndexManifest) -> Path:
     """Where the files of this version of the index in `folder` (OUT/index) are now: there, or as the version before."""
+    before = folder.parent / VERSIONS_NAME / f"{manifest.version:06d}"
     try:
-        if read_manifest(folder).version == manifest.version:
-            return folder
+        is_before = read_manifest(folder) != manifest and read_manifest(before) == manifest
     except (UserError, JobError):
         return folder
-    before = folder.parent / VERSIONS_NAME / f"{manifest.version:06d}"
-    return before if before.is_dir() else folder
+    return before if is_before else folder
 
 
 def _publish(folder: JobFolder, draft: Path, before: IndexManifest) -> None:
