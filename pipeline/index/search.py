@@ -36,6 +36,7 @@ Numbers = npt.NDArray[np.int64]
 
 _EXTRA_CANDIDATES: Final = 32
 _VECTORS_AT_ONCE: Final = 1 << 14
+_SCORED_VALUES: Final = 1 << 18
 _SKIPPING_SHARE: Final = 0.5
 _QUERIES_AT_ONCE: Final = 1 << 14  # FAISS goes over all vectors once for many queries, so many are asked together
 
@@ -123,21 +124,25 @@ class IndexShard:
         lengths = np.sqrt(np.square(queries, dtype=np.float64).sum(axis=1))
         # A float32 inner product is off by at most d * 2^-24 * |query| * |vector|; twice that is taken.
         slack = 2 * (matrix.shape[1] + 2) * 2.0**-24 * lengths * self._longest
-        scores, places = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
-        for number, query in enumerate(queries):
-            complete = num_candidates == len(matrix) or candidates[number, -1] < 0  # nothing allowed is left out
-            near = _allowed_of(candidates[number], allowed)
-            if len(near) < k:
-                assert allowed is not None, "FAISS finds as many as there are"
-                near, complete = np.flatnonzero(allowed), True
-            exact = _exact_scores(matrix, near, query)
-            last = np.partition(exact, -k)[-k]  # what the best k have at least
-            if not complete and last <= rough[number, -1] + slack[number]:
+        found = candidates >= 0
+        if allowed is not None:
+            found &= allowed[np.maximum(candidates, 0)]
+        exact = np.where(found, _exact_scores(matrix, np.maximum(candidates, 0), queries), -np.inf)
+        scores, places = best([(exact, np.where(found, candidates, -1))], k)
+        complete = (num_candidates == len(matrix)) | (candidates[:, -1] < 0)  # nothing allowed is left out
+        # `scores[:, -1]` is what the best k have at least; others could belong to them if FAISS's rounding hid it.
+        in_doubt = (found.sum(axis=1) < k) | (~complete & (scores[:, -1] <= rough[:, -1] + slack))
+        for number in np.flatnonzero(in_doubt):
+            query, last = queries[number : number + 1], scores[number, -1]
+            if np.isfinite(last):
                 radius = np.nextafter(np.float32(last - 2 * slack[number]), np.float32(-np.inf))
-                _, _, found = self._flat.range_search(query[None], float(radius), params=only)
-                near = _allowed_of(found, allowed)
-                exact = _exact_scores(matrix, near, query)
-            (scores[number],), (places[number],) = best([(exact[None], near[None])], k)
+                _, _, near = self._flat.range_search(query, float(radius), params=only)
+                near = near if allowed is None else near[allowed[near]]
+            else:
+                assert allowed is not None, "FAISS finds as many as there are"
+                near = np.flatnonzero(allowed)
+            again = _exact_scores(matrix, near[None], query)
+            (scores[number],), (places[number],) = best([(again, near[None])], k)
         return scores, places + self.first_vector
 
 
@@ -242,22 +247,20 @@ def best(found: Sequence[tuple[Scores, Numbers]], k: int) -> tuple[Scores, Numbe
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(numbers, order, axis=1)
 
 
-def _allowed_of(places: Numbers, allowed: Mask | None) -> Numbers:
-    """Those of `places`, of which -1 is none, that are allowed."""
-    places = places[places >= 0]
-    return places if allowed is None else places[allowed[places]]
-
-
-def _exact_scores(matrix: Matrix, places: Numbers, query: Matrix) -> Scores:
-    """Inner products of `matrix[places]` with `query` [d]. Equal vectors score equal wherever they lie."""
-    exact = query.astype(np.float64)
-    # Multiplied and then summed row by row: matrix products add up in an order that depends on a row's place.
-    return np.concatenate(
-        [
-            (matrix[places[start : start + _VECTORS_AT_ONCE]] * exact).sum(axis=1)
-            for start in range(0, len(places), _VECTORS_AT_ONCE)
-        ]
-    )
+def _exact_scores(matrix: Matrix, places: Numbers, queries: Matrix) -> Scores:
+    """Inner products of `matrix[places[i]]` with `queries[i]`, [q, c] like `places`; equal vectors score equal wherever
+    they lie. Memory: about _SCORED_VALUES values at a time."""
+    num_queries, count = places.shape
+    scores = np.empty(places.shape)
+    few = max(1, _SCORED_VALUES // max(1, count * matrix.shape[1]))  # queries at a time
+    many = max(1, _SCORED_VALUES // matrix.shape[1])  # vectors of a query at a time
+    for start in range(0, num_queries, few):
+        query = queries[start : start + few, None].astype(np.float64)
+        for first in range(0, count, many):
+            block = np.s_[start : start + few, first : first + many]
+            # Multiplied and then summed vector by vector: matrix products add up in an order that depends on the place.
+            scores[block] = (matrix[places[block]] * query).sum(axis=2)
+    return scores
 
 
 def flat_matrix(index: Any) -> Matrix:
