@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal, NoReturn, TextIO
 
 import typer
 
-from jobs.cluster_commands import (
+from jobs.index.index_cli import index_app
+from jobs.submitting.cluster_commands import (
     INTERRUPTED,
     Address,
     AsJson,
@@ -27,7 +28,6 @@ from jobs.cluster_commands import (
     submit,
     submitted_status,
 )
-from jobs.index_cli import index_app
 from jobs.terminal import reserved_stdout, say, write_json
 from pipeline.errors import JobError, UserError
 
@@ -140,8 +140,8 @@ def query(
     as_json: AsJson = False,
 ) -> int | None:
     """The nearest rows by cosine similarity, best first."""
-    from jobs.query import describe_results, query_texts, query_vectors, read_vectors
-    from jobs.query_file import read_queries
+    from jobs.index.query import describe_results, query_texts, query_vectors, read_vectors
+    from jobs.index.query_file import read_queries
 
     if bool(text) + (vector is not None) + (file is not None) != 1:
         raise UserError("query: give either a TEXT, --file FILE or --vector FILE.npy")
@@ -157,7 +157,7 @@ def query(
         raise UserError(f"query: --id {id} is for neighbours that are written with --output DIR, which is not given")
     texts = read_queries(file, column) if file is not None else text or []
     if address is not None:
-        from jobs.served import connect
+        from jobs.index.served import connect
 
         with connect(out, address) as served:
             if vector is None:
@@ -190,7 +190,7 @@ def serve_index(
     as_json: AsJson = False,
 ) -> int:
     """Keep an index and its model loaded, for `query --address` and the Python client, until Ctrl-C."""
-    from jobs.served import serving
+    from jobs.index.served import serving
 
     try:
         with serving(out, address=address, name=name, device=device) as about:
@@ -337,7 +337,7 @@ class Answers:
 def _run(spec: Any, answers: Answers, *, limit: int | None = None, retry_errors: bool = False) -> int:
     from jobs.client import run as run_job
     from jobs.report import describe_report
-    from jobs.submission import current_submission, own_version
+    from jobs.submitting.submission import current_submission, own_version
     from jobs.terminal import ProgressDisplay
 
     submission = current_submission()
@@ -354,7 +354,7 @@ def _run(spec: Any, answers: Answers, *, limit: int | None = None, retry_errors:
 
 
 def _query_many(answers: Answers, out: Path, file: str, output: Path, **options: Any) -> int:
-    from jobs.bulk_query import bulk_query
+    from jobs.index.bulk_query import bulk_query
     from jobs.terminal import ProgressDisplay
 
     try:

@@ -21,7 +21,7 @@ from jobs.spec import JobSpec, JsonObject
 from jobs.specfile import load_spec, parse_spec
 from jobs.state import JobState
 from jobs.store import JobStore, open_store
-from jobs.submission import note_submission
+from jobs.submitting.submission import note_submission
 from jobs.tally import OnProgress, Tally
 from jobs.worker_settings import worker_settings
 from pipeline.errors import JobError, UserError
@@ -31,8 +31,8 @@ from workers.run_log import run_log
 from workers.settings import DEFAULT_ENGINE, EngineSettings
 
 if TYPE_CHECKING:
-    from jobs.query import QueryResult
-    from jobs.served import ServedIndex
+    from jobs.index.query import QueryResult
+    from jobs.index.served import ServedIndex
 
 
 class JobInterrupted(KeyboardInterrupt):
@@ -55,7 +55,7 @@ class JobResult:
 
         UserError if the job made no index, or the filter is not understood (see `pipeline.index.expression`).
         """
-        from jobs.query import query_texts
+        from jobs.index.query import query_texts
 
         return query_texts(self.out, texts, k, filter=filter)
 
@@ -66,7 +66,7 @@ def connect(index: str | Path, address: str | None = None) -> ServedIndex:
     `index` is the job directory or the name that it is served as; `address` is the Ray's, else RAY_ADDRESS or the Ray
     that is connected. UserError where it is not served there.
     """
-    from jobs import served
+    from jobs.index import served
 
     return served.connect(index, address)
 

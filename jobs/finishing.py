@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jobs.embedding import job_provenance
-from jobs.expert_record import ExpertRecord
+from jobs.experts.expert_record import ExpertRecord
 from jobs.report import write_report
 from jobs.spec import JsonObject
 from jobs.store import JobStore

@@ -9,17 +9,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from jobs.calibration_watch import CalibrationWatch
+from jobs.cluster.hosts import candidates, hosts, judge, own_location, refuse_wishes_of_nodes, survey
+from jobs.cluster.nodes import Node
+from jobs.cluster.recovery import RankNeeds, resized
+from jobs.cluster.room import RoomWatch
+from jobs.cluster.visibility import refuse_blind_nodes
 from jobs.events import Lease, ReplicaDied, ReplicaResized, ShardId
-from jobs.hosts import candidates, hosts, judge, own_location, refuse_wishes_of_nodes, survey
+from jobs.experts.calibration_watch import CalibrationWatch
+from jobs.experts.placements import ExpertLayers, gang_name, place_experts, record_calibration
 from jobs.layout import Layout, Machine, choose_layout
-from jobs.nodes import Node
-from jobs.placements import ExpertLayers, gang_name, place_experts, record_calibration
 from jobs.ray_session import is_joined, ray_session, wait_for
-from jobs.recovery import RankNeeds, resized
-from jobs.room import RoomWatch
 from jobs.spec import ClusterSpec
-from jobs.visibility import refuse_blind_nodes
 from pipeline.commits import Commit
 from pipeline.errors import JobError
 from pipeline.job_folder import JobFolder

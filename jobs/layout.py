@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from jobs.spare import spare_experts
+from jobs.experts.spare import spare_experts
 from jobs.spec import ClusterSpec
 from pipeline.errors import UserError
 from workers.forecast import Forecast

@@ -14,10 +14,10 @@ from itertools import takewhile
 from pathlib import Path
 
 from jobs.embedding import embedding_forms
+from jobs.experts.placement_outlook import placement_outlook
+from jobs.experts.placements import ExpertLayers
 from jobs.fleet import this_machine
 from jobs.layout import Layout, choose_layout
-from jobs.placement_outlook import placement_outlook
-from jobs.placements import ExpertLayers
 from jobs.resolve import ResolvedJob, resolve
 from jobs.spec import EmbedSpec, JobSpec, JsonObject
 from jobs.status import job_status

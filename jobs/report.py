@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 import yaml
 
 from jobs.corpus_map import CorpusMap, make_map
-from jobs.expert_record import read_experts
-from jobs.expert_report import describe_experts
+from jobs.experts.expert_record import read_experts
+from jobs.experts.expert_report import describe_experts
 from jobs.history import read_runs
 from jobs.mourning import describe_deaths
 from jobs.page.render import render

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from jobs import node_labels
+from jobs.cluster import node_labels
 from workers.decoder.attention_rules import AttentionRule
 
 JsonObject = dict[str, Any]

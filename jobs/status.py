@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jobs.submission import read_submission
+from jobs.submitting.submission import read_submission
 from pipeline.audit import Audit
 from pipeline.commits import Commit
 from pipeline.errors import UserError

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jobs.events import CommittedSplit, Lease, ReplicaDied, ReplicaResized, ShardId
-from jobs.expert_tally import ExpertTally
+from jobs.experts.expert_tally import ExpertTally
 from jobs.history import History, JsonObject, run_record
 from jobs.layout import Layout
 from jobs.mourning import Mourning

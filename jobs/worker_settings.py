@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from jobs.calibration_sample import calibration_sample
 from jobs.embedding import embedding_forms
+from jobs.experts.calibration_sample import calibration_sample
 from jobs.spec import EmbedSpec
 from jobs.store import JobStore
 from pipeline.prompts import Example, PromptSettings

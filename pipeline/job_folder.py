@@ -6,7 +6,7 @@ commits/000003.json            revision 0 of split 3; 000003.r1.json replaces it
 index/  report.json  report.html
 runs.json  experts.json        how each run went, and what experts did in all of them, for the report
 placements/000000.json         where each gang held its experts, in the order in which gangs were formed
-submission.json                what a cluster runs the job as, where one does (jobs.submission)
+submission.json                what a cluster runs the job as, where one does (jobs.submitting.submission)
 _attempts/                     work in progress; nothing in it is needed while nothing runs, but for an attempt
                                whose commit was written and that was not yet moved into parts/
 .lock                          held while a controller runs

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import execute
-from jobs.placements import record_calibration
+from jobs.experts.placements import record_calibration
 from jobs.plan import common_prefix, make_plan
 from jobs.specfile import parse_spec
 from jobs.store import open_store

@@ -21,7 +21,7 @@ from pipeline.audit import audit
 pytestmark = pytest.mark.ray
 
 TEXTS = [f"text number {row}" for row in range(64)]
-QUICK = "import jobs.room; jobs.room.ROOM_S = 2.0"
+QUICK = "import jobs.cluster.room; jobs.cluster.room.ROOM_S = 2.0"
 
 
 def num_commits(out: Path) -> int:

@@ -1,0 +1,81 @@
+"""`gristmill index ...`. As in `cli`, whatever is slow to import is imported inside a command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.errors import UserError
+
+index_app = typer.Typer(help="An index after its job: rows added or deleted, indexes merged.", rich_markup_mode=None)
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+IndexDirectory = Annotated[Path, typer.Argument(metavar="OUT", help="A directory with an index.", show_default=False)]
+
+
+@index_app.command()
+def show(context: typer.Context, out: IndexDirectory, as_json: AsJson = False) -> None:
+    """What an index holds: its version, its jobs, what was deleted."""
+    from jobs.index.index_commands import describe_contents, index_contents
+
+    found = index_contents(out)
+    context.obj.answer(found, describe_contents(found))
+
+
+@index_app.command()
+def add(
+    context: typer.Context,
+    out: IndexDirectory,
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="A finished job's directory.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Add another job's rows, without building again what is there."""
+    from jobs.index.index_commands import add_to_index, describe_contents, index_contents
+
+    add_to_index(out, other)
+    found = index_contents(out)
+    context.obj.answer(found, describe_contents(found))
+
+
+@index_app.command()
+def delete(
+    context: typer.Context,
+    out: IndexDirectory,
+    where: Annotated[
+        str | None,
+        typer.Option("--filter", metavar="EXPR", help="The rows like this, by carried columns: \"lang == 'en'\"."),
+    ] = None,
+    ids: Annotated[
+        list[str] | None, typer.Option("--id", metavar="ID", help="The row with this id; may be given again.")
+    ] = None,
+    ids_file: Annotated[
+        Path | None, typer.Option("--ids", metavar="FILE", help="The rows with the ids in FILE, one a line.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have the index never find these rows again. Parts keep them."""
+    from jobs.index.index_commands import delete_from_index, describe_contents, index_contents, read_ids
+
+    if (where is not None) + bool(ids) + (ids_file is not None) != 1:
+        raise UserError("index delete: give one of --filter, --id and --ids")
+    _, num_deleted = delete_from_index(out, filter=where, ids=read_ids(ids_file) if ids_file is not None else ids or [])
+    found = index_contents(out)
+    words = f"{num_deleted:,} vectors deleted\n{describe_contents(found)}"
+    context.obj.answer({"num_deleted": num_deleted, **found}, words)
+
+
+@index_app.command()
+def merge(
+    context: typer.Context,
+    out: Annotated[Path, typer.Argument(metavar="NEW_OUT", help="The directory to make.", show_default=False)],
+    sources: Annotated[list[Path], typer.Argument(metavar="OUT...", help="With indexes.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Join indexes whose vectors can be compared in a new directory. Rows stay where they are."""
+    from jobs.index.index_commands import describe_contents, index_contents, merge_into
+
+    merge_into(out, sources)
+    found = index_contents(out)
+    context.obj.answer(found, describe_contents(found))
