@@ -25,11 +25,11 @@ import pytest
 from jobs.cli import execute
 from jobs.client import connect
 from jobs.served import ServedIndex, serving
-from jobs.status import latest_commits
 from pipeline.errors import JobError, UserError
 from pipeline.index.build import build_index
 from pipeline.index.manifest import read_manifest
 from pipeline.index.search import VectorIndex
+from pipeline.indexed_jobs import latest_commits
 from pipeline.job_folder import JobFolder
 from workers.index_shard import IndexShardActor
 
