@@ -58,9 +58,8 @@ def load_spec(path: str | Path, overrides: Sequence[str] = (), *, output: str | 
 
 def dump_spec(spec: JobSpec) -> str:
     """A job file that `load_spec` reads as this very job: what was set, without the defaults of this version."""
-    return yaml.dump(
-        spec.model_dump(mode="json", exclude_unset=True), Dumper=_Dumper, sort_keys=False, allow_unicode=True
-    )
+    # In ASCII: of other characters YAML takes some (U+0085) for line breaks.
+    return yaml.dump(spec.model_dump(mode="json", exclude_unset=True), Dumper=_Dumper, sort_keys=False)
 
 
 def parse_spec(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jobs.cli import execute
@@ -84,6 +84,7 @@ def test_what_would_mean_something_else_on_the_cluster_is_refused(
 @given(
     system=TEXTS, stop=st.lists(TEXTS, max_size=3), temperature=st.floats(0, 1e6), name=st.sampled_from(["1e3", "x"])
 )
+@example(system="a\x85b\u2028", stop=["\x85"], temperature=0.0, name="x")
 def test_a_job_reads_as_the_same_job_where_it_arrives(
     system: str, stop: list[str], temperature: float, name: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
