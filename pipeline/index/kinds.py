@@ -88,6 +88,10 @@ def make_index(kind: str, dimension: int) -> Any:
         raise UserError(
             f"index.kind {kind!r} is no FAISS factory string for {dimension} dimensions: {faiss_reason(error)}"
         ) from error
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT:  # HNSW over product quantizers is made for L2, without a word
+        raise UserError(
+            f"index.kind {kind!r} does not compare by inner product in FAISS; take HNSW32,SQ8 or an IVF kind"
+        )
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None and ivf.nlist < 1:
         raise UserError(f"index.kind {kind!r} is no FAISS factory string for {dimension} dimensions: it has no lists")

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.index.budget import SHARD_VECTORS, build_budget
-from pipeline.index.kinds import index_bytes, next_kind, refuse_unknown, settled_kinds
+from pipeline.index.kinds import index_bytes, make_index, next_kind, refuse_unknown, settled_kinds
 
 GIB = 1 << 30
 
@@ -111,3 +111,9 @@ def test_a_string_that_faiss_does_not_know_is_one_line(kind: str) -> None:
         build_budget(kind, 100, 8)
     assert "\n" not in str(caught.value)
     assert "cpp" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["HNSW16,PQ4", "PCA4,HNSW8,PQ2"])
+def test_kinds_that_faiss_makes_for_another_metric_are_refused(kind: str) -> None:
+    with pytest.raises(UserError, match="does not compare by inner product"):
+        make_index(kind, 8)
