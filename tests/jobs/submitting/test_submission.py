@@ -209,7 +209,8 @@ def test_the_reason_of_a_failure_is_found_in_the_log_that_ray_quotes() -> None:
     assert _failure(None, "") == "it does not say why"
 
 
-def test_a_dashboard_is_no_ray_to_join() -> None:
+def test_a_dashboard_is_no_ray_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests' Ray may be connected
     with (
         pytest.raises(UserError, match=r"cluster.address http://head:8265: that is a dashboard"),
         ray_session("http://head:8265", num_cpus=1),
