@@ -1,7 +1,8 @@
 """One query at a time: a served index against FAISS in this process, on the same vectors, turn by turn in one run.
 
 "nearest" is a vector in, vector numbers and scores out; "search" is a vector in, rows with their ids and columns out.
-Both go to the front actor, from there to the shards, and back.
+The former asks the shards, each by one call; the latter the front actor, and that the shards. FAISS searches with the
+effort that the index was tuned to.
 
     python -m benchmarks.serving
     python -m benchmarks.serving --size 10000 --dimension 64 --shards 3
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from jobs.ray_session import ray_session
 from pipeline.commits import CommitLog
 from pipeline.index.build import build_index
+from pipeline.index.effort import search_parameters
 from pipeline.index.manifest import IndexManifest, Provenance
 from pipeline.index.search import VectorIndex
 from pipeline.job_folder import JobFolder, write_job, write_plan
@@ -80,11 +82,14 @@ def measure(folder: JobFolder, manifest: IndexManifest, num_queries: int) -> Non
         service.wait_ready()
         client = IndexClient("bench")
         plain = [faiss.read_index(str(folder.index / shard.file)) for shard in manifest.shards]
+        efforts = [search_parameters(index, shard.effort) for index, shard in zip(plain, manifest.shards, strict=True)]
         here = VectorIndex.open(folder.index)
         queries = unit(np.random.default_rng(1).standard_normal((num_queries, manifest.dimension)))
         faiss.omp_set_num_threads(devices.num_cpus())
         ways: dict[str, Callable[[npt.NDArray[np.float32]], object]] = {
-            "FAISS, in this process": lambda query: [index.search(query, K) for index in plain],
+            "FAISS, in this process": lambda query: [
+                index.search(query, K, params=effort) for index, effort in zip(plain, efforts, strict=True)
+            ],
             "this index, in this process": lambda query: here.search(query, K),
             "served, nearest": lambda query: client.nearest(query, K),
             "served, search": lambda query: client.search_vectors(query, K),
