@@ -113,6 +113,15 @@ class ServedIndex:
         called = names if names is not None else [f"[{number}]" for number in range(len(matrix))]
         return _results(called, self._client.search_vectors(matrix, k, filter))
 
+    def nearest(
+        self, vectors: npt.ArrayLike, k: int = 10
+    ) -> list[tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]]:
+        """Scores and vector numbers [up to k] for each of the vectors [d] or [n, d], best first.
+
+        The shards are asked without a way round, and no rows are read: rows.parquet says what the numbers are.
+        """
+        return self._client.nearest(np.atleast_2d(np.asarray(vectors)), k)
+
 
 def connect(index: str | Path, address: str | None = None) -> ServedIndex:
     """A client of the index that is served on the Ray at `address` (else RAY_ADDRESS, or the Ray that is connected).

@@ -93,6 +93,10 @@ def test_three_shards_answer_as_one_index_in_this_process(served: Served, querie
         [(hit.place.row, hit.score) for hit in hits] for hits in expected
     ]
     assert [hit.place.row for hit in expected[-1][:2]] == [17, 41]
+    assert [
+        list(zip(numbers.tolist(), scores.tolist(), strict=True))
+        for scores, numbers in served.client.nearest(queries, 7)
+    ] == [[(hit.vector, hit.score) for hit in hits] for hits in expected]
 
 
 def test_a_filter_reaches_every_shard(served: Served, queries: np.ndarray) -> None:
