@@ -19,19 +19,17 @@ import argparse
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.generation import MODEL, load_transformers, prompts
+from benchmarks.generation import MODEL, load_transformers, prompts, run_one
 from pipeline.model_path import resolve_model
 from pipeline.tokenizer import load_tokenizer
 from pipeline.tokenizers.export import write_tokenizer
@@ -112,26 +110,6 @@ def embed_gristmill(path: Path, texts: Sequence[str], dtype: str) -> tuple[float
     return seconds, vectors, {name: value - before[name] for name, value in engine.stats.as_dict().items()}
 
 
-def run_one(contestant: str, count: int, dtype: str, threads: int, vectors: Path) -> dict[str, Any]:
-    """In a fresh process, so that one's memory and threads don't weigh on the next. Its vectors are in the file."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "GRISTMILL_KERNELS": "1" if contestant == "kernels" else "0",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TQDM_DISABLE": "1",
-    }
-    arguments = [contestant, str(count), dtype, str(threads), str(vectors)]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.embedding", "--child", *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        check=True,
-        text=True,
-    )
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 def child(contestant: str, count: str, dtype: str, threads: str, file: str) -> None:
     torch.set_num_threads(int(threads))
     path, texts, stats = resolve_model(MODEL), prompts(int(count)), dict[str, float]()
@@ -184,7 +162,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for contestant in options.contestants:
             file = Path(folder) / f"{contestant}.npy"
-            result = run_one(contestant, options.texts, options.dtype, options.threads, file)
+            result = run_one(
+                "benchmarks.embedding",
+                contestant,
+                options.texts,
+                options.dtype,
+                options.threads,
+                file,
+                threads=options.threads,
+            )
             vectors[contestant] = np.load(file)
             rates[contestant] = tokens / result["seconds"]
             ratios = "".join(

@@ -107,16 +107,16 @@ def run_gristmill(path: Path, texts: list[str], new_tokens: int, dtype: str) -> 
     return {"seconds": seconds, "generated": generated, "stats": {k: after[k] - before[k] for k in after}}
 
 
-def run_one(contestant: str, count: int, new_tokens: int, dtype: str, threads: int) -> dict[str, Any]:
-    """In a fresh process, so that one's memory and threads don't weigh on the next."""
+def run_one(benchmark: str, contestant: str, *arguments: object, threads: int) -> dict[str, Any]:
+    """`child` of a benchmark's module in a fresh process, so that one's memory and threads don't weigh on the next."""
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "GRISTMILL_KERNELS": "1" if contestant == "kernels" else "0",
         "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
     }
-    arguments = [contestant, str(count), str(new_tokens), dtype, str(threads)]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.generation", "--child", *arguments],
+        [sys.executable, "-m", benchmark, "--child", contestant, *map(str, arguments)],
         env=environment,
         stdout=subprocess.PIPE,
         check=True,
@@ -150,7 +150,15 @@ def main() -> None:
     print(f"{options.prompts} prompts, {options.new_tokens} new tokens, {options.dtype}, {options.threads} threads")
     baseline = None
     for contestant in options.contestants:
-        result = run_one(contestant, options.prompts, options.new_tokens, options.dtype, options.threads)
+        result = run_one(
+            "benchmarks.generation",
+            contestant,
+            options.prompts,
+            options.new_tokens,
+            options.dtype,
+            options.threads,
+            threads=options.threads,
+        )
         rate = result["generated"] / result["seconds"]
         baseline = rate if contestant == "transformers" else baseline
         ratio = f"{rate / baseline:6.2f} x" if baseline else "      -"

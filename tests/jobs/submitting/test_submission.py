@@ -45,10 +45,10 @@ def _no_cluster_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_relative_paths_start_from_the_folder_that_is_named() -> None:
-    spec = travelling_spec(parse_spec(SETTINGS), "/shared/work")
-    assert spec.model == "/shared/work/models/tiny"
-    assert spec.input.path == ("/shared/work/a/*.parquet", "s3://bucket/b.parquet", "/c.parquet")
-    assert spec.output.path == "/shared/work/out/tour"
+    spec = travelling_spec(parse_spec(SETTINGS), "/shared/team")
+    assert spec.model == "/shared/team/models/tiny"
+    assert spec.input.path == ("/shared/team/a/*.parquet", "s3://bucket/b.parquet", "/c.parquet")
+    assert spec.output.path == "/shared/team/out/tour"
     other = parse_spec(SETTINGS | {"model": "hf://org/name", "input": {"job": "out/other"}})
     assert travelling_spec(other, "/shared").model == "hf://org/name"
     assert travelling_spec(other, "/shared").input.job == "/shared/out/other"
