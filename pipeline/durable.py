@@ -44,6 +44,17 @@ def storage_errors(doing: str, path: Path) -> Iterator[None]:
         raise JobError(f"{doing} {path} failed: {reason}") from error
 
 
+@contextmanager
+def removed_on_failure(*folders: Path) -> Iterator[None]:
+    """What the block was making in these folders goes where it fails, of whatever; what it raised is raised on."""
+    try:
+        yield
+    except Exception:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def sync_folder(folder: Path) -> None:
     """Makes names created, renamed or removed in `folder` last through a power cut, where the filesystem can."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

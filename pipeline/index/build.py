@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.commits import Commit
-from pipeline.durable import replace_folder, storage_errors
+from pipeline.durable import removed_on_failure, replace_folder, storage_errors
 from pipeline.errors import JobError, UserError
 from pipeline.index import faiss_files
 from pipeline.index.budget import BuildBudget, build_budget
@@ -102,41 +102,38 @@ def build_index(
     draft = folder.attempts / f"index-{uuid.uuid4().hex}"
     scratch = draft.with_name(f"{draft.name}-shards")
     builders = builders or ThreadBuilders(threads or faiss.omp_get_max_threads())
-    try:
-        with storage_errors("writing the index in", draft), faiss_files.faiss_threads(threads):
-            centering = _centering(folder, commits, dimension) if center else None
-            work = _Build(folder, commits, source.num_vectors, dimension, centering, settings, scratch, threads)
-            built = work.run(builders, on_shard)
-            draft.mkdir()
-            for result in built.results:
-                os.rename(scratch / result.shard.file, draft / result.shard.file)
-            with RowMapWriter.open(draft / ROWS_NAME, job=job) as rows:
-                for task in built.tasks:
-                    for batch in read_rows(task.rows_path):
-                        rows.add(batch)
-            shutil.rmtree(scratch)
-            manifest = IndexManifest(
-                kind=built.budget.kind,
-                dimension=dimension,
-                num_vectors=source.num_vectors,
-                provenance=provenance,
-                shards=tuple(result.shard for result in built.results),
-                rows=rows.contents(),
-                jobs=(source,),
-                recall=built.recall,
-                missed=built.missed,
-                center=None
-                if centering is None
-                else centering.write(draft / CENTER_NAME, num_vectors=source.num_vectors),
-            )
-            if change is not None:
-                manifest = change(draft, manifest)
-            write_manifest(draft, manifest)
-            replace_folder(draft, folder.index, discarded=folder.attempts / f"index-old-{uuid.uuid4().hex}")
-    except Exception:
-        shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    with (
+        removed_on_failure(draft, scratch),
+        storage_errors("writing the index in", draft),
+        faiss_files.faiss_threads(threads),
+    ):
+        centering = _centering(folder, commits, dimension) if center else None
+        work = _Build(folder, commits, source.num_vectors, dimension, centering, settings, scratch, threads)
+        built = work.run(builders, on_shard)
+        draft.mkdir()
+        for result in built.results:
+            os.rename(scratch / result.shard.file, draft / result.shard.file)
+        with RowMapWriter.open(draft / ROWS_NAME, job=job) as rows:
+            for task in built.tasks:
+                for batch in read_rows(task.rows_path):
+                    rows.add(batch)
+        shutil.rmtree(scratch)
+        manifest = IndexManifest(
+            kind=built.budget.kind,
+            dimension=dimension,
+            num_vectors=source.num_vectors,
+            provenance=provenance,
+            shards=tuple(result.shard for result in built.results),
+            rows=rows.contents(),
+            jobs=(source,),
+            recall=built.recall,
+            missed=built.missed,
+            center=None if centering is None else centering.write(draft / CENTER_NAME, num_vectors=source.num_vectors),
+        )
+        if change is not None:
+            manifest = change(draft, manifest)
+        write_manifest(draft, manifest)
+        replace_folder(draft, folder.index, discarded=folder.attempts / f"index-old-{uuid.uuid4().hex}")
     return manifest
 
 

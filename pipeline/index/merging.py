@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from pipeline.durable import storage_errors
+from pipeline.durable import removed_on_failure, storage_errors
 from pipeline.errors import UserError
 from pipeline.index import faiss_files
 from pipeline.index.deletions import DELETED_NAME, Numbers, read_deleted, write_deleted
@@ -45,15 +44,11 @@ def merge_indexes(out: JobFolder, sources: Sequence[JobFolder]) -> IndexManifest
     _refuse(sources, manifests)
     clear_drafts(out)
     draft = out.attempts / f"index-{uuid.uuid4().hex}"
-    try:
-        with storage_errors("writing the index in", draft):
-            draft.mkdir(parents=True)
-            merged = _Merge(out, draft).run(sources, manifests)
-            write_manifest(draft, merged)
-            os.rename(draft, out.index)
-    except Exception:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    with removed_on_failure(draft), storage_errors("writing the index in", draft):
+        draft.mkdir(parents=True)
+        merged = _Merge(out, draft).run(sources, manifests)
+        write_manifest(draft, merged)
+        os.rename(draft, out.index)
     return merged
 
 

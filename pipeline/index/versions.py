@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from pipeline.durable import replace_folder, seal, storage_errors, sync_folder, write_new
+from pipeline.durable import removed_on_failure, replace_folder, seal, storage_errors, sync_folder, write_new
 from pipeline.errors import JobError, UserError
 from pipeline.index.manifest import MANIFEST_NAME, IndexManifest, read_manifest
 from pipeline.job_folder import JobFolder
@@ -38,17 +38,13 @@ def change_index(folder: JobFolder, change: Change) -> IndexManifest:
     before = read_manifest(folder.index)
     clear_drafts(folder)
     draft = folder.attempts / f"{DRAFT_PREFIX}{uuid.uuid4().hex}"
-    try:
-        with storage_errors("writing the index in", draft):
-            draft.mkdir(parents=True)
-            for contents in before.files:
-                link_or_copy(folder.index / contents.file, draft / contents.file)
-            changed = dataclasses.replace(change(draft, before), version=before.version + 1)
-            write_manifest(draft, changed)
-            _publish(folder, draft, before)
-    except Exception:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+    with removed_on_failure(draft), storage_errors("writing the index in", draft):
+        draft.mkdir(parents=True)
+        for contents in before.files:
+            link_or_copy(folder.index / contents.file, draft / contents.file)
+        changed = dataclasses.replace(change(draft, before), version=before.version + 1)
+        write_manifest(draft, changed)
+        _publish(folder, draft, before)
     return changed
 
 
