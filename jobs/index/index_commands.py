@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jobs.embedding import job_provenance
-from jobs.spec import JobSpec
+from jobs.spec import JobSpec, parse_size
 from jobs.status import open_index, open_job
 from pipeline.errors import UserError
 from pipeline.index.deletions import delete_vectors, read_deleted
 from pipeline.index.expression import Filter
 from pipeline.index.growth import Addition, add_job
+from pipeline.index.kinds import DEFAULT_MEMORY_BYTES
 from pipeline.index.manifest import MANIFEST_NAME, IndexManifest, Provenance, read_manifest
 from pipeline.index.matching import OfIds, Wanted, matching_vectors
 from pipeline.index.merging import merge_indexes
@@ -25,11 +27,41 @@ from pipeline.indexed_jobs import job_folder, latest_commits
 from pipeline.job_folder import JobFolder, read_job, read_plan
 from pipeline.lock import lock
 from pipeline.model_path import resolve_model
+from workers.index_builders import builders_at_hand
 
 
-def add_to_index(out: Path, other: Path) -> IndexManifest:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """How shards are built; None is as the job of the index has it."""
+
+    memory_bytes: int | None = None
+    threads: int | None = None  # of FAISS
+
+    @staticmethod
+    def parse(memory: str | None, threads: int | None) -> BuildOptions:
+        """`memory`: a size such as 2GiB. UserError where it is none."""
+        given = None if memory is None else parse_size("--memory", int(memory) if memory.isdecimal() else memory)
+        return BuildOptions(memory_bytes=given, threads=threads)
+
+    def arguments(self, folder: JobFolder) -> dict[str, Any]:
+        """For `add_job` or `compact` of the index in `folder`."""
+        memory_bytes, labels = self.memory_bytes, dict[str, str]()
+        if folder.job_file.is_file():
+            spec = JobSpec.model_validate(read_job(folder)["spec"])
+            labels = spec.cluster.labels
+            if memory_bytes is None and spec.index is not None and spec.index.memory_bytes != "auto":
+                memory_bytes = spec.index.memory_bytes
+        return {
+            "memory_bytes": memory_bytes or DEFAULT_MEMORY_BYTES,
+            "threads": self.threads,
+            "builders": None if self.threads is not None else builders_at_hand(labels),
+        }
+
+
+def add_to_index(out: Path, other: Path, options: BuildOptions | None = None) -> IndexManifest:
     """Adds the rows of the finished job in `other` to the index in `out`. UserError where that can't be."""
     with _changing(out) as folder:
+        arguments = (options or BuildOptions()).arguments(folder)
         read_manifest(folder.index)
         source = open_job(other)
         spec = JobSpec.model_validate(read_job(source)["spec"])
@@ -46,7 +78,7 @@ def add_to_index(out: Path, other: Path) -> IndexManifest:
             commits=commits,
             provenance=_provenance(source, spec),
         )
-        return change_index(folder, lambda draft, manifest: add_job(draft, manifest, addition))
+        return change_index(folder, lambda draft, manifest: add_job(draft, manifest, addition, **arguments))
 
 
 def delete_from_index(out: Path, *, filter: str | None = None, ids: Sequence[str] = ()) -> tuple[IndexManifest, int]:

@@ -281,6 +281,23 @@ def test_a_job_that_is_indexed_again_keeps_what_was_added_and_deleted(job: Make)
     assert_whole(one.folder)
 
 
+def test_what_was_deleted_stays_deleted_when_all_is_indexed_again(job: Make, tmp_path: Path) -> None:
+    one, two, three = (job(name, unit(20, seed=number)) for number, name in enumerate(("one", "two", "three")))
+    one.add(two)
+    one.delete(4, *range(20, 40))
+    one.add(two)  # anew, now that its rows are deleted
+    one.delete(42)
+    one.add(three)
+    one.delete(*range(60, 80))
+    three.folder.root.rename(tmp_path / "elsewhere")  # nobody needs it any more
+    one.build(job="renamed", change=kept_changes(one.folder))
+    every = {hit for hits in one.found(unit(1, seed=3), 100) for hit in hits}
+    assert every == {("renamed", row) for row in range(20) if row != 4} | {
+        ("two-2", row) for row in range(20) if row != 2
+    }
+    assert_whole(one.folder)
+
+
 def test_a_damaged_list_of_deletions_is_never_read_as_none(job: Make) -> None:
     one = job("one", unit(20, seed=1))
     one.delete(4)
