@@ -23,11 +23,20 @@ Threads = Annotated[int | None, typer.Option("--threads", metavar="N", min=1, he
 
 @index_app.command()
 def show(context: typer.Context, out: IndexDirectory, as_json: AsJson = False) -> None:
-    """What an index holds: its version, its jobs, what was deleted."""
+    """What an index holds: its version and size, its jobs, what was deleted."""
     from jobs.index.index_commands import describe_contents, index_contents
 
     found = index_contents(out)
     context.obj.answer(found, describe_contents(found))
+
+
+@index_app.command()
+def versions(context: typer.Context, out: IndexDirectory, as_json: AsJson = False) -> None:
+    """The versions of an index: when each came, what changed, its vectors, size and recall."""
+    from jobs.index.index_commands import describe_history, index_history
+
+    history = index_history(out)
+    context.obj.answer({"versions": history}, describe_history(history))
 
 
 @index_app.command()

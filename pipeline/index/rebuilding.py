@@ -23,7 +23,7 @@ from pipeline.index.growth import Addition, add_job, is_all_deleted
 from pipeline.index.kinds import DEFAULT_MEMORY_BYTES
 from pipeline.index.manifest import ROWS_NAME, IndexedJob, IndexManifest, read_manifest
 from pipeline.index.row_map import SCHEMA, RowMap
-from pipeline.index.versions import Change
+from pipeline.index.versions import Change, with_history
 from pipeline.indexed_jobs import job_folder, latest_commits
 from pipeline.job_folder import JobFolder
 
@@ -61,7 +61,8 @@ def kept_changes(
             )
             manifest = add_job(draft, manifest, addition, memory_bytes=memory_bytes, builders=builders)
             manifest = _without(draft, manifest, gone, job.job)  # now: the same job may follow once more
-        return dataclasses.replace(manifest, version=before.version + 1)
+        manifest = dataclasses.replace(manifest, version=before.version + 1)
+        return with_history(manifest, before, folder.index, f"built again, as {manifest.kind}")
 
     return change
 

@@ -224,6 +224,11 @@ def test_a_reader_of_the_old_version_is_not_disturbed(job: Make) -> None:
     one.delete(0)
     assert reader.search(queries, 10) == expected
     assert [path.name for path in (one.folder.root / "index-versions").iterdir()] == ["000002"]
+    manifest = read_manifest(one.folder.index)
+    one.build(kind="SQ8", recall=0.5, change=kept_changes(one.folder))
+    folder = folder_of_version(one.folder.index, manifest)
+    assert folder.name == "000003"
+    assert [IndexShard.load(folder, manifest, number).num_vectors for number in range(2)] == [30, 7]
 
 
 def test_unchanged_files_are_not_copied(job: Make) -> None:
