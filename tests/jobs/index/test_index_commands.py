@@ -106,6 +106,12 @@ def test_an_index_grows_forgets_and_is_merged(
     status, found = answer("verify", "first")
     assert (status, found["indexed_vectors"], found["deleted_vectors"]) == (0, 17, 3)
 
+    status, shown = answer("index", "compact", "first")
+    assert (status, shown["compacted"]["vectors"], shown["deleted"], shown["deleted_held"]) == (0, 3, 3, 0)
+    assert len(hits("first")) == 14
+    assert answer("index", "compact", "first")[1]["version"] == shown["version"], "there is nothing to compact"
+    assert answer("verify", "first")[0] == 0
+
     manifest = (tmp_path / "first" / "index" / "index.json").read_bytes()
     run_job(jobs_done["first"])
     assert (tmp_path / "first" / "index" / "index.json").read_bytes() == manifest, "a job that is done does nothing"
@@ -118,11 +124,12 @@ def test_an_index_grows_forgets_and_is_merged(
     assert [(note["version"], note["change"], note["num_vectors"], note["num_deleted"]) for note in history] == [
         (1, "built", 12, 0),
         (2, "added second: 5 vectors", 17, 0),
-        (3, "deleted 1 vectors", 17, 1),
+        (3, "deleted 1 vector", 17, 1),
         (4, "deleted 2 vectors", 17, 3),
-        (5, "built again, as SQ8", 17, 3),
+        (5, "compacted: 3 deleted vectors taken out", 17, 3),
+        (6, "built again, as SQ8", 17, 3),
     ]
-    assert [note["kept"] for note in history] == [False, False, False, True, True]
+    assert [note["kept"] for note in history] == [False, False, False, False, True, True]
     assert (shown["change"], shown["changed_at"]) == (history[-1]["change"], history[-1]["at"])
     assert (
         shown["bytes"]
