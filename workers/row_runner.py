@@ -51,6 +51,11 @@ class ShardEngine(Protocol):
     def add(self, request: GenerateRequest | EmbedRequest) -> None: ...
     def step(self) -> Sequence[Finished]: ...
     def abort(self, request_id: int) -> None: ...
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is left of any request, in a gang also nothing that was lent or borrowed."""
+
+    def clear_stats(self) -> None: ...
 
 
 class LockStep(Protocol):
@@ -173,9 +178,15 @@ class RowRunner:
                 counts=self._counts(),
                 failure=self._failure,
                 first_step_at=self._first_step_at,
+                is_free=self.is_free,
                 engine=self._engine.stats.as_dict(),
                 experts=self._experts(),
             )
+
+    @property
+    def is_free(self) -> bool:
+        """Whether this is over and has left the engine as it was."""
+        return self._stopped and self._failure is None and self._engine.is_idle
 
     def _experts(self) -> ExpertWork | None:
         if self._expert_work is None or (
@@ -216,6 +227,8 @@ class RowRunner:
             log.exception("the shard broke")
             self._fail_shard(Failure(kind="crash", message=f"{type(error).__name__}: {error}"))
         self._ahead.close()
+        for request_id in self._flights:  # rows that nobody waits for any more
+            self._engine.abort(request_id)
         self._writer.shutdown(wait=True)
         with self._changed:
             self._stopped = self._news = True
