@@ -38,7 +38,7 @@ class GangStats(EngineStats):
 
 
 class GangEngine:
-    """A `row_runner.ShardEngine` and its `LockStep`. `agree` and `step` are called in turns, by one thread.
+    """A `flights.ShardEngine` and its `LockStep`. `agree` and `step` are called in turns, by one thread.
 
     Callers number their requests from 0; negative ids are borrowed requests' own.
     """

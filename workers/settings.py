@@ -62,8 +62,8 @@ class CalibrationSettings:
 class JobSettings:
     """A job, apart from the engine that it runs on.
 
-    `sampling` holds SamplingParams' fields, None where the model decides; None: nothing is generated. `calibration`: for
-    gangs whose seats say that they calibrate.
+    `sampling` holds SamplingParams' fields, None where the model decides; None: nothing is generated.
+    `calibration`: for gangs whose seats say that they calibrate.
     """
 
     out: str  # the job directory
