@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import execute
+from jobs.index.bulk_query import bulk_query, neighbours
 
 pytestmark = pytest.mark.ray
 
@@ -94,6 +95,15 @@ def test_an_index_grows_forgets_and_is_merged(
         ("second", 4),
     ]
     assert answer("index", "add", "first", "second")[0] == 2
+
+    # Many queries at once say of which job their neighbours are, also of an index that has no job of its own.
+    asked = {("first", 5): "first text 5", ("second", 3): "second text 3", ("second", 0): "second text 0"}
+    pq.write_table(pa.table({"q": list(asked.values())}), tmp_path / "queries.parquet")
+    found = tmp_path / "found"
+    bulk_query(tmp_path / "both", str(tmp_path / "queries.parquet"), found, k=2, engine_factory="cheap_engine:load")
+    best = [record for record in neighbours(found).to_table().to_pylist() if record["rank"] == 1]
+    assert [(record["job"], record["row"], record["id"]) for record in best] == [(*at, str(at[1])) for at in asked]
+    assert answer("verify", "found")[1]["neighbours"] == 6
 
     status, shown = answer("index", "delete", "first", "--filter", "day == 'second' and size == 3")
     assert (status, shown["num_deleted"], shown["version"]) == (0, 1, 3)
