@@ -19,8 +19,7 @@ from pipeline.durable import file_sha256
 from pipeline.errors import JobError, UserError
 from pipeline.extensions import read_extensions
 from pipeline.index.check import IndexedParts, index_problems, is_of_these_parts
-from pipeline.index.deletions import read_deleted
-from pipeline.index.growth import is_all_deleted
+from pipeline.index.deletions import is_all_deleted, read_deleted
 from pipeline.index.manifest import MANIFEST_NAME, IndexManifest, read_manifest
 from pipeline.indexed_jobs import job_folder, latest_commits
 from pipeline.job_folder import JobFolder, PlannedSplit, parse_commit_name, parse_splits, part_name, read_job, read_plan

@@ -102,6 +102,9 @@ def delete(
     ids_file: Annotated[
         Path | None, typer.Option("--ids", metavar="FILE", help="The rows with the ids in FILE, one a line.")
     ] = None,
+    job: Annotated[
+        str | None, typer.Option("--job", metavar="NAME", help="Only rows of this one of the index's jobs.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Have the index never find these rows again. Parts keep them."""
@@ -109,7 +112,8 @@ def delete(
 
     if (where is not None) + bool(ids) + (ids_file is not None) != 1:
         raise UserError("index delete: give one of --filter, --id and --ids")
-    _, num_deleted = delete_from_index(out, filter=where, ids=read_ids(ids_file) if ids_file is not None else ids or [])
+    named = read_ids(ids_file) if ids_file is not None else ids or []
+    _, num_deleted = delete_from_index(out, filter=where, ids=named, job=job)
     found = index_contents(out)
     words = f"{num_deleted:,} vectors deleted\n{describe_contents(found)}"
     context.obj.answer({"num_deleted": num_deleted, **found}, words)

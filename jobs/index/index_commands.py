@@ -20,18 +20,20 @@ from jobs.terminal import human_bytes
 from pipeline.errors import JobError, UserError
 from pipeline.index.check import IndexedParts, is_of_these_parts
 from pipeline.index.compaction import compact, planned_ranges
-from pipeline.index.deletions import delete_vectors, read_deleted
+from pipeline.index.deletions import delete_vectors, is_all_deleted, read_deleted
 from pipeline.index.expression import Filter
-from pipeline.index.growth import Addition, add_job, is_all_deleted
+from pipeline.index.growth import Addition, add_job
 from pipeline.index.kinds import DEFAULT_MEMORY_BYTES
 from pipeline.index.manifest import MANIFEST_NAME, IndexedJob, IndexManifest, Provenance, VersionNote, read_manifest
 from pipeline.index.matching import OfIds, Wanted, matching_vectors
 from pipeline.index.merging import merge_indexes
+from pipeline.index.selection import Mask
 from pipeline.index.versions import change_index, kept_folder
 from pipeline.indexed_jobs import job_folder, latest_commits
 from pipeline.job_folder import JobFolder, read_job, read_plan
 from pipeline.lock import lock
 from pipeline.model_path import resolve_model
+from pipeline.suggest import did_you_mean
 from workers.index_builders import builders_at_hand
 
 
@@ -86,24 +88,56 @@ def add_to_index(out: Path, other: Path, options: BuildOptions | None = None) ->
         return change_index(folder, lambda draft, manifest: add_job(draft, manifest, addition, **arguments))
 
 
-def delete_from_index(out: Path, *, filter: str | None = None, ids: Sequence[str] = ()) -> tuple[IndexManifest, int]:
+def delete_from_index(
+    out: Path, *, filter: str | None = None, ids: Sequence[str] = (), job: str | None = None
+) -> tuple[IndexManifest, int]:
     """Has the index never find these rows again. The index as it is then, and how many vectors were deleted.
 
-    Where none was, the index is left alone.
+    With `job` only rows of that one. Where ids are row numbers, which every job has, and there are several jobs, it is
+    to be said. Where nothing is deleted the index is left alone.
     """
     if (filter is None) == (not ids):
         raise UserError("index delete: say which rows, by --filter or by their ids")
     wanted: Wanted = OfIds(ids) if filter is None else Filter.parse(filter)
     with _changing(out) as folder:
         manifest = read_manifest(folder.index)
-        mask = matching_vectors(folder.index, manifest, wanted, lambda job: job_folder(folder.root, job))
         deleted = read_deleted(folder.index, manifest)
+        if job is None and ids:
+            _refuse_row_numbers(folder, manifest, deleted)
+        mask = matching_vectors(folder.index, manifest, wanted, lambda one: job_folder(folder.root, one))
+        if job is not None:
+            mask &= _numbers_of_job(manifest, job)
         if deleted is not None:
             mask[deleted] = False
         numbers = np.flatnonzero(mask)
         if not len(numbers):
             return manifest, 0
         return change_index(folder, lambda draft, before: delete_vectors(draft, before, numbers)), len(numbers)
+
+
+def _refuse_row_numbers(folder: JobFolder, manifest: IndexManifest, deleted: Any) -> None:
+    standing = [
+        job
+        for job, first in zip(manifest.jobs, manifest.first_vectors, strict=True)
+        if not is_all_deleted(deleted, first, job.num_vectors)
+    ]
+    if len(standing) > 1:
+        for job in standing:
+            if read_job(job_folder(folder.root, job))["spec"].get("input", {}).get("id") is None:
+                raise UserError(
+                    f"index delete: the ids of job {job.job!r} are its row numbers, and other jobs have such rows too; "
+                    f"say whose are meant by --job: {', '.join(one.job for one in standing)}"
+                )
+
+
+def _numbers_of_job(manifest: IndexManifest, name: str) -> Mask:
+    mask = np.zeros(manifest.num_vectors, np.bool_)
+    for job, first in zip(manifest.jobs, manifest.first_vectors, strict=True):
+        if job.job == name:
+            mask[first : first + job.num_vectors] = True
+            return mask
+    names = [job.job for job in manifest.jobs]
+    raise UserError(f"--job {name}: the index has no such job{did_you_mean(name, names)}; it has {', '.join(names)}")
 
 
 def compact_index(out: Path, options: BuildOptions | None = None) -> tuple[IndexManifest, IndexManifest]:

@@ -72,3 +72,11 @@ def delete_vectors(draft: Path, manifest: IndexManifest, numbers: Numbers) -> In
     path = draft / DELETED_NAME
     path.unlink(missing_ok=True)
     return dataclasses.replace(manifest, deleted=write_deleted(path, merged.astype(np.int64)))
+
+
+def is_all_deleted(deleted: Numbers | None, first: int, count: int) -> bool:
+    """Whether none of `count` vectors from number `first` on is left, of some."""
+    if deleted is None or count == 0:
+        return False
+    low, high = np.searchsorted(deleted, (first, first + count))
+    return bool(high - low == count)

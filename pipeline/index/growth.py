@@ -24,7 +24,7 @@ from pipeline.index.budget import BuildBudget, build_budget
 from pipeline.index.build import shares
 from pipeline.index.builders import Builders, ThreadBuilders
 from pipeline.index.centering import Centering
-from pipeline.index.deletions import read_deleted
+from pipeline.index.deletions import is_all_deleted, read_deleted
 from pipeline.index.kinds import DEFAULT_MEMORY_BYTES, FLAT
 from pipeline.index.manifest import ROWS_NAME, IndexedJob, IndexManifest, Provenance, parts_digest
 from pipeline.index.recall import Queries, query_numbers
@@ -135,13 +135,6 @@ def refuse_twice(out: Path, manifest: IndexManifest, deleted: Any, source: Index
                 f"{out} is in the index already, as {job.job!r}{changed}; to take it anew, first delete its rows: "
                 f"gristmill index delete OUT --filter \"job == '{job.job}'\""
             )
-
-
-def is_all_deleted(deleted: Any, first: int, count: int) -> bool:
-    if deleted is None or count == 0:
-        return False
-    low, high = np.searchsorted(deleted, (first, first + count))
-    return bool(high - low == count)
 
 
 def _refuse(draft: Path, manifest: IndexManifest, added: Addition, source: IndexedJob) -> None:

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import JobError, UserError
 from pipeline.index.builders import Builders
-from pipeline.index.deletions import delete_vectors, read_deleted
+from pipeline.index.deletions import delete_vectors, is_all_deleted, read_deleted
 from pipeline.index.faiss_files import check_file
-from pipeline.index.growth import Addition, add_job, is_all_deleted
+from pipeline.index.growth import Addition, add_job
 from pipeline.index.kinds import DEFAULT_MEMORY_BYTES
 from pipeline.index.manifest import ROWS_NAME, IndexedJob, IndexManifest, read_manifest
 from pipeline.index.row_map import SCHEMA, RowMap

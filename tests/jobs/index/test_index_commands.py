@@ -14,6 +14,8 @@ import pytest
 
 from jobs.cli import execute
 from jobs.index.bulk_query import bulk_query, neighbours
+from pipeline.job_folder import JobFolder
+from pipeline.lock import lock
 
 pytestmark = pytest.mark.ray
 
@@ -109,8 +111,10 @@ def test_an_index_grows_forgets_and_is_merged(
     assert (status, shown["num_deleted"], shown["version"]) == (0, 1, 3)
     assert ("second", 3) not in hits("first")
     (tmp_path / "ids").write_text("7\n8\n")
-    assert answer("index", "delete", "first", "--ids", "ids")[1]["num_deleted"] == 2
-    assert answer("index", "delete", "first", "--id", "7")[1]["num_deleted"] == 0
+    status, refused = answer("index", "delete", "first", "--ids", "ids")
+    assert (status, "say whose are meant by --job: first, second" in refused["error"]) == (2, True)
+    assert answer("index", "delete", "first", "--ids", "ids", "--job", "first")[1]["num_deleted"] == 2
+    assert answer("index", "delete", "first", "--id", "7", "--job", "first")[1]["num_deleted"] == 0
     assert len(hits("first")) == 14
     assert answer("status", "first")[1]["index"]["current"]
     status, found = answer("verify", "first")
@@ -157,6 +161,7 @@ def test_what_can_not_be_is_one_line(
         (("index", "delete", "first"), "give one of --filter, --id and --ids"),
         (("index", "delete", "first", "--filter", "sizes == 3"), "did you mean 'size'?"),
         (("index", "delete", "first", "--ids", "nowhere"), "can't be read"),
+        (("index", "delete", "first", "--id", "7", "--job", "firts"), "did you mean 'first'?"),
         (("index", "merge", "both", "first"), "at least two"),
         (("index", "merge", "second", "first", "second"), "is not empty"),
         (("index", "merge", "both", "first", "first"), "is in the index already"),
@@ -164,6 +169,10 @@ def test_what_can_not_be_is_one_line(
         status, document = answer(*arguments)
         assert status == 2, document
         assert expected in document["error"]
+    with lock(JobFolder(tmp_path / "first")):
+        for command in (("add", "first", "second"), ("compact", "first"), ("extend", "first")):
+            status, document = answer("index", *command)
+            assert (status, "is in use by process" in document["error"]) == (1, True)
     (tmp_path / "second" / "commits" / "000000.json").unlink()
     status, document = answer("index", "add", "first", "second")
     assert (status, "is not done yet" in document["error"]) == (2, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,13 +24,15 @@ from pipeline.index.build import build_index, index_is_current
 from pipeline.index.check import IndexedParts
 from pipeline.index.compaction import compact, planned_ranges
 from pipeline.index.deletions import delete_vectors, write_deleted
+from pipeline.index.expression import Filter
 from pipeline.index.growth import Addition, add_job
 from pipeline.index.manifest import IndexManifest, Provenance, read_manifest
+from pipeline.index.matching import matching_vectors
 from pipeline.index.merging import merge_indexes
 from pipeline.index.rebuilding import kept_changes
 from pipeline.index.search import IndexShard, VectorIndex
 from pipeline.index.versions import change_index, folder_of_version
-from pipeline.indexed_jobs import IndexedRows
+from pipeline.indexed_jobs import IndexedRows, job_folder
 from pipeline.job_folder import JobFolder, write_job, write_plan
 from pipeline.parts import PartBuilder
 from pipeline.records import RecordLayout
@@ -87,11 +90,13 @@ def found_in(folder: JobFolder, queries: Matrix, k: int = 5) -> list[list[tuple[
 def job(tmp_path: Path, provenance: Provenance) -> Callable[..., Job]:
     """`job(name, vectors)` -> a finished job that embeds prompts and carries `key`, indexed as `build` is told."""
 
-    def make(name: str, vectors: Matrix, *, center: bool = False, **arguments: Any) -> Job:
+    def make(
+        name: str, vectors: Matrix, *, center: bool = False, keys: list[Any] | None = None, **arguments: Any
+    ) -> Job:
         folder = JobFolder(tmp_path / name)
         log = CommitLog(folder, fingerprint=f"of {name}")
         log.recover()
-        carried = pa.record_batch({"key": [f"{name}-{row}" for row in range(len(vectors))]})
+        carried = pa.record_batch({"key": keys or [f"{name}-{row}" for row in range(len(vectors))]})
         layout = RecordLayout.of(samples=0, embeds="prompt", dimension=vectors.shape[1], carried=carried.schema)
         splits = []
         for split, first in enumerate(range(0, len(vectors), SPLIT_ROWS)):
@@ -314,6 +319,29 @@ def test_what_was_deleted_stays_deleted_when_all_is_indexed_again(job: Make, tmp
     assert_whole(one.folder)
 
 
+def test_a_filter_means_the_same_in_jobs_whose_columns_are_of_other_types(job: Make, tmp_path: Path) -> None:
+    one = job("one", unit(4, seed=1), keys=[1, 2, 3, 4])
+    two = job("two", unit(4, seed=2), keys=[0.5, 1.5, 2.5, 3.5])
+    three = job("three", unit(4, seed=3), keys=["1", "2", "3", "4"])
+    one.add(two)
+
+    def found(text: str) -> list[int]:
+        manifest = read_manifest(one.folder.index)
+        mask = matching_vectors(
+            one.folder.index, manifest, Filter.parse(text), lambda entry: job_folder(one.folder.root, entry)
+        )
+        return np.flatnonzero(mask).tolist()
+
+    assert found("key > 2") == [2, 3, 6, 7]
+    assert found("key in (2, 2.5)") == [1, 6]
+    one.add(three)
+    with pytest.raises(UserError, match="column 'key' is of type double in one of the index's jobs and of type string"):
+        found("key > 2")
+    one.delete(*range(8, 12))
+    three.folder.root.rename(tmp_path / "elsewhere")
+    assert found("key > 2") == [2, 3, 6, 7], "nobody misses a job of which nothing is left"
+
+
 def test_a_damaged_list_of_deletions_is_never_read_as_none(job: Make) -> None:
     one = job("one", unit(20, seed=1))
     one.delete(4)
@@ -459,6 +487,59 @@ def test_merged_indexes_answer_as_each_did(job: Make, tmp_path: Path, kind: str)
     k = 1 if kind == "Flat" else 30
     assert all(("two", row) in hits for row, hits in enumerate(found_in(merged, two.vectors, k)) if row != 9)
     assert_whole(merged)
+
+
+def test_a_merge_that_dies_at_any_step_leaves_no_index_or_the_whole(job: Make, tmp_path: Path, filesystem: Any) -> None:
+    one, two = job("one", unit(20, seed=1)), job("two", unit(7, seed=2))
+    one.delete(4)
+    sources = [one.folder, two.folder]
+    with filesystem.dies_at(None):
+        merge_indexes(JobFolder(tmp_path / "merged"), sources)
+    num_steps = len(filesystem.trace)
+    assert num_steps > 5
+    for step in range(num_steps):
+        merged = JobFolder(tmp_path / f"merged-{step}")
+        with filesystem.dies_at(step):
+            merge_indexes(merged, sources)
+        assert filesystem.died
+        if not merged.index.exists():
+            merge_indexes(merged, sources)  # what was left of it is in nobody's way
+        assert_whole(merged)
+        assert len(found_in(merged, unit(1, seed=3), 100)[0]) == 26
+        assert not list(merged.attempts.iterdir())
+    assert_whole(one.folder)
+
+
+def test_storage_that_is_full_leaves_the_version_that_was_there(job: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = (
+        job("one", unit(40, seed=1), kind="HNSW8", recall=0.1),
+        job("two", unit(20, seed=2), kind="HNSW8", recall=0.1),
+    )
+    one.delete(3)
+    before = read_manifest(one.folder.index)
+    files = {path.name: path.read_bytes() for path in one.folder.index.iterdir()}
+    write = os.write
+
+    def full_after(num_bytes: int) -> Any:
+        left = [num_bytes]
+
+        def limited(handle: int, content: Any) -> int:
+            left[0] -= len(content)
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, "no space left on device")
+            return write(handle, content)
+
+        return limited
+
+    for work in (lambda: one.add(two), lambda: one.delete(7), one.compact, one.build):
+        for num_bytes in (0, 300, 1200):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "write", full_after(num_bytes))
+                with pytest.raises(JobError, match="no space left; free some and run again"):
+                    work()
+            assert read_manifest(one.folder.index) == before
+            assert {path.name: path.read_bytes() for path in one.folder.index.iterdir()} == files
+            assert not list(one.folder.attempts.iterdir())
 
 
 def test_indexes_that_do_not_belong_together_are_not_merged(job: Make, tmp_path: Path, provenance: Provenance) -> None:
