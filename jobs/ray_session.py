@@ -36,7 +36,7 @@ def ray_session(address: str | None, *, num_cpus: int) -> Iterator[None]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        if address := address or os.environ.get("RAY_ADDRESS"):
+        if address := address_of(address):
             _join(address)
         else:
             _start(num_cpus)
@@ -126,7 +126,12 @@ def is_joined(address: str | None) -> bool:
     """Whether `ray_session` would use a Ray that runs already."""
     import ray
 
-    return bool(ray.is_initialized() or address or os.environ.get("RAY_ADDRESS"))
+    return bool(ray.is_initialized() or address_of(address))
+
+
+def address_of(address: str | None) -> str | None:
+    """What a job means that names no address, too."""
+    return address or os.environ.get("RAY_ADDRESS") or None
 
 
 def wait_for(references: list[Any], timeout_s: float) -> list[Any]:

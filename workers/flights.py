@@ -36,6 +36,11 @@ class ShardEngine(Protocol):
     def add(self, request: GenerateRequest | EmbedRequest) -> None: ...
     def step(self) -> Sequence[Finished]: ...
     def abort(self, request_id: int) -> None: ...
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is left of any request, in a gang also nothing that was lent or borrowed."""
+
+    def clear_stats(self) -> None: ...
 
 
 class Kind(Enum):
@@ -191,6 +196,12 @@ class Flights:
                 self._embed(work, row, Kind.GENERATION_VECTOR, sample, tokens)
             except Exception as error:
                 self._fail_unexpectedly(work, row, error)
+
+    def clear(self) -> None:
+        """Forget what is under way: nobody waits for it any more."""
+        for request_id in self._flights:
+            self._engine.abort(request_id)
+        self._flights.clear()
 
     def forget(self, revoked: Collection[tuple[int, int]]) -> None:
         """Abort what is under way for these assignments."""

@@ -135,9 +135,15 @@ class RowRunner:
                 counts=self._counts(),
                 failure=self._failure,
                 first_step_at=self._first_step_at,
+                is_free=self.is_free,
                 engine=self._engine.stats.as_dict(),
                 experts=self._experts(),
             )
+
+    @property
+    def is_free(self) -> bool:
+        """Whether this is over and has left the engine as it was."""
+        return self._stopped and self._failure is None and self._engine.is_idle
 
     def _experts(self) -> ExpertWork | None:
         if self._expert_work is None or (
@@ -178,6 +184,7 @@ class RowRunner:
             log.exception("the shard broke")
             self._fail_shard(Failure(kind="crash", message=f"{type(error).__name__}: {error}"))
         self._ahead.close()
+        self._flights.clear()
         self._writer.shutdown(wait=True)
         with self._changed:
             self._stopped = self._news = True
