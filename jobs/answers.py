@@ -18,6 +18,7 @@ class Answers:
     def __init__(self, arguments: Sequence[str], json_stream: TextIO | None) -> None:
         self.command_line = shlex.join(["gristmill", *arguments])
         self._json_stream = json_stream
+        self.has_refused = False
 
     def answer(self, document: Any, words: str) -> None:
         if self._json_stream is not None:
@@ -26,6 +27,7 @@ class Answers:
             print(words)
 
     def refuse(self, message: str, exit_status: int) -> int:
+        self.has_refused = True
         say(f"gristmill: {message}")
         if self._json_stream is not None:
             write_json({"error": " ".join(message.split()), "exit_status": exit_status}, self._json_stream)

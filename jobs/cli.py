@@ -16,8 +16,9 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from jobs.answers import Answers
+from jobs.answers import INTERRUPTED, Answers
 from jobs.index.index_cli import index_app
+from jobs.stop_signals import interrupt_on_signals, leave_signals_alone
 from jobs.submitting.cluster_commands import (
     Address,
     AsJson,
@@ -366,9 +367,13 @@ def _execute(arguments: Sequence[str], answers: Answers) -> int:
         return answers.refuse(str(error), 2)
     except JobError as error:
         return answers.refuse(str(error), 1)
-    return int(exit_status or 0)  # an interrupted command gives 130
+    if exit_status == INTERRUPTED and not answers.has_refused:  # before anything was begun
+        return answers.refuse(f"stopped; to go on: {answers.command_line}", INTERRUPTED)
+    return int(exit_status or 0)
 
 
 def main() -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(execute(sys.argv[1:]))
+    interrupt_on_signals()
+    exit_status = execute(sys.argv[1:])
+    leave_signals_alone()
+    sys.exit(exit_status)
