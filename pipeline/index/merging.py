@@ -104,7 +104,11 @@ class _Merge:
             shards=tuple(self._shards),
             rows=rows.contents(),
             jobs=tuple(self._jobs),
-            recall=dataclasses.replace(first.recall, reached=min(reached, default=None)),
+            recall=dataclasses.replace(
+                first.recall,
+                target=min(manifest.recall.target for manifest in manifests),  # what all of them promised
+                reached=min(reached, default=None),
+            ),
             deleted=write_deleted(self._draft / DELETED_NAME, deleted) if len(deleted) else None,
             version=1,
             history=(),

@@ -561,5 +561,7 @@ def test_indexes_that_do_not_belong_together_are_not_merged(job: Make, tmp_path:
     with pytest.raises(UserError, match="is not empty"):
         merge_indexes(two.folder, [one.folder, other.folder])
     assert not out.index.exists()
-    merge_indexes(out, [one.folder, other.folder])
+    other.build(recall=0.5)
+    manifest = merge_indexes(out, [one.folder, other.folder])
+    assert manifest.recall.target == 0.5, "what both have promised"
     assert_whole(out)
