@@ -20,9 +20,11 @@ from jobs.history import RunRecords
 from jobs.spec import JobSpec, JsonObject
 from jobs.specfile import load_spec, parse_spec
 from jobs.state import JobState
+from jobs.stop_signals import is_echo
 from jobs.store import JobStore, open_store
 from jobs.submitting.submission import note_submission
 from jobs.tally import OnProgress, Tally
+from jobs.warm import WarmReplicas
 from jobs.worker_settings import worker_settings
 from pipeline.errors import JobError, UserError
 from workers import devices
@@ -78,11 +80,13 @@ def run(
     retry_errors: bool = False,
     on_progress: OnProgress | None = None,
     engine_factory: str = DEFAULT_ENGINE,
+    warm: WarmReplicas | None = None,
 ) -> JobResult:
     """Run a job (a spec, its settings, or a job file) to its end, or from where it stopped.
 
     `limit`: only the first rows, for now. `retry_errors`: failed rows run again. A job that is done is left alone.
-    `engine_factory`: `module:callable` that makes a worker's engine (see `workers.engine_factory`).
+    `engine_factory`: `module:callable` that makes a worker's engine (see `workers.engine_factory`). `warm`: keeps
+    Ray and loaded models, for the next job that is run with it.
 
     UserError if the job can't be run as asked, JobError if it fails, JobInterrupted on SIGINT and SIGTERM; all keep
     what is committed. Uses the Ray that is connected, or else starts one for itself.
@@ -93,11 +97,16 @@ def run(
         spec = parse_spec(job) if isinstance(job, Mapping) else load_spec(job)
     with open_store(spec) as store, run_log(store.folder.root, "controller"):
         note_submission(store.folder)
-        return _run(store, limit, retry_errors, on_progress, engine_factory)
+        return _run(store, limit, retry_errors, on_progress, engine_factory, warm)
 
 
 def _run(
-    store: JobStore, limit: int | None, retry_errors: bool, on_progress: OnProgress | None, engine_factory: str
+    store: JobStore,
+    limit: int | None,
+    retry_errors: bool,
+    on_progress: OnProgress | None,
+    engine_factory: str,
+    warm: WarmReplicas | None,
 ) -> JobResult:
     spec, committed = store.job.spec, store.committed()
 
@@ -121,14 +130,14 @@ def _run(
         on_progress=on_progress,
         keep=RunRecords(store.folder).keep,
     )
-    finisher = Finisher(store, tally)
+    finisher = Finisher(store, tally, processors_are_held=warm is not None)
     finisher.refuse_unknown_kind()
     report = store.report()
     if not state.num_open and report is not None and finisher.index_is_current():
         return JobResult(out=store.folder.root, report=report)
     rows_to_do = state.total_rows - sum(split.rows for split in committed.values())
     settings = worker_settings(store, engine_factory, rows_to_do=rows_to_do)
-    with Fleet(settings, spec.cluster) as fleet:
+    with Fleet(settings, spec.cluster, model=store.job.covers["model"], warm=warm) as fleet:
         layout = fleet.lay_out(partial(_forecast, settings.engine) if engine_factory == DEFAULT_ENGINE else None)
         tally.lay_out(layout)
         state = new_state(layout.replicas, layout.ranks)
@@ -168,6 +177,8 @@ def _stopping(controller: Controller) -> Iterator[None]:
 
     def on_signal(number: int, frame: Any) -> None:
         nonlocal asked
+        if is_echo():
+            return
         if asked or not controller.is_running_rows:
             raise JobInterrupted
         asked = True

@@ -114,7 +114,7 @@ def _calibrate(
 
 
 def _read(preparation: Preparation, place: SamplePlace) -> Iterator[list[Text]]:
-    """What each row at a place has the engine read, as `RowRunner` does: once, where the prompt is the passage too.
+    """What each row at a place has the engine read, as `flights.py` does: once, where the prompt is the passage too.
 
     Nothing of a row that fails.
     """

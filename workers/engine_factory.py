@@ -16,7 +16,7 @@ from workers.settings import EngineSettings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedEngine:
-    """What a factory returns. `engine` is a `row_runner.ShardEngine`; `max_context` counts prompt and generation.
+    """What a factory returns. `engine` is a `flights.ShardEngine`; `max_context` counts prompt and generation.
 
     `lock_step`: the engine again, as a `row_runner.LockStep`, where it is one rank's of a gang. `expert_work`: what its
     experts did so far, for any thread; None of a dense model.

@@ -1,7 +1,8 @@
 """A replica: a gang of shards that together hold one model, in one Ray placement group.
 
 Formed once and never mended: when one of its shards dies or falls silent, the whole gang is released, and another
-replica of the next generation takes its place.
+replica of the next generation takes its place. It holds a model, and runs jobs on it one after another: who keeps it
+when a job is over (`jobs/warm.py`) may give it the next.
 
 A gang of several ranks meets in two steps: when all of them are up and say on which nodes they are, the coordinator,
 this process, opens a rendezvous and gives each a seat; then they load their own experts and connect.
@@ -27,7 +28,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from pipeline.errors import JobError
 from workers.assignment import Assignment, ShardReport
 from workers.parallel.seat import Seating
-from workers.settings import ShardSettings
+from workers.settings import JobSettings, ShardSettings
 from workers.shard import ShardActor
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class Replica:
         self._num_ranks = num_ranks
         self._place = place
         self._rendezvous: Rendezvous | None = None
+        self._turn = 0  # which job it runs
         self.location = location
         self._group: PlacementGroup = placement_group(
             [resources.bundle()] * num_ranks,
@@ -118,6 +120,7 @@ class Replica:
         self._phases = ["forming"] * num_ranks
         self._nodes = [""] * num_ranks
         self._gave_up = False  # a shard failed, so the others wait for it in vain
+        self._free = [False] * num_ranks
         self._asked = {self._ask(rank): rank for rank in range(len(self._shards))}
 
     @property
@@ -144,6 +147,7 @@ class Replica:
         self._phases[rank] = report.phase
         self._nodes[rank] = report.node
         self._gave_up = self._gave_up or report.failure is not None
+        self._free[rank] = report.phase == "stopped" and report.is_free
         if self._place is not None and all(self._nodes):
             self._give_seats(self._place)
             self._place = None
@@ -173,6 +177,24 @@ class Replica:
             if now - heard_at > (LOADING_S if phase == "loading" else SILENCE_S):
                 reason = f"{self._name_of(rank)} has said nothing for {now - heard_at:.0f} seconds"
                 raise ReplicaLost(reason, now - heard_at)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether its job is over and has left every engine as it was, so that `take_up` may follow."""
+        return all(self._free)
+
+    def take_up(self, job: JobSettings, name: str) -> None:
+        """Run another job with the model that is loaded, under another name. Like a replica that has just formed."""
+        assert self.is_free, self.name
+        self.name = name
+        self.began_at = time.monotonic()
+        self._turn += 1
+        self._heard_at = [None] * self._num_ranks
+        self._phases = ["forming"] * self._num_ranks
+        self._free = [False] * self._num_ranks
+        for rank, shard in enumerate(self._shards):
+            shard.take_job.options(concurrency_group="orders").remote(job, self._name_of(rank), self._turn)
+        self._asked = {self._ask(rank): rank for rank in range(self._num_ranks)}
 
     @property
     def num_ranks(self) -> int:
@@ -257,7 +279,7 @@ class Replica:
         return None if heard_at is None else time.monotonic() - heard_at
 
     def _ask(self, rank: int) -> Any:
-        return self._shards[rank].report.options(concurrency_group="reports").remote(REPORT_S)
+        return self._shards[rank].report.options(concurrency_group="reports").remote(REPORT_S, self._turn)
 
     def why_not_formed(self) -> str:
         """For people, once it has taken too long."""

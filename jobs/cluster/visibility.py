@@ -36,7 +36,7 @@ def refuse_blind_nodes(nodes: Sequence[Node], settings: ShardSettings) -> None:
     others = [node for node in nodes if node.id != here]
     if not others:
         return
-    with _nonce(JobFolder(Path(settings.out))) as nonce:
+    with _nonce(JobFolder(Path(settings.job.out))) as nonce:
         answers = ask_each(others, _asking(expected(settings, nonce)), ANSWER_S)
         for node in others:
             answer = answers.get(node.id, "")  # one that died meanwhile is no concern
@@ -67,7 +67,7 @@ def _asking(what: Mapping[str, Any]) -> Callable[[str], str]:
 
 def expected(settings: ShardSettings, nonce: Path) -> dict[str, Any]:
     """What this node sees, to compare with: plain values."""
-    files = settings.source["files"]
+    files = settings.job.source["files"]
     step = max(1, -(-len(files) // MAX_INPUT_FILES))
     model = Path(settings.engine.model_path)
     return {

@@ -16,9 +16,9 @@ from pipeline.job_folder import JobFolder
 from pipeline.prompts import PromptSettings
 from pipeline.source import Source, Split
 from workers.assignment import Assignment, FinishedAssignment
+from workers.job_runner import build_runner
 from workers.row_runner import RowRunner
-from workers.settings import EmbedSettings, EngineSettings, ShardSettings
-from workers.shard import build_runner
+from workers.settings import EmbedSettings, EngineSettings, JobSettings, load_callable
 
 
 class Desk:
@@ -33,10 +33,10 @@ class Desk:
         self.folder.create()
         generates, embed = options.pop("generates", {"max_new_tokens": 4}), options.pop("embed", None)
         engine = {"max_context": options.pop("max_context", None)}
-        self.settings = ShardSettings(
+        self.engine = EngineSettings(model_path=str(model), factory="cheap_engine:load", **engine)
+        self.job = JobSettings(
             out=str(self.folder.root),
             source=self.source.to_json(),
-            engine=EngineSettings(model_path=str(model), factory="cheap_engine:load", **engine),
             prompt=PromptSettings(**{"column": "body"} | options.pop("prompt", {})),
             on_too_long=options.pop("on_too_long", "error"),
             date="2026-01-01T00:00:00+00:00",
@@ -44,7 +44,7 @@ class Desk:
             embed=EmbedSettings(**embed) if embed else None,
             **options,
         )
-        self.runner: RowRunner = build_runner(self.settings)
+        self.runner: RowRunner = build_runner(load_callable(self.engine.factory)(self.engine), self.engine, self.job)
         self._thread: threading.Thread | None = None
 
     def assignment(self, split: int, **changes: Any) -> Assignment:
