@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobs.cluster.hosts import candidates, hosts, judge, own_location, refuse_wishes_of_nodes, survey
 from jobs.cluster.nodes import Node
@@ -35,10 +36,12 @@ from pipeline.job_folder import JobFolder
 from pipeline.source import Split
 from workers import devices
 from workers.assignment import Assignment, Base, ShardReport
-from workers.forecast import Forecast
 from workers.parallel.seat import Seating
 from workers.replica import Replica, ReplicaLost, Resources
 from workers.settings import EngineSettings, ShardSettings
+
+if TYPE_CHECKING:
+    from workers.forecast import Forecast
 
 STOPPING_S = 15.0  # for a step under way and the parts that are being written
 AWAY_S = 1.0  # between two looks at the replicas; if it was longer, the silence may be ours
