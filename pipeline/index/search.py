@@ -10,6 +10,7 @@ d: width of a vector; n: vectors of a shard; q: queries; k: hits a query.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,12 @@ class IndexShard:
         index = faiss_files.read_shard(folder, shard, dimension=manifest.dimension)
         refuse_unsound_shard(index, folder / shard.file, shard, exact=manifest.kind == FLAT)
         return IndexShard(index, shard, kind=manifest.kind, deleted=deleted)
+
+    def as_of(self, contents: Shard, deleted: Numbers | None) -> IndexShard:
+        """The same vectors in memory, as another version of the index has them; `contents` is of the same file."""
+        other = copy.copy(self)
+        other._contents, other._deleted = contents, deleted
+        return other
 
     @property
     def first_vector(self) -> int:

@@ -241,7 +241,7 @@ def test_a_damaged_shard_is_not_served(out: Path, tmp_path: Path) -> None:
     path.write_bytes(content)
     shard = IndexShardActor(str(damaged), read_manifest(damaged), 1, neighbours=1)
     with pytest.raises(JobError, match=r"shard-001.faiss is damaged"):
-        shard.search(np.ones((1, 8), np.float32), 1)
+        shard.search("", np.ones((1, 8), np.float32), 1)
     assert shard.ping()[0] == "failed"
 
 
