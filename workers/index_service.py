@@ -90,7 +90,7 @@ class IndexService:
         Shards whose file both have stay as they are; until the new ones are loaded, both versions' are in memory.
         UserError where it embeds otherwise, JobError where it can't be served; the one before is served on then.
         """
-        difference = self._manifest.provenance.difference(manifest.provenance)
+        difference = manifest.provenance.difference(self._manifest.provenance)
         if difference is not None:
             raise UserError(f"its vectors were made with another {difference}: start serve-index again")
         before, old = self._manifest, self._shards

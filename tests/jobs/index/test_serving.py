@@ -137,6 +137,12 @@ def test_one_text_that_fails_does_not_fail_those_asked_beside_it(served: Served)
     assert answers[40] == "query 'REFUSE this': this request is refused"
 
 
+def test_what_a_failed_batch_leaves_does_not_answer_the_texts_that_come_next(served: Served) -> None:
+    with pytest.raises(JobError, match="this step breaks"):
+        served.client.search(["BREAK this", "text number 7"], k=1)
+    assert served.client.search(["text number 9"], k=1)[0].hits[0].row == 9
+
+
 def test_the_command_asks_by_directory_or_by_name(
     served: Served, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
