@@ -20,6 +20,7 @@ from jobs.history import RunRecords
 from jobs.spec import JobSpec, JsonObject
 from jobs.specfile import load_spec, parse_spec
 from jobs.state import JobState
+from jobs.stop_signals import is_echo
 from jobs.store import JobStore, open_store
 from jobs.submitting.submission import note_submission
 from jobs.tally import OnProgress, Tally
@@ -174,6 +175,8 @@ def _stopping(controller: Controller) -> Iterator[None]:
 
     def on_signal(number: int, frame: Any) -> None:
         nonlocal asked
+        if is_echo():
+            return
         if asked or not controller.is_running_rows:
             raise JobInterrupted
         asked = True

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import workers
+from jobs.process_group import children_apart
 from pipeline.errors import JobError, UserError
 
 OBJECT_STORE_BYTES = 128 << 20  # only reports and orders travel through it
@@ -78,7 +79,7 @@ def _start(num_cpus: int) -> None:
     }
     for attempt in range(NUM_STARTS):
         try:
-            with _environment(settings), _few_processes():
+            with _environment(settings), _few_processes(), children_apart():
                 ray.init(
                     address="local",
                     num_cpus=num_cpus,

@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.commits import Commit, read_commit
 from pipeline.durable import file_sha256
 from pipeline.errors import JobError, UserError
+from pipeline.extensions import read_extensions
 from pipeline.index.check import IndexedParts, index_problems, is_of_these_parts
 from pipeline.index.deletions import read_deleted
 from pipeline.index.growth import is_all_deleted
@@ -89,6 +90,7 @@ class _Auditor:
         num_before = len(self._problems)
         self._parts(latest, older)
         index = self._index(latest, wanted=_wants_index(job, latest), parts_are_whole=len(self._problems) == num_before)
+        self._extensions(index)
         codes: Counter[str] = Counter()
         for commit in latest.values():
             codes.update(commit.error_codes)
@@ -124,6 +126,25 @@ class _Auditor:
             indexed_vectors=None if index is None else index.num_vectors,
             deleted_vectors=0 if index is None else index.num_deleted,
         )
+
+    def _extensions(self, index: IndexManifest | None) -> None:
+        """Jobs over files that came later belong to this one, and are whole or not with it."""
+        try:
+            extensions = read_extensions(self._folder)
+        except JobError as error:
+            self._problems.append(str(error))
+            return
+        indexed = {job.path for job in index.jobs} if index is not None else set()
+        for one in extensions:
+            if not one.began(self._folder):
+                continue
+            root = one.folder(self._folder).root
+            found = audit(root)
+            self._problems.extend(found.problems)
+            self._pending.extend(found.pending)
+            if one.path not in indexed and (found.pending or found.vectors):
+                left = "still to be run and added" if found.pending else "still to be added"
+                self._pending.append(f"the rows of {root} are {left}: gristmill index extend {self._folder.root}")
 
     def _not_begun(self, path: Path) -> bool:
         """Whether `path`, which every job has, is missing because a run ended before it was written."""
@@ -299,9 +320,9 @@ class _Auditor:
 
 
 def _wants_index(job: Mapping[str, Any] | None, latest: Mapping[int, Commit]) -> bool:
-    """A job that embeds has an index, unless its spec says `index: null`."""
+    """A job that embeds has an index, unless its spec says `index: false`."""
     spec = {} if job is None else job.get("spec", {})
-    return any(commit.vectors for commit in latest.values()) and spec.get("index", "auto") is not None
+    return any(commit.vectors for commit in latest.values()) and spec.get("index", "auto") not in (None, False)
 
 
 def _listed(folder: Path) -> list[str]:

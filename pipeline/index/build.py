@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.commits import Commit
-from pipeline.durable import removed_on_failure, replace_folder, storage_errors
+from pipeline.durable import removed_on_failure, storage_errors
 from pipeline.errors import JobError, UserError
 from pipeline.index import faiss_files
 from pipeline.index.budget import BuildBudget, build_budget
@@ -56,7 +56,7 @@ from pipeline.index.shard_build import (
     write_queries,
 )
 from pipeline.index.vectors import committed_vectors, dimension_of, parts_with
-from pipeline.index.versions import Change, write_manifest
+from pipeline.index.versions import Change, publish, write_manifest
 from pipeline.job_folder import JobFolder
 
 Matrix = npt.NDArray[np.float32]
@@ -133,7 +133,7 @@ def build_index(
         if change is not None:
             manifest = change(draft, manifest)
         write_manifest(draft, manifest)
-        replace_folder(draft, folder.index, discarded=folder.attempts / f"index-old-{uuid.uuid4().hex}")
+        publish(folder, draft)
     return manifest
 
 

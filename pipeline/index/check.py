@@ -75,9 +75,6 @@ def _count_problems(manifest: IndexManifest, parts: Sequence[IndexedParts]) -> I
             held = sum(sum(commit.vectors.values()) for commit in one.commits.values())
             if held != job.num_vectors:
                 yield f"the index holds {job.num_vectors} vectors of {job.job}, and the parts hold {held}"
-    num_vectors = sum(job.num_vectors for job in manifest.jobs)
-    if manifest.num_vectors != num_vectors:
-        yield f"the index holds {manifest.num_vectors} vectors, and the parts hold {num_vectors}"
 
 
 def _content_problems(folder: JobFolder, manifest: IndexManifest, parts: Sequence[IndexedParts]) -> Iterator[str]:

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import uuid
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pipeline.index.deletions import DELETED_NAME, Numbers, read_deleted, write_
 from pipeline.index.flat_file import FlatFile
 from pipeline.index.growth import free_name, refuse_twice
 from pipeline.index.kinds import FLAT
-from pipeline.index.manifest import ROWS_NAME, Contents, IndexedJob, IndexManifest, Shard, read_manifest
+from pipeline.index.manifest import ROWS_NAME, Contents, IndexedJob, IndexManifest, Shard, VersionNote, read_manifest
 from pipeline.index.row_map import RowMapWriter
 from pipeline.index.search import flat_matrix
 from pipeline.index.versions import clear_drafts, link_or_copy, write_manifest
@@ -96,7 +97,7 @@ class _Merge:
             link_or_copy(faiss_files.check_file(sources[0].index, first.center), self._draft / first.center.file)
         deleted = np.concatenate(self._deleted) if self._deleted else np.empty(0, np.int64)
         reached = [manifest.recall.reached for manifest in manifests if manifest.recall.reached is not None]
-        return dataclasses.replace(
+        merged = dataclasses.replace(
             first,
             num_vectors=self._num_vectors,
             shards=tuple(self._shards),
@@ -105,7 +106,10 @@ class _Merge:
             recall=dataclasses.replace(first.recall, reached=min(reached, default=None)),
             deleted=write_deleted(self._draft / DELETED_NAME, deleted) if len(deleted) else None,
             version=1,
+            history=(),
         )
+        change = f"merged {', '.join(job.job for job in merged.jobs)}"
+        return dataclasses.replace(merged, history=(VersionNote.of(merged, change, datetime.now()),))
 
     def _add(self, source: JobFolder, manifest: IndexManifest) -> dict[str, str]:
         """Shards, jobs and deletions of one index; gives what its jobs are called in the merged one."""

@@ -85,6 +85,9 @@ def _layer_problems(index: Any, count: int, first: int) -> Iterator[str]:
             yield f"its {name} numbers vectors from 0, not from {first}"
     elif not _is_permutation(numbers, count, first):
         yield f"its vectors are not numbered as index.json says, {first} to {first + count - 1}, each once"
+    within = _same_width(layer)
+    if any(inner.d != layer.d for inner in within):
+        yield f"its {name} is {layer.d} wide, and what is in it {' and '.join(str(inner.d) for inner in within)}"
     match layer:
         case faiss.IndexIDMap():
             yield from _layer_problems(layer.index, count, 0)
@@ -102,6 +105,17 @@ def _layer_problems(index: Any, count: int, first: int) -> Iterator[str]:
                 yield f"its graph is to be searched with a width of {layer.hnsw.efSearch}"
             if layer.storage.d != layer.d or layer.storage.ntotal != count:
                 yield f"its graph is over {layer.storage.ntotal} vectors of width {layer.storage.d}"
+
+
+def _same_width(layer: Any) -> list[Any]:
+    """The layers that take the vectors which this one takes."""
+    match layer:
+        case faiss.IndexIDMap():
+            return [layer.index]
+        case faiss.IndexRefine():
+            return [layer.base_index, layer.refine_index]
+        case _:
+            return []
 
 
 def _transform_problems(layer: Any) -> Iterator[str]:

@@ -114,6 +114,21 @@ def test_an_index_grows_forgets_and_is_merged(
     assert (shown["kind"], shown["vectors"], shown["deleted"]) == ("SQ8", 17, 3)
     assert len(hits("first", "--filter", "size >= 0")) == 14
     assert answer("verify", "first")[0] == 0
+    history = answer("index", "versions", "first")[1]["versions"]
+    assert [(note["version"], note["change"], note["num_vectors"], note["num_deleted"]) for note in history] == [
+        (1, "built", 12, 0),
+        (2, "added second: 5 vectors", 17, 0),
+        (3, "deleted 1 vectors", 17, 1),
+        (4, "deleted 2 vectors", 17, 3),
+        (5, "built again, as SQ8", 17, 3),
+    ]
+    assert [note["kept"] for note in history] == [False, False, False, True, True]
+    assert (shown["change"], shown["changed_at"]) == (history[-1]["change"], history[-1]["at"])
+    assert (
+        shown["bytes"]
+        == sum(path.stat().st_size for path in (tmp_path / "first" / "index").iterdir())
+        - (tmp_path / "first" / "index" / "index.json").stat().st_size
+    )
 
 
 def test_what_can_not_be_is_one_line(

@@ -224,6 +224,11 @@ def test_a_reader_of_the_old_version_is_not_disturbed(job: Make) -> None:
     one.delete(0)
     assert reader.search(queries, 10) == expected
     assert [path.name for path in (one.folder.root / "index-versions").iterdir()] == ["000002"]
+    manifest = read_manifest(one.folder.index)
+    one.build(kind="SQ8", recall=0.5, change=kept_changes(one.folder))
+    folder = folder_of_version(one.folder.index, manifest)
+    assert folder.name == "000003"
+    assert [IndexShard.load(folder, manifest, number).num_vectors for number in range(2)] == [30, 7]
 
 
 def test_unchanged_files_are_not_copied(job: Make) -> None:
@@ -278,6 +283,23 @@ def test_a_job_that_is_indexed_again_keeps_what_was_added_and_deleted(job: Make)
     assert (manifest.version, manifest.num_vectors, manifest.num_deleted) == (4, 47, 2)
     every = {hit for hits in one.found(unit(1, seed=3), 100) for hit in hits}
     assert every == {("one", row) for row in range(40) if row != 4} | {("two", row) for row in range(7) if row != 2}
+    assert_whole(one.folder)
+
+
+def test_what_was_deleted_stays_deleted_when_all_is_indexed_again(job: Make, tmp_path: Path) -> None:
+    one, two, three = (job(name, unit(20, seed=number)) for number, name in enumerate(("one", "two", "three")))
+    one.add(two)
+    one.delete(4, *range(20, 40))
+    one.add(two)  # anew, now that its rows are deleted
+    one.delete(42)
+    one.add(three)
+    one.delete(*range(60, 80))
+    three.folder.root.rename(tmp_path / "elsewhere")  # nobody needs it any more
+    one.build(job="renamed", change=kept_changes(one.folder))
+    every = {hit for hits in one.found(unit(1, seed=3), 100) for hit in hits}
+    assert every == {("renamed", row) for row in range(20) if row != 4} | {
+        ("two-2", row) for row in range(20) if row != 2
+    }
     assert_whole(one.folder)
 
 
