@@ -1,8 +1,8 @@
 """One query at a time: a served index against FAISS in this process, on the same vectors, turn by turn in one run.
 
 "nearest" is a vector in, vector numbers and scores out; "search" is a vector in, rows with their ids and columns out.
-The former asks the shards, each by one call; the latter the front actor, and that the shards. FAISS searches with the
-effort that the index was tuned to.
+Both ask the front actor, and that the shards, over connections of their own; "an actor's call" is one of Ray's that
+does nothing. FAISS searches with the effort that the index was tuned to.
 
     python -m benchmarks.serving
     python -m benchmarks.serving --size 10000 --dimension 64 --shards 3
@@ -74,13 +74,19 @@ def write_index(folder: JobFolder, size: int, dimension: int, kind: str, shards:
 
 
 def measure(folder: JobFolder, manifest: IndexManifest, num_queries: int) -> None:
-    from workers.index_service import IndexClient, IndexService, Serving
+    import ray
+
+    from workers.index_client import IndexClient
+    from workers.index_service import NAME_PREFIX, IndexService, Serving
+    from workers.index_shard import NAMESPACE
 
     serving = Serving(name="bench", out=str(folder.root), folder=str(folder.index), manifest=manifest, engine=None)
     service = IndexService(serving)
     try:
         service.wait_ready()
         client = IndexClient("bench")
+        about = client.about()
+        front = ray.get_actor(NAME_PREFIX + "bench", namespace=NAMESPACE)
         plain = [faiss.read_index(str(folder.index / shard.file)) for shard in manifest.shards]
         efforts = [search_parameters(index, shard.effort) for index, shard in zip(plain, manifest.shards, strict=True)]
         here = VectorIndex.open(folder.index)
@@ -91,16 +97,20 @@ def measure(folder: JobFolder, manifest: IndexManifest, num_queries: int) -> Non
                 index.search(query, K, params=effort) for index, effort in zip(plain, efforts, strict=True)
             ],
             "this index, in this process": lambda query: here.search(query, K),
+            "an actor's call, through Ray": lambda query: ray.get(front.ping.remote()),
             "served, nearest": lambda query: client.nearest(query, K),
             "served, search": lambda query: client.search_vectors(query, K),
         }
         times = timed(ways, queries)
     finally:
         service.close()
-    print(f"{manifest.num_vectors:,} x {manifest.dimension}, {manifest.kind}, {len(manifest.shards)} shards, k {K}")
+    print(
+        f"{manifest.num_vectors:,} x {manifest.dimension}, {manifest.kind}, {len(manifest.shards)} shards, k {K}; "
+        f"asked by {about['asked_by']}, shards by {about['shards_asked_by']}"
+    )
     base = times["FAISS, in this process"]
     for name, taken in times.items():
-        added = np.median(taken) - np.median(base)
+        added = np.median(taken - base)  # of queries, each in all ways within the same tenths of a second
         print(
             f"{name:28} median {np.median(taken):7.2f} ms, p99 {np.percentile(taken, 99):7.2f} ms, "
             f"on top of FAISS {added:6.2f} ms"

@@ -194,7 +194,7 @@ def serve_index(
     from jobs.index.served import serving
 
     try:
-        with serving(out, address=address, name=name, device=device) as about:
+        with serving(out, address=address, name=name, device=device, on_change=say) as about:
             words = (
                 f"serving {about['output']}: {about['vectors']:,} vectors, {about['kind']}, shards: {about['shards']}, "
                 f"model {about['model']}\nask with: gristmill query {shlex.quote(name or str(out))} TEXT "

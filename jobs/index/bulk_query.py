@@ -93,7 +93,7 @@ def bulk_query(
     target = JobFolder(output.expanduser().absolute())
     asked = {
         "index": str(out.resolve()),
-        "index_digest": digest(manifest.to_json()),
+        "index_digest": manifest.digest,
         "k": k,
         "filter": filter,
         "input": queries.to_json()["input"],
@@ -216,8 +216,10 @@ def _search_all(
     on_progress: OnProgress | None,
 ) -> None:
 
+    from workers.actor_calls import STARTING_S, await_ready, end_actors
+    from workers.actor_watch import Watch
     from workers.index_shard import start_shards
-    from workers.shard_group import STARTING_S, ShardGroup, Watch, await_ready, end_actors, put_masks
+    from workers.shard_group import ShardGroup
 
     queries = JobFolder(queries_out)
     wanted = [commit for split, commit in sorted(latest_commits(queries).items()) if split not in log.commits]
@@ -229,10 +231,10 @@ def _search_all(
     watch = Watch(shards)
     try:
         await_ready({f"shard {number}": shard for number, shard in enumerate(shards)})
-        group = ShardGroup(shards, patience_s=STARTING_S)
+        group = ShardGroup(shards, manifest.digest, patience_s=STARTING_S)
         masks = None
         if allowed is not None:
-            masks = put_masks([allowed[one.first_vector :][: one.num_vectors] for one in manifest.shards])
+            masks = [allowed[one.first_vector :][: one.num_vectors] for one in manifest.shards]
         counter = _Counter(log, sum(commit.rows for commit in wanted), on_progress)
         with ThreadPoolExecutor(1) as ahead:  # the next queries are searched for while these are written
             for commit in wanted:

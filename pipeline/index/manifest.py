@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -179,6 +180,11 @@ class IndexManifest:
         """The number of each job's first vector."""
         counts = [job.num_vectors for job in self.jobs]
         return tuple(itertools.accumulate(counts[:-1], initial=0)) if counts else ()
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal; changes with anything that the manifest says."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **dataclasses.asdict(self)}

@@ -10,6 +10,7 @@ d: width of a vector; n: vectors of a shard; q: queries; k: hits a query.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,11 +57,7 @@ class IndexShard:
     def __init__(self, index: Any, contents: Shard, *, kind: str, deleted: Numbers | None = None) -> None:
         """`deleted`: vector numbers of the index that are never found, ascending."""
         self._index = index
-        self._contents = contents
-        self._standing = standing_mask(index, contents, deleted)
-        # What a search that asks for all is told: nothing, where all that is held may be found.
-        holds_others = self._standing is not None and np.count_nonzero(self._standing) < contents.num_held
-        self._left = self._standing if holds_others else None
+        self._settle(contents, deleted)
         self._numbers = sparse_numbers(index, contents)
         self._matrix: Matrix | None = None  # [held, d] of a Flat shard: FAISS's own memory
         if kind == FLAT and contents.num_held:
@@ -79,6 +76,19 @@ class IndexShard:
         index = faiss_files.read_shard(folder, shard, dimension=manifest.dimension)
         refuse_unsound_shard(index, folder / shard.file, shard, exact=manifest.kind == FLAT, deleted=deleted)
         return IndexShard(index, shard, kind=manifest.kind, deleted=deleted)
+
+    def as_of(self, contents: Shard, deleted: Numbers | None) -> IndexShard:
+        """The same vectors in memory, as another version of the index has them; `contents` is of the same file."""
+        other = copy.copy(self)
+        other._settle(contents, deleted)
+        return other
+
+    def _settle(self, contents: Shard, deleted: Numbers | None) -> None:
+        self._contents = contents
+        self._standing = standing_mask(self._index, contents, deleted)
+        # What a search that asks for all is told: nothing, where all that is held may be found.
+        holds_others = self._standing is not None and np.count_nonzero(self._standing) < contents.num_held
+        self._left = self._standing if holds_others else None
 
     @property
     def first_vector(self) -> int:

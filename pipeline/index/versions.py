@@ -14,6 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -110,6 +111,17 @@ def folder_of_version(folder: Path, manifest: IndexManifest) -> Path:
     except (UserError, JobError):
         return folder
     return before if is_before else folder
+
+
+def versions_present(folder: Path) -> list[tuple[Path, IndexManifest]]:
+    """The versions of the index in `folder` (OUT/index) that are there, each with where its files are, newest first."""
+    before = folder.parent / VERSIONS_NAME
+    folders = [folder, *sorted(before.iterdir(), reverse=True)] if before.is_dir() else [folder]
+    present = []
+    for path in folders:
+        with suppress(UserError, JobError):  # being replaced, or another's
+            present.append((path, read_manifest(path)))
+    return present
 
 
 def publish(folder: JobFolder, draft: Path) -> None:
