@@ -48,7 +48,7 @@ def test_who_does_not_know_the_key_is_not_answered(listener: QueryListener) -> N
     with pytest.raises(OSError):
         asked(stranger, b"abc")
     with socket.create_connection((listener.door.host, listener.door.port), 5.0) as connection:
-        connection.sendall(b"GET / HTTP/1.1\r\nHost: somewhere\r\nAccept: all, and everything that there is\r\n\r\n")
+        connection.sendall(b"GET / HTTP/1.1".ljust(64))  # as long as what would show that it knows the key
         while connection.recv(4096):
             pass  # its nonce; then it hangs up
     assert asked(listener.door, b"abc") == b"cba"
