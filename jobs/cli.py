@@ -16,11 +16,10 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from jobs.answers import Answers
+from jobs.answers import INTERRUPTED, Answers
 from jobs.index.index_cli import index_app
 from jobs.stop_signals import interrupt_on_signals, leave_signals_alone
 from jobs.submitting.cluster_commands import (
-    INTERRUPTED,
     Address,
     AsJson,
     Target,
@@ -329,8 +328,8 @@ def _run(spec: Any, answers: Answers, *, limit: int | None = None, retry_errors:
         with ProgressDisplay() as display:
             result = run_job(spec, limit=limit, retry_errors=retry_errors, on_progress=display)
     except (KeyboardInterrupt, SystemExit) as stop:
-        again = answers.command_line if submission is None else submission.command or "submit the job again"
-        return _stopped(stop, answers, again)
+        again = None if submission is None else submission.command or "submit the job again"
+        return answers.stopped(stop, again)
     answers.answer(result.report, describe_report(result.report, Path(spec.output.path)))
     return 0
 
@@ -343,18 +342,12 @@ def _query_many(answers: Answers, out: Path, file: str, output: Path, **options:
         with ProgressDisplay() as display:
             result = bulk_query(out, file, output, on_progress=display, **options)
     except (KeyboardInterrupt, SystemExit) as stop:
-        return _stopped(stop, answers, answers.command_line)
+        return answers.stopped(stop)
     failed = f", {result['errors']:,} of them failed" if result["errors"] else ""
     answers.answer(
         result, f"{result['queries']:,} queries{failed}: {result['neighbours']:,} neighbours in {output / 'parts'}"
     )
     return 0
-
-
-def _stopped(stop: BaseException, answers: Answers, again: str) -> int:
-    if isinstance(stop, SystemExit) and stop.code != signal.SIGTERM:  # as Ray answers SIGTERM while it starts
-        raise stop
-    return answers.refuse(f"stopped; what is done is kept. To go on: {again}", INTERRUPTED)
 
 
 def execute(arguments: Sequence[str]) -> int:

@@ -28,13 +28,13 @@ from jobs.warm import WarmReplicas
 from jobs.worker_settings import worker_settings
 from pipeline.errors import JobError, UserError
 from workers import devices
-from workers.forecast import Forecast, forecast
 from workers.run_log import run_log
 from workers.settings import DEFAULT_ENGINE, EngineSettings
 
 if TYPE_CHECKING:
     from jobs.index.query import QueryResult
     from jobs.index.served import ServedIndex
+    from workers.forecast import Forecast
 
 
 class JobInterrupted(KeyboardInterrupt):
@@ -161,6 +161,8 @@ def _run(
 
 def _forecast(engine: EngineSettings, device: str) -> Forecast:
     """Of one shard. For GPUs that only other machines have, it is what bfloat16 takes there unless told otherwise."""
+    from workers.forecast import forecast  # brings torch, a second or two
+
     if device == "cuda" and devices.gpu_bytes() is None:
         dtype = "bfloat16" if engine.dtype == "auto" else engine.dtype
         return forecast(replace(engine, device="cpu", dtype=dtype), measures=False)

@@ -42,15 +42,17 @@ class Finisher:
 
     def ensure_index(self) -> None:
         if not self.index_is_current():
+            arguments = self._index_arguments()
+            builders = builders_at_hand(
+                self._store.job.spec.cluster.labels, processors_are_held=self._processors_are_held
+            )
             build_index(
                 self._store.folder,
                 self._store.log.commits,
-                **self._index_arguments(),
-                builders=builders_at_hand(
-                    self._store.job.spec.cluster.labels, processors_are_held=self._processors_are_held
-                ),
+                **arguments,
+                builders=builders,
                 on_shard=self._tally.indexed,
-                change=kept_changes(self._store.folder),
+                change=kept_changes(self._store.folder, memory_bytes=arguments["memory_bytes"], builders=builders),
             )
 
     def audit(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobs.cluster.head_watch import RayLost
 from jobs.cluster.hosts import candidates, hosts, judge, own_location, refuse_wishes_of_nodes, survey
@@ -37,10 +38,12 @@ from pipeline.job_folder import JobFolder
 from pipeline.source import Split
 from workers import devices
 from workers.assignment import Assignment, Base, ShardReport
-from workers.forecast import Forecast
 from workers.parallel.seat import Seating
 from workers.replica import Replica, ReplicaLost, Resources
 from workers.settings import EngineSettings, ShardSettings
+
+if TYPE_CHECKING:
+    from workers.forecast import Forecast
 
 STOPPING_S = 15.0  # for a step under way and the parts that are being written
 PROBE_S = 2.0  # between two looks at whether a node can be reached

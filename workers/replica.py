@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -27,10 +27,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.errors import JobError
 from workers.assignment import Assignment, ShardReport
-from workers.parallel.group import Rendezvous
 from workers.parallel.seat import Seating
 from workers.settings import JobSettings, ShardSettings
 from workers.shard import ShardActor
+
+if TYPE_CHECKING:
+    from workers.parallel.group import Rendezvous
 
 REPORT_S = 0.5  # how long a shard may wait before it reports that there is nothing new
 FORMING_S = 180.0  # until a worker process must have come up
@@ -270,6 +272,8 @@ class Replica:
 
     def _give_seats(self, place: Place) -> None:
         """The ranks meet on the loopback where all are on this process's node, else where this node is reached."""
+        from workers.parallel.group import Rendezvous  # brings torch, which only gangs need here
+
         here = ray.get_runtime_context().get_node_id()
         is_local = set(self._nodes) == {here}
         host = "127.0.0.1" if is_local else own_node_address()

@@ -16,7 +16,6 @@ from typing import Any
 
 from pipeline.durable import replace_file, storage_errors
 from pipeline.job_folder import JobFolder
-from workers.forecast import expert_layers
 from workers.parallel.loads import ExpertLoads
 from workers.parallel.measured import place_by_loads, predicted_balance
 from workers.parallel.placement import Placement, Topology, round_robin
@@ -38,6 +37,8 @@ class ExpertLayers:
     @classmethod
     def of(cls, model: Path) -> ExpertLayers:
         """Of a checkpoint. UserError for what is no model."""
+        from workers.forecast import expert_layers  # brings torch
+
         layers, num_experts = expert_layers(model)
         return cls(layers=layers, num_experts=num_experts)
 

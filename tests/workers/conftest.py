@@ -92,3 +92,20 @@ def desk(tmp_path: Path, tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPat
     yield make
     for one in made:
         one.stop()
+
+
+@pytest.fixture(scope="session")
+def most_likely() -> Callable[[Any, list[int], list[int]], list[int]]:
+    """`most_likely(model of transformers, prompt, text)`: what it would put in place of each token of text, and next.
+
+    It says the same text by itself, greedily, if it puts the same in each place: by induction over the prefixes.
+    """
+    import torch
+
+    def after_each_prefix(model: Any, prompt: list[int], text: list[int]) -> list[int]:
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + text])).logits[0]
+        found: list[int] = logits[len(prompt) - 1 :].argmax(-1).tolist()
+        return found
+
+    return after_each_prefix
