@@ -97,7 +97,12 @@ def run(
         spec = parse_spec(job) if isinstance(job, Mapping) else load_spec(job)
     with open_store(spec) as store, run_log(store.folder.root, "controller"):
         note_submission(store.folder)
-        return _run(store, limit, retry_errors, on_progress, engine_factory, warm)
+        try:
+            return _run(store, limit, retry_errors, on_progress, engine_factory, warm)
+        except JobInterrupted:
+            raise
+        except KeyboardInterrupt as stop:  # as which Ray passes on what a handler raises in its calls
+            raise JobInterrupted from stop
 
 
 def _run(
@@ -137,13 +142,13 @@ def _run(
         return JobResult(out=store.folder.root, report=report)
     rows_to_do = state.total_rows - sum(split.rows for split in committed.values())
     settings = worker_settings(store, engine_factory, rows_to_do=rows_to_do)
-    with Fleet(settings, spec.cluster, model=store.job.covers["model"], warm=warm) as fleet:
+    with _stopping() as stopping, Fleet(settings, spec.cluster, model=store.job.covers["model"], warm=warm) as fleet:
         layout = fleet.lay_out(partial(_forecast, settings.engine) if engine_factory == DEFAULT_ENGINE else None)
         tally.lay_out(layout)
         state = new_state(layout.replicas, layout.ranks)
         controller = Controller(store, state, fleet, finisher, tally)
-        with _stopping(controller):
-            outcome = controller.run()
+        stopping.append(controller)
+        outcome = controller.run()
         if outcome.kind != "done":
             finisher.keep_counts()
     if outcome.kind == "interrupted":
@@ -165,13 +170,15 @@ def _forecast(engine: EngineSettings, device: str) -> Forecast:
 
 
 @contextmanager
-def _stopping(controller: Controller) -> Iterator[None]:
-    """SIGINT and SIGTERM stop the controller; what is not worth waiting for (an index, an audit) ends at once.
+def _stopping() -> Iterator[list[Controller]]:
+    """SIGINT and SIGTERM stop the controller that is put into the list.
 
-    A second signal does not wait for the workers either. Signals are only handled in the main thread.
+    What is not worth waiting for (Ray's start, an index, an audit) ends at once. A second signal does not wait for the
+    workers either. Signals are only handled in the main thread.
     """
+    running: list[Controller] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield running
         return
     asked = False
 
@@ -179,16 +186,16 @@ def _stopping(controller: Controller) -> Iterator[None]:
         nonlocal asked
         if is_echo():
             return
-        if asked or not controller.is_running_rows:
+        if asked or not any(controller.is_running_rows for controller in running):
             raise JobInterrupted
         asked = True
-        controller.stop()
+        running[0].stop()
 
     before: dict[int, Callable[..., Any] | int | None] = {
         number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        yield
+        yield running
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

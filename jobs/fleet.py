@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.cluster.head_watch import RayLost
 from jobs.cluster.hosts import candidates, hosts, judge, own_location, refuse_wishes_of_nodes, survey
-from jobs.cluster.nodes import Node
+from jobs.cluster.nodes import Node, lost_nodes
 from jobs.cluster.recovery import RankNeeds, resized
 from jobs.cluster.room import RoomWatch
 from jobs.cluster.visibility import refuse_blind_nodes
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from workers.forecast import Forecast
 
 STOPPING_S = 15.0  # for a step under way and the parts that are being written
+PROBE_S = 2.0  # between two looks at whether a node can be reached
 AWAY_S = 1.0  # between two looks at the replicas; if it was longer, the silence may be ours
 
 
@@ -81,6 +84,7 @@ class Fleet:
         self._replicas: dict[int, tuple[int, Replica]] = {}
         self._holdings: dict[int, Holding] = {}  # of each, as it was formed last
         self._looked_at = time.monotonic()
+        self._probe_at = 0.0
 
     def __enter__(self) -> Fleet:
         return self
@@ -121,6 +125,9 @@ class Fleet:
         # A Ray of our own is told that this machine has its CPUs, or more where the job insists on more threads.
         num_cpus = max(devices.num_cpus(), layout.num_shards * layout.threads)
         self._warm.connect(self._cluster.address, num_cpus=0 if self._joins else num_cpus)
+        self._warm.head.ask(partial(self._start, room, layout, replica, generation))
+
+    def _start(self, room: RoomWatch, layout: Layout, replica: int, generation: int) -> None:
         ranks = room.first_size(replica, self._others(replica))
         if ranks < layout.ranks:
             self._news.append(ReplicaResized(replica, generation, ranks, "there is still no room for more"))
@@ -204,7 +211,12 @@ class Fleet:
             replica.revoke(shard.rank, split, revision)
 
     def listen(self, timeout_s: float) -> list[Heard | ReplicaDied | ReplicaResized]:
-        """Reports, deaths and changes of size, as soon as there are any."""
+        """Reports, deaths and changes of size, as soon as there are any. JobError if Ray itself is gone."""
+        if self._replicas:
+            self._warm.head.refuse_lost()
+        return self._hear(timeout_s)
+
+    def _hear(self, timeout_s: float) -> list[Heard | ReplicaDied | ReplicaResized]:
         owners = {
             reference: (number, generation, replica)
             for number, (generation, replica) in self._replicas.items()
@@ -234,9 +246,10 @@ class Fleet:
                 if report.failure is not None and report.failure.kind == "crash":
                     told = ReplicaLost(report.failure.message, 0.0)
                     heard.append(self._lose(number, replica.cause(told)))
+        cut_off = self._cut_off()
         for number, (generation, replica) in list(self._replicas.items()):
             try:
-                replica.check(self._looked_at)
+                replica.check(self._looked_at, cut_off)
                 change = self._look_for_room(number, generation, replica)
             except ReplicaLost as lost:
                 heard.append(self._lose(number, lost))
@@ -244,11 +257,28 @@ class Fleet:
                 heard += [change] if change is not None else []
         return heard
 
+    def _cut_off(self) -> set[str]:
+        """Nodes that can't be reached, of those on which a shard loads and is silent."""
+        unheard = {node for _, replica in self._replicas.values() for node in replica.unheard_nodes(self._looked_at)}
+        if not unheard or self._looked_at < self._probe_at:
+            return set()
+        self._probe_at = self._looked_at + PROBE_S
+        with suppress(RayLost):  # which is told when somebody listens
+            return self._warm.head.ask(partial(lost_nodes, unheard))
+        return set()
+
     def _look_for_room(self, number: int, generation: int, replica: Replica) -> ReplicaResized | None:
+        if not replica.is_forming:
+            return self._change_of_room(number, generation, replica)
+        with suppress(RayLost):
+            return self._warm.head.ask(partial(self._change_of_room, number, generation, replica))
+        return None
+
+    def _change_of_room(self, number: int, generation: int, replica: Replica) -> ReplicaResized | None:
         assert self._room is not None
         change = self._room.look(number, generation, replica, self._others(number), self._looked_at)
         if change is not None and change.ranks and replica.is_forming:
-            replica.release()
+            self._warm.release(replica)
             self._form(number, generation, change.ranks)
         return change
 
@@ -260,7 +290,7 @@ class Fleet:
         deadline = time.monotonic() + STOPPING_S
         while time.monotonic() < deadline and any(replica.is_busy for _, replica in self._replicas.values()):
             try:
-                heard += [event for event in self.listen(0.1) if isinstance(event, Heard)]
+                heard += [event for event in self._hear(0.1) if isinstance(event, Heard)]
             except JobError:
                 break
         for number, (_, replica) in self._replicas.items():
@@ -272,7 +302,7 @@ class Fleet:
     def close(self) -> None:
         """End every shard that is not kept, and the Ray that was started for this job alone."""
         for _, replica in self._replicas.values():
-            replica.release()
+            self._warm.release(replica)
         self._replicas.clear()
         if not self._lasting:
             self._warm.close()
@@ -283,7 +313,7 @@ class Fleet:
 
     def _lose(self, number: int, lost: ReplicaLost) -> ReplicaDied:
         generation, replica = self._replicas.pop(number)
-        replica.release()
+        self._warm.release(replica)
         self._calibrations.lose(replica.name)
         return ReplicaDied(number, generation, str(lost), lost.silent_s)
 

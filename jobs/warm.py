@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.cluster.head_watch import HeadWatch, RayLost
 from jobs.ray_session import address_of, is_joined, ray_session
 from pipeline.errors import UserError
 from workers.replica import Location, Replica, Resources
@@ -49,6 +50,7 @@ class WarmReplicas:
         self._own_cpus: int | None = None  # that a Ray started here was told of
         self._is_connected = False
         self._kept: list[Kept] = []
+        self._head: HeadWatch | None = None
 
     def __enter__(self) -> WarmReplicas:
         return self
@@ -77,6 +79,18 @@ class WarmReplicas:
         joins = is_joined(address)
         self._session.enter_context(ray_session(address, num_cpus=num_cpus))
         self._address, self._own_cpus, self._is_connected = address_of(address), None if joins else num_cpus, True
+        self._head = HeadWatch.of_connected_ray(own=not joins)
+
+    @property
+    def head(self) -> HeadWatch:
+        """Whether the Ray that is connected is still there."""
+        assert self._head is not None, "connect comes first"
+        return self._head
+
+    def release(self, replica: Replica) -> None:
+        """End a replica; where Ray is gone, what is left of it ends by itself."""
+        with suppress(RayLost):
+            self.head.ask(replica.release)
 
     def take(self, holding: Holding, *, suits: Callable[[JsonObject | None], bool]) -> Kept | None:
         """One that is kept and now the caller's; `suits` judges the record of its placement.
@@ -95,14 +109,16 @@ class WarmReplicas:
         if self.keeps and kept.replica.is_free:
             self._kept.append(kept)
         else:
-            kept.replica.release()
+            self.release(kept.replica)
 
     def close(self) -> None:
         self._release()
+        if self._head is not None:
+            self._head.close()
         self._session.close()
         self._is_connected, self._own_cpus = False, None
 
     def _release(self) -> None:
         for kept in self._kept:
-            kept.replica.release()
+            self.release(kept.replica)
         self._kept.clear()

@@ -34,7 +34,7 @@ def build_runner(
 ) -> RowRunner:
     """Lay the way of a row up to the engine and from it. `on_calibrated`: first calibrate, if the seat says so.
 
-    UserError for what the job asked wrongly. CalibrationBroken as its name says.
+    UserError for what the job asked wrongly. GangBroken as its name says.
     """
     model_path, embed = Path(engine.model_path), job.embed
     sampling = resolve_sampling(job.sampling, model_path) if job.sampling is not None else None

@@ -11,7 +11,7 @@ this process, opens a rendezvous and gives each a seat; then they load their own
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 REPORT_S = 0.5  # how long a shard may wait before it reports that there is nothing new
 FORMING_S = 180.0  # until a worker process must have come up
-LOADING_S = 120.0  # of silence, while a model is loaded: a tensor that is read may hold the interpreter
+LOADING_S = 120.0  # of silence, while a model is loaded: a tensor that is read may hold the interpreter (see sentry.py)
 CAUSE_S = 0.5  # for a death to be known of after it was felt
 SILENCE_S = 5.0  # of a shard that runs, until it is taken for stopped or cut off
 
@@ -169,14 +169,28 @@ class Replica:
                     return lost
         return told
 
-    def check(self, now: float) -> None:
-        """ReplicaLost if a shard has been silent for too long. One that Ray has not started yet can't be."""
+    def check(self, now: float, cut_off: Collection[str] = ()) -> None:
+        """ReplicaLost if a shard has been silent for too long, or is silent on a node that is `cut_off`.
+
+        One that Ray has not started yet can't be.
+        """
+        if silent := self.unheard_nodes(now) & set(cut_off):
+            rank = self._nodes.index(silent.pop())
+            raise ReplicaLost(f"the node of {self._name_of(rank)} can't be reached", self._silent_s(rank))
         for rank, (phase, heard_at) in enumerate(zip(self._phases, self._heard_at, strict=True)):
             if heard_at is None or phase == "stopped":
                 continue
             if now - heard_at > (LOADING_S if phase == "loading" else SILENCE_S):
                 reason = f"{self._name_of(rank)} has said nothing for {now - heard_at:.0f} seconds"
                 raise ReplicaLost(reason, now - heard_at)
+
+    def unheard_nodes(self, now: float) -> set[str]:
+        """Nodes of shards that load and have said nothing for a while: each may be cut off, or its shard just busy."""
+        return {
+            node
+            for node, phase, heard_at in zip(self._nodes, self._phases, self._heard_at, strict=True)
+            if phase == "loading" and heard_at is not None and now - heard_at > SILENCE_S
+        }
 
     @property
     def is_free(self) -> bool:
@@ -189,7 +203,7 @@ class Replica:
         self.name = name
         self.began_at = time.monotonic()
         self._turn += 1
-        self._heard_at = [None] * self._num_ranks
+        self._heard_at = [self.began_at] * self._num_ranks
         self._phases = ["forming"] * self._num_ranks
         self._free = [False] * self._num_ranks
         for rank, shard in enumerate(self._shards):

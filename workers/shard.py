@@ -15,9 +15,10 @@ from pipeline.errors import JobError, UserError
 from workers.assignment import Assignment, Failure, JsonObject, ShardReport
 from workers.engine_factory import LoadedEngine
 from workers.job_runner import build_runner
-from workers.parallel.seat import CalibrationBroken, Seat
+from workers.parallel.seat import GangBroken, Seat
 from workers.row_runner import RowRunner
 from workers.run_log import log_crashes, run_log
+from workers.sentry import Sentry
 from workers.settings import JobSettings, ShardSettings, load_callable
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class ShardActor:
     """
 
     def __init__(self, settings: ShardSettings, name: str, *, awaits_seat: bool) -> None:
+        self._sentry = Sentry()
         self._engine = settings.engine
         self._node = ray.get_runtime_context().get_node_id()
         self._jobs: SimpleQueue[tuple[JobSettings, str]] = SimpleQueue()
@@ -117,8 +119,8 @@ class ShardActor:
             self._failure = Failure(kind="user", message=str(error))
         except JobError as error:
             self._failure = Failure(kind="job", message=str(error))
-        except CalibrationBroken as error:
-            log.exception("the gang broke while it calibrated")
+        except GangBroken as error:
+            log.exception("the gang broke")
             self._failure = Failure(kind="crash", message=str(error))
         except Exception as error:
             log.exception("the model could not be loaded")
@@ -130,6 +132,7 @@ class ShardActor:
             self._runner = runner
             if self._stopped:
                 runner.stop()
+        self._sentry.leave()
         self._ready.set()
         if runner is None:
             return None

@@ -394,6 +394,19 @@ def test_a_job_ends_when_no_replica_has_room_and_says_why():
     assert (finish.outcome.kind, finish.outcome.message) == ("failed", "no room; what is committed is kept")
 
 
+def test_a_replica_that_dies_again_and_again_ends_a_job_only_when_no_other_works():
+    state = JobState([4] * 2, {}, num_replicas=2, max_error_rate=0.5)
+    begin(state)
+    other = ShardId(1, 0, 0)
+    (lease,) = leases(state.handle(ShardHungry(other, 0, 1)))
+    for generation in range(3 * MAX_IDLE_DEATHS):
+        assert state.handle(ReplicaDied(0, generation, "SIGKILL")) == [StartReplica(0, generation + 1)]
+    serve(state, lease, shard=other)
+    for generation in range(3 * MAX_IDLE_DEATHS, 4 * MAX_IDLE_DEATHS):
+        assert state.handle(ReplicaDied(0, generation, "SIGKILL")) == [StartReplica(0, generation + 1)]
+    assert state.handle(ReplicaDied(0, 4 * MAX_IDLE_DEATHS, "SIGKILL")) == [StopReplicas()]
+
+
 def test_an_attempt_of_a_dead_shard_still_counts_and_spares_the_next_one_the_work():
     state = JobState([4], {}, num_replicas=1, max_error_rate=0.5)
     begin(state)
@@ -453,9 +466,10 @@ def test_rows_that_all_kill_end_the_job_though_each_is_found():
 def test_workers_that_die_before_any_work_end_the_job_with_the_reason():
     state = JobState([4], {}, num_replicas=1, max_error_rate=0.5)
     begin(state)
-    assert state.handle(ReplicaDied(0, 0, "out of memory")) == [StartReplica(0, 1)]
-    assert state.handle(ReplicaDied(0, 1, "out of memory")) == [StartReplica(0, 2)]
-    assert state.handle(ReplicaDied(0, 2, "out of memory")) == [StopReplicas()]
+    last = MAX_IDLE_DEATHS - 1
+    for generation in range(last):
+        assert state.handle(ReplicaDied(0, generation, "out of memory")) == [StartReplica(0, generation + 1)]
+    assert state.handle(ReplicaDied(0, last, "out of memory")) == [StopReplicas()]
     (finish,) = state.handle(ReplicasStopped())
     assert isinstance(finish, Finish)
     assert finish.outcome.kind == "failed"
