@@ -11,7 +11,6 @@ at any time and asked again, it goes on from the last commit.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -45,14 +44,21 @@ from pipeline.indexed_jobs import IndexedRows, latest_commits
 from pipeline.job_folder import JobFolder, read_plan
 from pipeline.lock import lock
 from pipeline.model_path import resolve_model
-from pipeline.neighbours import NeighbourPart, QueryBatch, neighbour_table, prepared, query_batches
+from pipeline.neighbours import (
+    QUERIES_NAME,
+    SEARCH_NAME,
+    NeighbourPart,
+    QueryBatch,
+    digest,
+    neighbour_table,
+    prepared,
+    query_batches,
+)
 from pipeline.source import Source
 from workers import devices
 from workers.query_embedder import refuse_changed_model
 from workers.settings import DEFAULT_ENGINE
 
-SEARCH_NAME: Final = "search.json"
-QUERIES_NAME: Final = "queries"
 BATCH_BYTES: Final = 8 << 20  # of vectors asked for together, and of their answers
 CACHE_BYTES: Final = 256 << 20  # of ids that were read
 
@@ -87,7 +93,7 @@ def bulk_query(
     target = JobFolder(output.expanduser().absolute())
     asked = {
         "index": str(out.resolve()),
-        "index_digest": _digest(manifest.to_json()),
+        "index_digest": digest(manifest.to_json()),
         "k": k,
         "filter": filter,
         "input": queries.to_json()["input"],
@@ -97,7 +103,7 @@ def bulk_query(
         _begin(target, asked)
         joins = is_joined(address)
         allowed = allowed_vectors(out, manifest, filter)
-        log = CommitLog(target, fingerprint=_digest(asked))
+        log = CommitLog(target, fingerprint=digest(asked))
         log.recover()
         if not _is_done(target, log):
             with ray_session(address, num_cpus=0 if joins else devices.num_cpus()):
@@ -288,7 +294,3 @@ class _Counter:
                     elapsed_s=time.monotonic() - self._began_at,
                 )
             )
-
-
-def _digest(document: JsonObject) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

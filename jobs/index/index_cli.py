@@ -116,6 +116,24 @@ def delete(
 
 
 @index_app.command()
+def compact(
+    context: typer.Context, out: IndexDirectory, memory: Memory = None, threads: Threads = None, as_json: AsJson = False
+) -> None:
+    """Give back the space of deleted vectors, and join small shards. Numbers and rows stay as they are."""
+    from jobs.index.index_commands import BuildOptions, compact_index, describe_contents, index_contents
+
+    before, after = compact_index(out, BuildOptions.parse(memory, threads))
+    found = index_contents(out)
+    words = found["change"] if after != before else "nothing to compact"
+    compacted = {
+        "vectors": after.num_absent - before.num_absent,
+        "shards_before": len(before.shards),
+        "bytes_freed": sum(one.size_bytes for one in before.files) - sum(one.size_bytes for one in after.files),
+    }
+    context.obj.answer({"compacted": compacted, **found}, f"{words}\n{describe_contents(found)}")
+
+
+@index_app.command()
 def merge(
     context: typer.Context,
     out: Annotated[Path, typer.Argument(metavar="NEW_OUT", help="The directory to make.", show_default=False)],

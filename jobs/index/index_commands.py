@@ -17,12 +17,14 @@ from jobs.embedding import job_provenance
 from jobs.spec import JobSpec, parse_size
 from jobs.status import open_index, open_job
 from jobs.terminal import human_bytes
-from pipeline.errors import UserError
+from pipeline.errors import JobError, UserError
+from pipeline.index.check import IndexedParts, is_of_these_parts
+from pipeline.index.compaction import compact, planned_ranges
 from pipeline.index.deletions import delete_vectors, read_deleted
 from pipeline.index.expression import Filter
-from pipeline.index.growth import Addition, add_job
+from pipeline.index.growth import Addition, add_job, is_all_deleted
 from pipeline.index.kinds import DEFAULT_MEMORY_BYTES
-from pipeline.index.manifest import MANIFEST_NAME, IndexManifest, Provenance, VersionNote, read_manifest
+from pipeline.index.manifest import MANIFEST_NAME, IndexedJob, IndexManifest, Provenance, VersionNote, read_manifest
 from pipeline.index.matching import OfIds, Wanted, matching_vectors
 from pipeline.index.merging import merge_indexes
 from pipeline.index.versions import change_index, kept_folder
@@ -104,6 +106,34 @@ def delete_from_index(out: Path, *, filter: str | None = None, ids: Sequence[str
         return change_index(folder, lambda draft, before: delete_vectors(draft, before, numbers)), len(numbers)
 
 
+def compact_index(out: Path, options: BuildOptions | None = None) -> tuple[IndexManifest, IndexManifest]:
+    """Builds again what holds deleted vectors, and joins small shards that were added. The index before and after: the
+    same where there is nothing to compact. JobError where rows that it holds are gone or others by now."""
+    with _changing(out) as folder:
+        arguments = (options or BuildOptions()).arguments(folder)
+        manifest = read_manifest(folder.index)
+        deleted = read_deleted(folder.index, manifest)
+        ranges = planned_ranges(manifest, deleted, memory_bytes=arguments["memory_bytes"])
+        if all(one.kept is not None for one in ranges):
+            return manifest, manifest
+        parts = [
+            IndexedParts(folder, None) if is_all_deleted(deleted, first, job.num_vectors) else _parts_of(folder, job)
+            for job, first in zip(manifest.jobs, manifest.first_vectors, strict=True)
+        ]
+        return manifest, change_index(folder, lambda draft, before: compact(draft, before, parts, **arguments))
+
+
+def _parts_of(folder: JobFolder, job: IndexedJob) -> IndexedParts:
+    its = job_folder(folder.root, job)
+    commits = latest_commits(its)
+    if not is_of_these_parts(job, commits):
+        raise JobError(
+            f"the parts in {its.root} are others than those that the index holds as {job.job!r}; "
+            f"`gristmill verify {folder.root}` says what is to be done"
+        )
+    return IndexedParts(its, commits)
+
+
 def merge_into(out: Path, sources: Sequence[Path]) -> IndexManifest:
     """Joins the indexes of `sources` in the new directory `out`."""
     if len(sources) < 2:
@@ -133,6 +163,7 @@ def index_contents(out: Path) -> dict[str, Any]:
         "dimension": manifest.dimension,
         "vectors": manifest.num_vectors,
         "deleted": manifest.num_deleted,
+        "deleted_held": manifest.num_deleted - manifest.num_absent,
         "shards": len(manifest.shards),
         "bytes": now["size_bytes"],
         "recall": manifest.recall.reached,
@@ -147,6 +178,7 @@ def describe_contents(found: dict[str, Any]) -> str:
         f"version {found['version']}: {found['vectors']:,} vectors of {found['dimension']}, {found['kind']} in "
         f"{found['shards']:,} {'shard' if found['shards'] == 1 else 'shards'}"
         + (f", {found['deleted']:,} of them deleted" if found["deleted"] else "")
+        + (f" ({found['deleted_held']:,} still take up space)" if found["deleted_held"] else "")
         + f", {human_bytes(found['bytes'])}{recall}",
         f"  since {found['changed_at']}: {found['change']}",
     ]

@@ -55,7 +55,7 @@ from pipeline.index.shard_build import (
     read_rows,
     write_queries,
 )
-from pipeline.index.vectors import committed_vectors, dimension_of, parts_with
+from pipeline.index.vectors import VectorRun, committed_vectors, dimension_of
 from pipeline.index.versions import Change, publish, write_manifest
 from pipeline.job_folder import JobFolder
 
@@ -273,18 +273,15 @@ class _Build:
     def _tasks(self, budget: BuildBudget) -> list[ShardTask]:
         tasks, first = list[ShardTask](), 0
         for number, count in enumerate(shares(self.num_vectors, budget.shards)):
-            parts, skip = parts_with(self.commits, first, count)
             tasks.append(
                 ShardTask(
-                    out=str(self.folder.root),
-                    scratch=str(self.scratch),
+                    runs=(VectorRun.of(self.folder, self.commits, first, count),),
+                    scratch=str(self.scratch.absolute()),
                     number=number,
                     kind=budget.kind,
                     dimension=self.dimension,
                     first=first,
                     count=count,
-                    parts=parts,
-                    skip=skip,
                     center=None if self.centering is None else self.centering.center,
                     target=self.settings.recall,
                     batch_bytes=budget.batch_bytes,

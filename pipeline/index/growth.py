@@ -31,7 +31,7 @@ from pipeline.index.recall import Queries, query_numbers
 from pipeline.index.row_map import RowMapWriter
 from pipeline.index.search import read_centering
 from pipeline.index.shard_build import TEMPLATE_NAME, ShardTask, measured, read_rows, write_queries
-from pipeline.index.vectors import committed_vectors, dimension_of, parts_with
+from pipeline.index.vectors import VectorRun, committed_vectors, dimension_of
 from pipeline.job_folder import JobFolder
 
 
@@ -170,9 +170,7 @@ def _prepare(
     budget: BuildBudget,
 ) -> None:
     """What `build_shard` shares: the first shard's training without its vectors, and queries drawn from new ones."""
-    template = faiss_files.read_shard(draft, manifest.shards[0], dimension=manifest.dimension)
-    template.reset()
-    faiss.write_index(template, str(scratch / TEMPLATE_NAME))
+    faiss_files.write_template(draft, manifest.shards[0], scratch / TEMPLATE_NAME, dimension=manifest.dimension)
     numbers = query_numbers(added.source.num_vectors)
     matrix = np.empty((len(numbers), manifest.dimension), np.float32)
     start = 0
@@ -195,18 +193,15 @@ def _tasks(
 ) -> list[ShardTask]:
     tasks, first = list[ShardTask](), 0
     for number, count in enumerate(shares(num_vectors, budget.shards), len(manifest.shards)):
-        parts, skip = parts_with(added.commits, first, count)
         tasks.append(
             ShardTask(
-                out=str(added.folder.root.absolute()),  # a builder may be another process
+                runs=(VectorRun.of(added.folder, added.commits, first, count),),
                 scratch=str(scratch.absolute()),
                 number=number,
                 kind=manifest.kind,
                 dimension=manifest.dimension,
                 first=manifest.num_vectors + first,
                 count=count,
-                parts=parts,
-                skip=skip,
                 center=None if centering is None else centering.center,
                 target=manifest.recall.target,
                 batch_bytes=budget.batch_bytes,

@@ -61,11 +61,20 @@ class Contents:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard(Contents):
-    """A shard's file, and how hard it is to be searched to find what `recall` says."""
+    """A shard's file, and how hard it is to be searched to find what `recall` says.
+
+    `num_vectors` counts its numbers. Of `absent` of them it holds nothing any more: they were deleted, and the index
+    compacted since.
+    """
 
     effort: int | None = None  # nprobe or efSearch; None where the kind has neither
     recall: float | None = None  # of its own vectors, as `Recall` has it; None where nothing could be measured
     trials: tuple[Trial, ...] = ()  # what was tried, the least effort first
+    absent: int = 0
+
+    @property
+    def num_held(self) -> int:
+        return self.num_vectors - self.absent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +168,11 @@ class IndexManifest:
     @property
     def num_deleted(self) -> int:
         return 0 if self.deleted is None else self.deleted.num_vectors
+
+    @property
+    def num_absent(self) -> int:
+        """Of the deleted vectors, how many no shard holds any more."""
+        return sum(shard.absent for shard in self.shards)
 
     @property
     def first_vectors(self) -> tuple[int, ...]:

@@ -41,6 +41,8 @@ def manifest_problem(manifest: IndexManifest) -> str | None:
     for shard in manifest.shards:
         if shard.first_vector != number:
             return f"{shard.file} begins with vector {shard.first_vector}, not {number}"
+        if not 0 <= shard.absent <= shard.num_vectors:
+            return f"{shard.file} lacks {shard.absent} of {shard.num_vectors} vectors"
         number += shard.num_vectors
     for counted, what in ((number, "shards"), (manifest.rows.num_vectors, manifest.rows.file)):
         if counted != manifest.num_vectors:
@@ -62,6 +64,8 @@ def _jobs_problem(manifest: IndexManifest) -> str | None:
         return f"its jobs have {held} of {manifest.num_vectors} vectors"
     if manifest.num_deleted > manifest.num_vectors:
         return f"{manifest.num_deleted} of its {manifest.num_vectors} vectors were deleted"
+    if manifest.num_absent > manifest.num_deleted:
+        return f"its shards lack {manifest.num_absent} vectors, and {manifest.num_deleted} were deleted"
     return None
 
 

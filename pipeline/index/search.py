@@ -27,7 +27,7 @@ from pipeline.index.effort import search_parameters
 from pipeline.index.kinds import FLAT
 from pipeline.index.manifest import IndexManifest, Shard, read_manifest
 from pipeline.index.row_map import Place, RowMap
-from pipeline.index.selection import Mask, allowed_mask, keeping_to, search_allowed, unnumbered
+from pipeline.index.selection import Mask, keeping_to, search_allowed, sparse_numbers, standing_mask, unnumbered
 from pipeline.index.soundness import refuse_unsound_shard
 
 Matrix = npt.NDArray[np.float32]
@@ -57,9 +57,13 @@ class IndexShard:
         """`deleted`: vector numbers of the index that are never found, ascending."""
         self._index = index
         self._contents = contents
-        self._deleted = deleted
-        self._matrix: Matrix | None = None  # [n, d] of a Flat shard: FAISS's own memory
-        if kind == FLAT and contents.num_vectors:
+        self._standing = standing_mask(index, contents, deleted)
+        # What a search that asks for all is told: nothing, where all that is held may be found.
+        holds_others = self._standing is not None and np.count_nonzero(self._standing) < contents.num_held
+        self._left = self._standing if holds_others else None
+        self._numbers = sparse_numbers(index, contents)
+        self._matrix: Matrix | None = None  # [held, d] of a Flat shard: FAISS's own memory
+        if kind == FLAT and contents.num_held:
             self._flat, _ = unnumbered(index, contents.first_vector)
             self._matrix = flat_matrix(index)
             self._longest = max(
@@ -73,7 +77,7 @@ class IndexShard:
         shard = manifest.shards[number]
         deleted = read_deleted(folder, manifest)
         index = faiss_files.read_shard(folder, shard, dimension=manifest.dimension)
-        refuse_unsound_shard(index, folder / shard.file, shard, exact=manifest.kind == FLAT)
+        refuse_unsound_shard(index, folder / shard.file, shard, exact=manifest.kind == FLAT, deleted=deleted)
         return IndexShard(index, shard, kind=manifest.kind, deleted=deleted)
 
     @property
@@ -82,7 +86,7 @@ class IndexShard:
 
     @property
     def num_vectors(self) -> int:
-        """With the deleted ones."""
+        """How many numbers it stands for, those of deleted vectors too."""
         return self._contents.num_vectors
 
     def share_of(self, allowed: Mask | None) -> Mask | None:
@@ -94,23 +98,38 @@ class IndexShard:
 
         `allowed` [n] says which of the shard's vectors may be found; None for all but the deleted ones.
         """
-        allowed = allowed_mask(allowed, self._deleted, self.first_vector, self.num_vectors)
-        k = min(k, self.num_vectors if allowed is None else int(np.count_nonzero(allowed)))
+        allowed = self._findable(allowed)
+        k = min(k, self._contents.num_held if allowed is None else int(np.count_nonzero(allowed)))
         if k == 0 or not len(queries):
             return np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
         if self._matrix is not None:
+            if allowed is not None and self._numbers is not None:
+                allowed = allowed[self._numbers - self.first_vector]
             found = [
                 self._search_flat(self._matrix, queries[start : start + _QUERIES_AT_ONCE], k, allowed)
                 for start in range(0, len(queries), _QUERIES_AT_ONCE)
             ]
             return np.concatenate([scores for scores, _ in found]), np.concatenate([numbers for _, numbers in found])
         if allowed is not None:
-            effort = self._contents.effort
-            return best(
-                [search_allowed(self._index, queries, k, allowed, first_vector=self.first_vector, effort=effort)], k
+            scores, numbers = search_allowed(
+                self._index,
+                queries,
+                k,
+                allowed,
+                first_vector=self.first_vector,
+                effort=self._contents.effort,
+                numbers=self._numbers,
+                num_held=self._contents.num_held,
             )
+            return best([(scores, numbers)], k)
         scores, numbers = self._index.search(queries, k, params=search_parameters(self._index, self._contents.effort))
         return best([(scores.astype(np.float64), numbers)], k)
+
+    def _findable(self, allowed: Mask | None) -> Mask | None:
+        """[n] of `allowed` those that are held and not deleted; None where nobody asked for fewer than are held."""
+        if allowed is not None:
+            return allowed if self._standing is None else allowed & self._standing
+        return self._left
 
     def _search_flat(self, matrix: Matrix, queries: Matrix, k: int, allowed: Mask | None) -> tuple[Scores, Numbers]:
         share = 1.0 if allowed is None else np.count_nonzero(allowed) / len(allowed)
@@ -143,7 +162,7 @@ class IndexShard:
                 near = np.flatnonzero(allowed)
             again = _exact_scores(matrix, near[None], query)
             (scores[number],), (places[number],) = best([(again, near[None])], k)
-        return scores, places + self.first_vector
+        return scores, places + self.first_vector if self._numbers is None else self._numbers[places]
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,13 @@ def what_changed(before: IndexManifest, after: IndexManifest) -> str:
     """In words, from what the two hold."""
     changes = [f"added {job.job}: {job.num_vectors:,} vectors" for job in after.jobs[len(before.jobs) :]]
     if after.num_deleted > before.num_deleted:
-        changes.append(f"deleted {after.num_deleted - before.num_deleted:,} vectors")
+        count = after.num_deleted - before.num_deleted
+        changes.append(f"deleted {count:,} {'vector' if count == 1 else 'vectors'}")
+    if after.num_absent > before.num_absent or len(after.shards) < len(before.shards):
+        taken = after.num_absent - before.num_absent
+        joined = len(after.shards) < len(before.shards)
+        shards = f", {len(before.shards):,} shards to {len(after.shards):,}" if joined else ""
+        changes.append(f"compacted: {taken:,} deleted vectors taken out{shards}")
     return ", ".join(changes) or "changed"
 
 
