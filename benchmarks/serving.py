@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -67,7 +68,7 @@ def write_index(folder: JobFolder, size: int, dimension: int, kind: str, shards:
         log.publish(log.commit(builder.write(folder)))
         splits.append({"index": split, "first_row": first, "num_rows": count})
     write_plan(folder, fingerprint="benchmark", splits=splits, document={})
-    spec = {"output": {"columns": []}, "embed": None, "prompt": {"template": None, "column": None}}
+    spec: dict[str, Any] = {"output": {"columns": []}, "embed": None, "prompt": {"template": None, "column": None}}
     write_job(folder, fingerprint="benchmark", document={"spec": spec})
     made = Provenance(model="none", model_files={}, tokenizer="none", pooling="mean")
     return build_index(folder, log.commits, job="benchmark", provenance=made, kind=kind, shards=shards)
@@ -134,7 +135,8 @@ def timed(
 
 
 def unit(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    return (matrix / np.linalg.norm(matrix, axis=1, keepdims=True)).astype(np.float32)
+    units: npt.NDArray[np.float32] = (matrix / np.linalg.norm(matrix, axis=1, keepdims=True)).astype(np.float32)
+    return units
 
 
 if __name__ == "__main__":
