@@ -29,6 +29,7 @@ SCHEMA: Final = pa.schema(_FIELDS)
 _WORDS: Final = pa.dictionary(pa.int32(), pa.string())
 _READ_SCHEMA: Final = pa.schema([field.with_type(_WORDS) if field.type == pa.string() else field for field in _FIELDS])
 GROUP_ROWS: Final = 1 << 16
+PLACE_COLUMNS: Final = ("job", "row", "sample", "field")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,20 +136,31 @@ class RowMap:
     def places(self, vectors: Sequence[int] | npt.NDArray[np.int64]) -> list[Place]:
         """One place a vector number, in their order. JobError if the file has none of one, or can't be read."""
         numbers = np.asarray(vectors, np.int64)
-        found: dict[int, Place] = {}
-        for group in np.unique(numbers // GROUP_ROWS).tolist():
-            wanted = np.unique(numbers[numbers // GROUP_ROWS == group])
+        found: list[Place | None] = [None] * len(numbers)
+        groups = numbers // GROUP_ROWS
+        for group in np.unique(groups).tolist():
+            at = np.flatnonzero(groups == group)
+            wanted = numbers[at]
             try:
-                records = self._group(group).take(pa.array(wanted - group * GROUP_ROWS)).to_pylist()
+                records = self._group(group).take(pa.array(wanted - group * GROUP_ROWS))
+                right = np.array_equal(records["vector"].to_numpy(), wanted)
+                if not right or any(records[name].null_count for name in PLACE_COLUMNS):
+                    raise self._silent(wanted, records)
+                columns = [_listed(records[name]) for name in PLACE_COLUMNS]
             except (pa.ArrowException, OSError, UnicodeDecodeError, IndexError) as error:
                 raise JobError(f"{self._path} can't be read: {' '.join(str(error).split())[:200]}") from error
-            for number, record in zip(wanted.tolist(), records, strict=True):
-                if record["vector"] != number or None in record.values():
-                    raise JobError(
-                        f"{self._path} does not say what vector {number} belongs to; remove index/ and run again"
-                    )
-                found[number] = Place(record["job"], record["row"], record["sample"], record["field"])
-        return [found[number] for number in numbers.tolist()]
+            for i, place in zip(at.tolist(), map(Place, *columns), strict=True):
+                found[i] = place
+        return [place for place in found if place is not None]
+
+    def _silent(self, wanted: npt.NDArray[np.int64], records: pa.Table) -> JobError:
+        """What to say of the first of the vectors `wanted` whose record is another's or is not whole."""
+        for number, record in zip(wanted.tolist(), records.to_pylist(), strict=True):
+            if record["vector"] != number or None in record.values():
+                return JobError(
+                    f"{self._path} does not say what vector {number} belongs to; remove index/ and run again"
+                )
+        raise AssertionError("every record is whole and in its place")
 
     def table(self, vectors: npt.NDArray[np.int64]) -> pa.Table:
         """The records of these vectors, in their order: SCHEMA."""
@@ -171,3 +183,13 @@ class RowMap:
                 raise IndexError(f"it has no row group {number} of at most {GROUP_ROWS} records")
             self._groups[number] = file.read_row_group(number)
         return self._groups[number]
+
+
+def _listed(column: pa.ChunkedArray[Any]) -> list[Any]:
+    """As `to_pylist`, of a column without nulls, without a scalar of Arrow's for each value in between."""
+    array: Any = column.combine_chunks()
+    if isinstance(array, pa.DictionaryArray):
+        words = array.dictionary.to_pylist()
+        return [words[i] for i in array.indices.to_numpy(zero_copy_only=False).tolist()]
+    listed: list[Any] = array.to_numpy(zero_copy_only=False).tolist()
+    return listed

@@ -2,8 +2,8 @@
 
 FAISS finds candidates in float32, whose rounding depends on where a vector lies and how many queries there are. For
 Flat the candidates' scores are then computed anew, each by itself in float64, and a bound on FAISS's rounding shows
-that no other vector can belong to the best; where it can't (many vectors score alike), all within the bound are looked
-at. Ties go to the lower vector number. Approximate kinds keep FAISS's own scores.
+that no other vector can belong to the best; where it can't (many vectors score alike), more candidates are asked for, and
+then all within the bound are looked at. Ties go to the lower vector number. Approximate kinds keep FAISS's own scores.
 
 d: width of a vector; n: vectors of a shard; q: queries; k: hits a query.
 """
@@ -35,7 +35,7 @@ Matrix = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
 
-_EXTRA_CANDIDATES: Final = 32
+_EXTRA_CANDIDATES: Final = (8, 64)  # in turn, the second of queries that the first leaves in doubt
 _VECTORS_AT_ONCE: Final = 1 << 14
 _SCORED_VALUES: Final = 1 << 18
 _SKIPPING_SHARE: Final = 0.5
@@ -142,13 +142,21 @@ class IndexShard:
         return self._left
 
     def _search_flat(self, matrix: Matrix, queries: Matrix, k: int, allowed: Mask | None) -> tuple[Scores, Numbers]:
+        scores, places = self._nearest_places(matrix, queries, k, allowed)
+        return scores, places + self.first_vector if self._numbers is None else self._numbers[places]
+
+    def _nearest_places(
+        self, matrix: Matrix, queries: Matrix, k: int, allowed: Mask | None, turn: int = 0
+    ) -> tuple[Scores, Numbers]:
+        """Places are from 0, in the file. `turn`: which number of extra candidates is asked for."""
+        extra = _EXTRA_CANDIDATES[turn]
         share = 1.0 if allowed is None else np.count_nonzero(allowed) / len(allowed)
         # FAISS is fast at many queries only where it skips nothing: if most are allowed, it is to look at all.
         skips = share < _SKIPPING_SHARE
         only = keeping_to(allowed) if allowed is not None and skips else None
-        num_candidates = min(k + _EXTRA_CANDIDATES, len(matrix))
+        num_candidates = min(k + extra, len(matrix))
         if not skips:
-            num_candidates = min(int(k / share) + _EXTRA_CANDIDATES, len(matrix))
+            num_candidates = min(int(k / share) + extra, len(matrix))
         rough, candidates = self._flat.search(queries, num_candidates, params=only)
         lengths = np.sqrt(np.square(queries, dtype=np.float64).sum(axis=1))
         # A float32 inner product is off by at most d * 2^-24 * |query| * |vector|; twice that is taken.
@@ -161,6 +169,9 @@ class IndexShard:
         complete = (num_candidates == len(matrix)) | (candidates[:, -1] < 0)  # nothing allowed is left out
         # `scores[:, -1]` is what the best k have at least; others could belong to them if FAISS's rounding hid it.
         in_doubt = (found.sum(axis=1) < k) | (~complete & (scores[:, -1] <= rough[:, -1] + slack))
+        if turn + 1 < len(_EXTRA_CANDIDATES) and in_doubt.any():
+            scores[in_doubt], places[in_doubt] = self._nearest_places(matrix, queries[in_doubt], k, allowed, turn + 1)
+            in_doubt[:] = False
         for number in np.flatnonzero(in_doubt):
             query, last = queries[number : number + 1], scores[number, -1]
             if np.isfinite(last):
@@ -170,9 +181,8 @@ class IndexShard:
             else:
                 assert allowed is not None, "FAISS finds as many as there are"
                 near = np.flatnonzero(allowed)
-            again = _exact_scores(matrix, near[None], query)
-            (scores[number],), (places[number],) = best([(again, near[None])], k)
-        return scores, places + self.first_vector if self._numbers is None else self._numbers[places]
+            (scores[number],), (places[number],) = best([(_exact_scores(matrix, near[None], query), near[None])], k)
+        return scores, places
 
 
 @dataclass(frozen=True, slots=True)

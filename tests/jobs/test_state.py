@@ -35,7 +35,7 @@ from jobs.events import (
     StopRequested,
     WriteReport,
 )
-from jobs.state import JobState
+from jobs.state import MAX_IDLE_DEATHS, JobState
 
 
 def begin(state: JobState) -> list[Action]:

@@ -31,13 +31,28 @@ def test_a_packed_product_is_the_plain_product(rows: int, outputs: int, inputs: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_a_row_of_a_product_has_the_same_bits_alone_and_among_others(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x, matrix = torch.randn(200, 700), torch.randn(96, 700) * (40 if dtype == torch.int8 else 1)
+    x, matrix = torch.randn(420, 700), torch.randn(96, 700) * (40 if dtype == torch.int8 else 1)
     packed, scales = native.pack(matrix.to(dtype)), torch.rand(96) if dtype == torch.int8 else None
     whole = native.matmul(x, packed, 96, None, scales)
-    for rows in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 96, 97, 199):
+    for rows in (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 96, 97, 191, 192, 193, 400):
         for start in (0, 1):
             part = native.matmul(x[start : start + rows], packed, 96, None, scales)
             assert torch.equal(part, whole[start : start + rows])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_share_a_product_by_rows_or_by_columns_to_the_same_bits(threads: int) -> None:
+    torch.manual_seed(0)
+    runs = [601, 0, 7, 203]  # more rows than threads have bands, and fewer
+    x, matrices = torch.randn(sum(runs), 300), native.pack(torch.randn(4, 70, 300))
+    alone = [native.matmul(part, one, 70) for part, one in zip(x.split(runs), matrices, strict=True)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(5):
+            assert torch.equal(native.grouped_matmul(x, matrices, 70, runs), torch.cat(alone))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
