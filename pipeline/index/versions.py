@@ -26,6 +26,7 @@ from pipeline.job_folder import JobFolder
 
 VERSIONS_NAME: Final = "index-versions"
 DRAFT_PREFIX: Final = "index-"
+MOST_NOTES: Final = 1000  # of what versions were
 
 # What a draft folder holds, which has the files of the manifest -> the manifest of what it holds then.
 Change = Callable[[Path, IndexManifest], IndexManifest]
@@ -57,7 +58,8 @@ def with_history(changed: IndexManifest, before: IndexManifest, folder: Path, ch
     if not history:
         built_at = datetime.fromtimestamp((folder / MANIFEST_NAME).stat().st_mtime)
         history = (VersionNote.of(before, "built", built_at),)
-    return dataclasses.replace(changed, history=(*history, VersionNote.of(changed, change, datetime.now())))
+    history = (*history, VersionNote.of(changed, change, datetime.now()))
+    return dataclasses.replace(changed, history=history[-MOST_NOTES:])
 
 
 def what_changed(before: IndexManifest, after: IndexManifest) -> str:

@@ -47,7 +47,7 @@ def settings(tmp_path: Path, cheap_model: Callable[..., Path]) -> dict[str, Any]
         "model": str(cheap_model()),
         "input": {"path": str(tmp_path / "corpus" / "*.parquet")},
         "prompt": {"column": "body"},
-        "embed": {"pooling": "mean"},
+        "embed": {"pooling": "mean", "center": True},
         "index": {"kind": "Flat"},
         "output": {"path": str(tmp_path / "out"), "columns": ["body", "day"], "rows_per_split": 8},
         "cluster": {"threads": 1},

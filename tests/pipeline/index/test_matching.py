@@ -13,10 +13,15 @@ import pytest
 from pipeline.commits import CommitLog
 from pipeline.errors import RowError, UserError
 from pipeline.index.build import build_index
+from pipeline.index.check import IndexedParts, index_problems
+from pipeline.index.compaction import compact
+from pipeline.index.deletions import delete_vectors
 from pipeline.index.expression import Filter
 from pipeline.index.manifest import Provenance, read_manifest
 from pipeline.index.matching import matching_vectors
 from pipeline.index.search import VectorIndex
+from pipeline.index.versions import change_index
+from pipeline.indexed_jobs import latest_commits
 from pipeline.job_folder import JobFolder, write_job, write_plan
 from pipeline.parts import PartBuilder
 from pipeline.records import RecordLayout
@@ -83,6 +88,20 @@ def test_all_vectors_of_a_row_are_meant_across_parts(found: Found) -> None:
     assert found("lang in ('de', 'fr') and year > 2020") == vectors_of(4, 6)
     assert found("lang is None") == vectors_of(3)
     assert found("year > 3000") == []
+
+
+def test_vectors_of_samples_and_prompts_stay_apart_when_an_index_is_compacted(job: JobFolder) -> None:
+    gone = np.flatnonzero(
+        matching_vectors(job.index, read_manifest(job.index), Filter.parse("sample == 1 or row == 4"), lambda _: job)
+    )
+    change_index(job, lambda draft, manifest: delete_vectors(draft, manifest, gone))
+    parts = [IndexedParts(job, latest_commits(job))]
+    manifest = change_index(job, lambda draft, before: compact(draft, before, parts))
+    assert manifest.num_absent == len(gone) == 8
+    left = [(row, 0, field) for row in (0, 1, 3, 5, 6) for field in ("generation", "prompt")]
+    (hits,) = VectorIndex.open(job.index).search(np.ones(3), 100)
+    assert sorted((hit.place.row, hit.place.sample, hit.place.field) for hit in hits) == left
+    assert list(index_problems(job, manifest, parts, parts_are_whole=True)) == []
 
 
 def test_a_filter_may_name_the_parts_own_columns_and_samples_apart(found: Found) -> None:
