@@ -30,6 +30,7 @@ _WORDS: Final = pa.dictionary(pa.int32(), pa.string())
 _READ_SCHEMA: Final = pa.schema([field.with_type(_WORDS) if field.type == pa.string() else field for field in _FIELDS])
 GROUP_ROWS: Final = 1 << 16
 PLACE_COLUMNS: Final = ("job", "row", "sample", "field")
+_FEW_RECORDS: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,21 +143,19 @@ class RowMap:
             at = np.flatnonzero(groups == group)
             wanted = numbers[at]
             try:
-                records = self._group(group).take(pa.array(wanted - group * GROUP_ROWS))
-                right = np.array_equal(records["vector"].to_numpy(), wanted)
-                if not right or any(records[name].null_count for name in PLACE_COLUMNS):
-                    raise self._silent(wanted, records)
-                columns = [_listed(records[name]) for name in PLACE_COLUMNS]
+                values = _values(self._group(group), wanted - group * GROUP_ROWS)
             except (pa.ArrowException, OSError, UnicodeDecodeError, IndexError) as error:
                 raise JobError(f"{self._path} can't be read: {' '.join(str(error).split())[:200]}") from error
-            for i, place in zip(at.tolist(), map(Place, *columns), strict=True):
+            if values["vector"] != wanted.tolist() or any(None in values[name] for name in PLACE_COLUMNS):
+                raise self._silent(wanted, values)
+            for i, place in zip(at.tolist(), map(Place, *(values[name] for name in PLACE_COLUMNS)), strict=True):
                 found[i] = place
         return [place for place in found if place is not None]
 
-    def _silent(self, wanted: npt.NDArray[np.int64], records: pa.Table) -> JobError:
+    def _silent(self, wanted: npt.NDArray[np.int64], values: dict[str, list[Any]]) -> JobError:
         """What to say of the first of the vectors `wanted` whose record is another's or is not whole."""
-        for number, record in zip(wanted.tolist(), records.to_pylist(), strict=True):
-            if record["vector"] != number or None in record.values():
+        for number, *record in zip(wanted.tolist(), *values.values(), strict=True):
+            if None in record or number != dict(zip(values, record, strict=True))["vector"]:
                 return JobError(
                     f"{self._path} does not say what vector {number} belongs to; remove index/ and run again"
                 )
@@ -185,9 +184,20 @@ class RowMap:
         return self._groups[number]
 
 
+def _values(group: pa.Table, offsets: npt.NDArray[np.int64]) -> dict[str, list[Any]]:
+    """Column -> its values there. Few, as most queries', are read one by one: Arrow takes longer to begin with many."""
+    if len(offsets) <= _FEW_RECORDS:
+        columns = dict(zip(group.column_names, group.columns, strict=True))
+        return {name: [column[offset].as_py() for offset in offsets.tolist()] for name, column in columns.items()}
+    records = group.take(offsets)
+    return {name: _listed(records[name]) for name in records.column_names}
+
+
 def _listed(column: pa.ChunkedArray[Any]) -> list[Any]:
-    """As `to_pylist`, of a column without nulls, without a scalar of Arrow's for each value in between."""
+    """As `to_pylist`, without a scalar of Arrow's for each value in between where all values are there."""
     array: Any = column.combine_chunks()
+    if array.null_count:
+        return [*array.to_pylist()]
     if isinstance(array, pa.DictionaryArray):
         words = array.dictionary.to_pylist()
         return [words[i] for i in array.indices.to_numpy(zero_copy_only=False).tolist()]
