@@ -2,8 +2,9 @@
 
 FAISS finds candidates in float32, whose rounding depends on where a vector lies and how many queries there are. For
 Flat the candidates' scores are then computed anew, each by itself in float64, and a bound on FAISS's rounding shows
-that no other vector can belong to the best; where it can't (many vectors score alike), more candidates are asked for, and
-then all within the bound are looked at. Ties go to the lower vector number. Approximate kinds keep FAISS's own scores.
+that no other vector can belong to the best; where it can't (many vectors score alike), more candidates are asked for,
+and then all within the bound are looked at. Ties go to the lower vector number. Approximate kinds keep FAISS's own
+scores.
 
 d: width of a vector; n: vectors of a shard; q: queries; k: hits a query.
 """
