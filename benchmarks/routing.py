@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pydoc_data.topics import topics
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from pipeline.model_path import resolve_model
 from pipeline.tokenizer import load_tokenizer
 from workers.decoder.config import RouterConfig
+from workers.decoder.feedforward import FeedForward
 from workers.decoder.model import Decoder
 from workers.decoder.router import choose_experts
 from workers.decoder.upcycle import fitted_router
@@ -41,7 +43,9 @@ def record(
     starts = np.linspace(0, len(ids) - PASSAGE_TOKENS, num_passages).astype(int)
     seen: dict[int, list[Tensor]] = {}
     for layer in range(0, len(decoder.blocks), 3):
-        decoder.blocks[layer].feed_forward = _Overheard(decoder.blocks[layer].feed_forward, seen.setdefault(layer, []))
+        block = decoder.blocks[layer]
+        assert isinstance(block.feed_forward, FeedForward), "SmolLM2 is dense"
+        block.feed_forward = cast(FeedForward, _Overheard(block.feed_forward, seen.setdefault(layer, [])))
     run_sequences(decoder, [ids[start : start + PASSAGE_TOKENS] for start in starts.tolist()])
     config = RouterConfig(num_experts=num_experts, top_k=top_k)
     generator = torch.Generator().manual_seed(0)
@@ -58,7 +62,7 @@ def record(
 class _Overheard:
     """A feed-forward network whose inputs are kept."""
 
-    def __init__(self, inner: object, inputs: list[Tensor]) -> None:
+    def __init__(self, inner: FeedForward, inputs: list[Tensor]) -> None:
         self.inner = inner
         self.inputs = inputs
 

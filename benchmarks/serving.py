@@ -1,8 +1,8 @@
 """One query at a time: a served index against FAISS in this process, on the same vectors, turn by turn in one run.
 
 "nearest" is a vector in, vector numbers and scores out; "search" is a vector in, rows with their ids and columns out.
-The former asks the shards, each by one call; the latter the front actor, and that the shards. FAISS searches with the
-effort that the index was tuned to.
+Both ask the front actor, and that the shards, over connections of their own; "an actor's call" is one of Ray's that
+does nothing. FAISS searches with the effort that the index was tuned to.
 
     python -m benchmarks.serving
     python -m benchmarks.serving --size 10000 --dimension 64 --shards 3
@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -67,20 +68,26 @@ def write_index(folder: JobFolder, size: int, dimension: int, kind: str, shards:
         log.publish(log.commit(builder.write(folder)))
         splits.append({"index": split, "first_row": first, "num_rows": count})
     write_plan(folder, fingerprint="benchmark", splits=splits, document={})
-    spec = {"output": {"columns": []}, "embed": None, "prompt": {"template": None, "column": None}}
+    spec: dict[str, Any] = {"output": {"columns": []}, "embed": None, "prompt": {"template": None, "column": None}}
     write_job(folder, fingerprint="benchmark", document={"spec": spec})
     made = Provenance(model="none", model_files={}, tokenizer="none", pooling="mean")
     return build_index(folder, log.commits, job="benchmark", provenance=made, kind=kind, shards=shards)
 
 
 def measure(folder: JobFolder, manifest: IndexManifest, num_queries: int) -> None:
-    from workers.index_service import IndexClient, IndexService, Serving
+    import ray
+
+    from workers.index_client import IndexClient
+    from workers.index_service import NAME_PREFIX, IndexService, Serving
+    from workers.index_shard import NAMESPACE
 
     serving = Serving(name="bench", out=str(folder.root), folder=str(folder.index), manifest=manifest, engine=None)
     service = IndexService(serving)
     try:
         service.wait_ready()
         client = IndexClient("bench")
+        about = client.about()
+        front = ray.get_actor(NAME_PREFIX + "bench", namespace=NAMESPACE)
         plain = [faiss.read_index(str(folder.index / shard.file)) for shard in manifest.shards]
         efforts = [search_parameters(index, shard.effort) for index, shard in zip(plain, manifest.shards, strict=True)]
         here = VectorIndex.open(folder.index)
@@ -91,16 +98,20 @@ def measure(folder: JobFolder, manifest: IndexManifest, num_queries: int) -> Non
                 index.search(query, K, params=effort) for index, effort in zip(plain, efforts, strict=True)
             ],
             "this index, in this process": lambda query: here.search(query, K),
+            "an actor's call, through Ray": lambda query: ray.get(front.ping.remote()),
             "served, nearest": lambda query: client.nearest(query, K),
             "served, search": lambda query: client.search_vectors(query, K),
         }
         times = timed(ways, queries)
     finally:
         service.close()
-    print(f"{manifest.num_vectors:,} x {manifest.dimension}, {manifest.kind}, {len(manifest.shards)} shards, k {K}")
+    print(
+        f"{manifest.num_vectors:,} x {manifest.dimension}, {manifest.kind}, {len(manifest.shards)} shards, k {K}; "
+        f"asked by {about['asked_by']}, shards by {about['shards_asked_by']}"
+    )
     base = times["FAISS, in this process"]
     for name, taken in times.items():
-        added = np.median(taken) - np.median(base)
+        added = np.median(taken - base)  # of queries, each in all ways within the same tenths of a second
         print(
             f"{name:28} median {np.median(taken):7.2f} ms, p99 {np.percentile(taken, 99):7.2f} ms, "
             f"on top of FAISS {added:6.2f} ms"
@@ -124,7 +135,8 @@ def timed(
 
 
 def unit(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    return (matrix / np.linalg.norm(matrix, axis=1, keepdims=True)).astype(np.float32)
+    units: npt.NDArray[np.float32] = (matrix / np.linalg.norm(matrix, axis=1, keepdims=True)).astype(np.float32)
+    return units
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """What was asked for: specification, plan, state, record and report of a job. Knows no torch.
 
-`jobs.run(...)` and `jobs.JobResult` are `jobs.client`'s, loaded when they are first asked for.
+`jobs.run(...)`, `jobs.JobResult` and `jobs.WarmReplicas` are `jobs.client`'s, loaded when they are first asked for.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jobs.client import JobResult, run
+    from jobs.warm import WarmReplicas
 
-__all__ = ["JobResult", "run"]
+__all__ = ["JobResult", "WarmReplicas", "run"]
 
 
 def __getattr__(name: str) -> Any:

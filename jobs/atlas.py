@@ -200,10 +200,16 @@ def _texts(
 
 
 def _neighbours(index: VectorIndex, batch: VectorBatch, keys: npt.NDArray[np.int64]) -> pa.Array[Any]:
-    """The nearest vectors of each, as places in the file, and 1 - cosine; without the vector itself."""
+    """The nearest vectors of each, as places in the file, and 1 - cosine; without the vector itself.
+
+    Of an index that holds other jobs too, only this one's, which are the file's.
+    """
+    mine = None
+    if len(index.manifest.jobs) > 1:
+        mine = np.arange(index.manifest.num_vectors) < index.manifest.jobs[0].num_vectors
     own = np.searchsorted(keys, _keys(batch.rows, batch.samples, batch.fields))
     found: list[dict[str, list[Any]]] = []
-    for number, hits in zip(own.tolist(), index.search(batch.matrix, NUM_NEIGHBOURS + 1), strict=True):
+    for number, hits in zip(own.tolist(), index.search(batch.matrix, NUM_NEIGHBOURS + 1, allowed=mine), strict=True):
         near = np.searchsorted(
             keys,
             _keys(

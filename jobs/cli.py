@@ -12,13 +12,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TextIO
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from jobs.answers import INTERRUPTED, Answers
 from jobs.index.index_cli import index_app
+from jobs.stop_signals import interrupt_on_signals, leave_signals_alone
 from jobs.submitting.cluster_commands import (
-    INTERRUPTED,
     Address,
     AsJson,
     Target,
@@ -28,7 +29,7 @@ from jobs.submitting.cluster_commands import (
     submit,
     submitted_status,
 )
-from jobs.terminal import reserved_stdout, say, write_json
+from jobs.terminal import reserved_stdout, say
 from pipeline.errors import JobError, UserError
 
 app = typer.Typer(
@@ -193,7 +194,7 @@ def serve_index(
     from jobs.index.served import serving
 
     try:
-        with serving(out, address=address, name=name, device=device) as about:
+        with serving(out, address=address, name=name, device=device, on_change=say) as about:
             words = (
                 f"serving {about['output']}: {about['vectors']:,} vectors, {about['kind']}, shards: {about['shards']}, "
                 f"model {about['model']}\nask with: gristmill query {shlex.quote(name or str(out))} TEXT "
@@ -314,26 +315,6 @@ def train(
     say(f"wrote {out}: {done.vocab_size:,} tokens, learnt from {done.num_texts:,} texts{skipped}")
 
 
-class Answers:
-    """Where a command's answer goes: words for people, or with --json one document, on standard output."""
-
-    def __init__(self, arguments: Sequence[str], json_stream: TextIO | None) -> None:
-        self.command_line = shlex.join(["gristmill", *arguments])
-        self._json_stream = json_stream
-
-    def answer(self, document: Any, words: str) -> None:
-        if self._json_stream is not None:
-            write_json(document, self._json_stream)
-        else:
-            print(words)
-
-    def refuse(self, message: str, exit_status: int) -> int:
-        say(f"gristmill: {message}")
-        if self._json_stream is not None:
-            write_json({"error": " ".join(message.split()), "exit_status": exit_status}, self._json_stream)
-        return exit_status
-
-
 def _run(spec: Any, answers: Answers, *, limit: int | None = None, retry_errors: bool = False) -> int:
     from jobs.client import run as run_job
     from jobs.report import describe_report
@@ -347,8 +328,8 @@ def _run(spec: Any, answers: Answers, *, limit: int | None = None, retry_errors:
         with ProgressDisplay() as display:
             result = run_job(spec, limit=limit, retry_errors=retry_errors, on_progress=display)
     except (KeyboardInterrupt, SystemExit) as stop:
-        again = answers.command_line if submission is None else submission.command or "submit the job again"
-        return _stopped(stop, answers, again)
+        again = None if submission is None else submission.command or "submit the job again"
+        return answers.stopped(stop, again)
     answers.answer(result.report, describe_report(result.report, Path(spec.output.path)))
     return 0
 
@@ -361,18 +342,12 @@ def _query_many(answers: Answers, out: Path, file: str, output: Path, **options:
         with ProgressDisplay() as display:
             result = bulk_query(out, file, output, on_progress=display, **options)
     except (KeyboardInterrupt, SystemExit) as stop:
-        return _stopped(stop, answers, answers.command_line)
+        return answers.stopped(stop)
     failed = f", {result['errors']:,} of them failed" if result["errors"] else ""
     answers.answer(
         result, f"{result['queries']:,} queries{failed}: {result['neighbours']:,} neighbours in {output / 'parts'}"
     )
     return 0
-
-
-def _stopped(stop: BaseException, answers: Answers, again: str) -> int:
-    if isinstance(stop, SystemExit) and stop.code != signal.SIGTERM:  # as Ray answers SIGTERM while it starts
-        raise stop
-    return answers.refuse(f"stopped; what is done is kept. To go on: {again}", INTERRUPTED)
 
 
 def execute(arguments: Sequence[str]) -> int:
@@ -392,9 +367,13 @@ def _execute(arguments: Sequence[str], answers: Answers) -> int:
         return answers.refuse(str(error), 2)
     except JobError as error:
         return answers.refuse(str(error), 1)
-    return int(exit_status or 0)  # an interrupted command gives 130
+    if exit_status == INTERRUPTED and not answers.has_refused:  # before anything was begun
+        return answers.refuse(f"stopped; to go on: {answers.command_line}", INTERRUPTED)
+    return int(exit_status or 0)
 
 
 def main() -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(execute(sys.argv[1:]))
+    interrupt_on_signals()
+    exit_status = execute(sys.argv[1:])
+    leave_signals_alone()
+    sys.exit(exit_status)

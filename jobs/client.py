@@ -20,19 +20,21 @@ from jobs.history import RunRecords
 from jobs.spec import JobSpec, JsonObject
 from jobs.specfile import load_spec, parse_spec
 from jobs.state import JobState
+from jobs.stop_signals import is_echo
 from jobs.store import JobStore, open_store
 from jobs.submitting.submission import note_submission
 from jobs.tally import OnProgress, Tally
+from jobs.warm import WarmReplicas
 from jobs.worker_settings import worker_settings
 from pipeline.errors import JobError, UserError
 from workers import devices
-from workers.forecast import Forecast, forecast
 from workers.run_log import run_log
 from workers.settings import DEFAULT_ENGINE, EngineSettings
 
 if TYPE_CHECKING:
     from jobs.index.query import QueryResult
     from jobs.index.served import ServedIndex
+    from workers.forecast import Forecast
 
 
 class JobInterrupted(KeyboardInterrupt):
@@ -78,11 +80,13 @@ def run(
     retry_errors: bool = False,
     on_progress: OnProgress | None = None,
     engine_factory: str = DEFAULT_ENGINE,
+    warm: WarmReplicas | None = None,
 ) -> JobResult:
     """Run a job (a spec, its settings, or a job file) to its end, or from where it stopped.
 
     `limit`: only the first rows, for now. `retry_errors`: failed rows run again. A job that is done is left alone.
-    `engine_factory`: `module:callable` that makes a worker's engine (see `workers.engine_factory`).
+    `engine_factory`: `module:callable` that makes a worker's engine (see `workers.engine_factory`). `warm`: keeps
+    Ray and loaded models, for the next job that is run with it.
 
     UserError if the job can't be run as asked, JobError if it fails, JobInterrupted on SIGINT and SIGTERM; all keep
     what is committed. Uses the Ray that is connected, or else starts one for itself.
@@ -93,11 +97,21 @@ def run(
         spec = parse_spec(job) if isinstance(job, Mapping) else load_spec(job)
     with open_store(spec) as store, run_log(store.folder.root, "controller"):
         note_submission(store.folder)
-        return _run(store, limit, retry_errors, on_progress, engine_factory)
+        try:
+            return _run(store, limit, retry_errors, on_progress, engine_factory, warm)
+        except JobInterrupted:
+            raise
+        except KeyboardInterrupt as stop:  # as which Ray passes on what a handler raises in its calls
+            raise JobInterrupted from stop
 
 
 def _run(
-    store: JobStore, limit: int | None, retry_errors: bool, on_progress: OnProgress | None, engine_factory: str
+    store: JobStore,
+    limit: int | None,
+    retry_errors: bool,
+    on_progress: OnProgress | None,
+    engine_factory: str,
+    warm: WarmReplicas | None,
 ) -> JobResult:
     spec, committed = store.job.spec, store.committed()
 
@@ -121,20 +135,20 @@ def _run(
         on_progress=on_progress,
         keep=RunRecords(store.folder).keep,
     )
-    finisher = Finisher(store, tally)
+    finisher = Finisher(store, tally, processors_are_held=warm is not None)
     finisher.refuse_unknown_kind()
     report = store.report()
     if not state.num_open and report is not None and finisher.index_is_current():
         return JobResult(out=store.folder.root, report=report)
     rows_to_do = state.total_rows - sum(split.rows for split in committed.values())
     settings = worker_settings(store, engine_factory, rows_to_do=rows_to_do)
-    with Fleet(settings, spec.cluster) as fleet:
+    with _stopping() as stopping, Fleet(settings, spec.cluster, model=store.job.covers["model"], warm=warm) as fleet:
         layout = fleet.lay_out(partial(_forecast, settings.engine) if engine_factory == DEFAULT_ENGINE else None)
         tally.lay_out(layout)
         state = new_state(layout.replicas, layout.ranks)
         controller = Controller(store, state, fleet, finisher, tally)
-        with _stopping(controller):
-            outcome = controller.run()
+        stopping.append(controller)
+        outcome = controller.run()
         if outcome.kind != "done":
             finisher.keep_counts()
     if outcome.kind == "interrupted":
@@ -147,6 +161,8 @@ def _run(
 
 def _forecast(engine: EngineSettings, device: str) -> Forecast:
     """Of one shard. For GPUs that only other machines have, it is what bfloat16 takes there unless told otherwise."""
+    from workers.forecast import forecast  # brings torch, a second or two
+
     if device == "cuda" and devices.gpu_bytes() is None:
         dtype = "bfloat16" if engine.dtype == "auto" else engine.dtype
         return forecast(replace(engine, device="cpu", dtype=dtype), measures=False)
@@ -154,28 +170,32 @@ def _forecast(engine: EngineSettings, device: str) -> Forecast:
 
 
 @contextmanager
-def _stopping(controller: Controller) -> Iterator[None]:
-    """SIGINT and SIGTERM stop the controller; what is not worth waiting for (an index, an audit) ends at once.
+def _stopping() -> Iterator[list[Controller]]:
+    """SIGINT and SIGTERM stop the controller that is put into the list.
 
-    A second signal does not wait for the workers either. Signals are only handled in the main thread.
+    What is not worth waiting for (Ray's start, an index, an audit) ends at once. A second signal does not wait for the
+    workers either. Signals are only handled in the main thread.
     """
+    running: list[Controller] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield running
         return
     asked = False
 
     def on_signal(number: int, frame: Any) -> None:
         nonlocal asked
-        if asked or not controller.is_running_rows:
+        if is_echo():
+            return
+        if asked or not any(controller.is_running_rows for controller in running):
             raise JobInterrupted
         asked = True
-        controller.stop()
+        running[0].stop()
 
     before: dict[int, Callable[..., Any] | int | None] = {
         number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        yield
+        yield running
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

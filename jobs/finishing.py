@@ -21,10 +21,12 @@ from workers.index_builders import builders_at_hand
 class Finisher:
     """Each step may be done again at any time: a crash in it leaves the job as if the step had not begun."""
 
-    def __init__(self, store: JobStore, tally: Tally) -> None:
+    def __init__(self, store: JobStore, tally: Tally, *, processors_are_held: bool = False) -> None:
+        """`processors_are_held`: by replicas of ours that stay when the rows are done."""
         self._store = store
         self._tally = tally
         self._experts = ExpertRecord(store.folder)
+        self._processors_are_held = processors_are_held
         self.written_report: JsonObject | None = None
 
     def refuse_unknown_kind(self) -> None:
@@ -40,13 +42,17 @@ class Finisher:
 
     def ensure_index(self) -> None:
         if not self.index_is_current():
+            arguments = self._index_arguments()
+            builders = builders_at_hand(
+                self._store.job.spec.cluster.labels, processors_are_held=self._processors_are_held
+            )
             build_index(
                 self._store.folder,
                 self._store.log.commits,
-                **self._index_arguments(),
-                builders=builders_at_hand(self._store.job.spec.cluster.labels),
+                **arguments,
+                builders=builders,
                 on_shard=self._tally.indexed,
-                change=kept_changes(self._store.folder),
+                change=kept_changes(self._store.folder, memory_bytes=arguments["memory_bytes"], builders=builders),
             )
 
     def audit(self) -> tuple[str, ...]:

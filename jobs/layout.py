@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from jobs.experts.spare import spare_experts
 from jobs.spec import ClusterSpec
 from pipeline.errors import UserError
-from workers.forecast import Forecast
+
+if TYPE_CHECKING:
+    from workers.forecast import Forecast
 
 GPU_SHARE = 0.8  # of a device's memory that weights and the least cache may take; activations and fragments need some
 HOST_SHARE = 0.7

@@ -96,6 +96,10 @@ class LeaseBook:
         """Whether any replica has: else all of them wait for some."""
         return any(replica.ranks for replica in self._replicas.values())
 
+    @property
+    def is_anybody_at_work(self) -> bool:
+        return any(shard.holds for shard in self._shards.values())
+
     def put_back(self, index: int) -> None:
         """A split with rows to settle waits for a shard, or as a suspect for a replica of its own."""
         split = self._splits[index]

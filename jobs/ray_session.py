@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import workers
+from jobs.process_group import children_apart
 from pipeline.errors import JobError, UserError
 
 OBJECT_STORE_BYTES = 128 << 20  # only reports and orders travel through it
@@ -35,7 +36,7 @@ def ray_session(address: str | None, *, num_cpus: int) -> Iterator[None]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        if address := address or os.environ.get("RAY_ADDRESS"):
+        if address := address_of(address):
             _join(address)
         else:
             _start(num_cpus)
@@ -78,7 +79,7 @@ def _start(num_cpus: int) -> None:
     }
     for attempt in range(NUM_STARTS):
         try:
-            with _environment(settings), _few_processes():
+            with _environment(settings), _few_processes(), children_apart():
                 ray.init(
                     address="local",
                     num_cpus=num_cpus,
@@ -125,7 +126,12 @@ def is_joined(address: str | None) -> bool:
     """Whether `ray_session` would use a Ray that runs already."""
     import ray
 
-    return bool(ray.is_initialized() or address or os.environ.get("RAY_ADDRESS"))
+    return bool(ray.is_initialized() or address_of(address))
+
+
+def address_of(address: str | None) -> str | None:
+    """What a job means that names no address, too."""
+    return address or os.environ.get("RAY_ADDRESS") or None
 
 
 def wait_for(references: list[Any], timeout_s: float) -> list[Any]:

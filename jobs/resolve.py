@@ -6,12 +6,13 @@ Nothing is written, and neither torch nor Ray is loaded, but for torch with clus
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from jobs.output_path import refuse_output_in_input
 from jobs.spec import EmbedSpec, JobSpec, JsonObject, fingerprint, fingerprint_parts
-from pipeline.errors import UserError
+from pipeline.errors import JobError, UserError
 from pipeline.model_path import model_digest, resolve_model
 from pipeline.row_text import RowText
 from pipeline.source import Source, Split, auto_rows_per_split
@@ -42,12 +43,14 @@ class ResolvedJob:
     fingerprint: str
 
 
-def resolve(spec: JobSpec, planned: PlannedJob | None = None) -> ResolvedJob:
+def resolve(
+    spec: JobSpec, planned: PlannedJob | None = None, *, extended_by: Collection[str] = frozenset()
+) -> ResolvedJob:
     """Settle what is open.
 
     With `planned`, the input is not scanned again if it is still the one that was planned, and `auto` is what it was
-    then. UserError where the model, the input or a column of it does not exist; JobError that names what changed if
-    the planned input is another by now.
+    then. Files that are `extended_by` came later and are other jobs' rows. UserError where the model, the input or a
+    column of it does not exist; JobError that names what changed if the planned input is another by now.
     """
     refuse_output_in_input(spec)
     model_path = resolve_model(spec.model)
@@ -55,7 +58,7 @@ def resolve(spec: JobSpec, planned: PlannedJob | None = None) -> ResolvedJob:
     refuse_attention(spec, model_path)
     if planned is not None and planned.spec.input == spec.input:
         source, is_scanned = Source.from_json(planned.source), False
-        source.check_unchanged()
+        _refuse_new_files(spec, [path for path in source.new_files() if path not in extended_by])
     else:
         is_scanned = True
         path = list(spec.input.path) if isinstance(spec.input.path, tuple) else spec.input.path
@@ -80,6 +83,12 @@ def resolve(spec: JobSpec, planned: PlannedJob | None = None) -> ResolvedJob:
         covers=covers,
         fingerprint=identity,
     )
+
+
+def _refuse_new_files(spec: JobSpec, paths: Sequence[str]) -> None:
+    for path in paths:
+        mend = f"; `gristmill index extend {spec.output.path}` adds its rows to the index" if spec.index else ""
+        raise JobError(f"input {path} has been added since the job was planned{mend}")
 
 
 def refuse_spreading(spec: JobSpec, model_path: Path) -> None:

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from jobs.cluster import node_labels
+from pipeline.errors import UserError
 from workers.decoder.attention_rules import AttentionRule
 
 JsonObject = dict[str, Any]
@@ -50,6 +51,19 @@ def _bytes_or_auto(value: object) -> object:
     if size and size[2].lower() in _BYTE_UNITS and (num_bytes := int(float(size[1]) * _BYTE_UNITS[size[2].lower()])):
         return num_bytes
     raise _refusal("must be a number of bytes, a size such as 2GiB, or auto")
+
+
+def parse_size(name: str, value: object) -> int:
+    """`value` as the setting `name`: a number of bytes, or a size such as 2GiB. UserError for anything else."""
+    if _is_count(value):
+        return int(str(value))
+    try:
+        size = _bytes_or_auto(value)
+    except PydanticCustomError:
+        size = "auto"
+    if not isinstance(size, int):
+        raise UserError(f"{name} {value}: must be a number of bytes, or a size such as 2GiB")
+    return size
 
 
 def _auto_or_bool(value: object) -> object:

@@ -54,7 +54,7 @@ from jobs.events import (
 )
 from jobs.leases import LeaseBook, SplitProgress
 
-MAX_IDLE_DEATHS = 3
+MAX_IDLE_DEATHS = 5  # in a row, while nobody works: that is not chance any more
 JUDGED_AFTER_ROWS = 1000
 JUDGED_AFTER_ERRORS = 20
 
@@ -232,7 +232,8 @@ class JobState:
             self._barren_deaths += 1
         else:
             self._idle_deaths += 1
-        if self._idle_deaths >= MAX_IDLE_DEATHS + self._num_replicas - 1:  # what one cause does to each is not a habit
+        # What one cause does to each is not a habit; and while others work, one that can't come up does no harm.
+        if self._idle_deaths >= MAX_IDLE_DEATHS + self._num_replicas - 1 and not self._book.is_anybody_at_work:
             return self._end(Outcome("failed", f"workers die before they take any work: {event.reason}"))
         if self._barren_deaths > self._patience:
             times = f"{self._barren_deaths} times"

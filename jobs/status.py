@@ -135,6 +135,9 @@ def describe_status(status: dict[str, Any]) -> str:
 
 def describe_audit(out: Path, found: Audit) -> str:
     counts = f"{found.rows:,} of {found.rows_planned:,} rows in {found.splits:,} splits, {found.errors:,} errors"
+    if found.neighbours is not None:
+        counts = f"{found.rows:,} of {found.rows_planned:,} queries in {found.splits:,} splits, {found.errors:,} errors"
+        counts += f", {found.neighbours:,} neighbours"
     if found.indexed_vectors is not None:
         counts += f", {found.indexed_vectors:,} vectors indexed"
         counts += f" and {found.deleted_vectors:,} of them deleted" if found.deleted_vectors else ""

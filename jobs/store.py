@@ -16,6 +16,7 @@ from jobs.resolve import PlannedJob, ResolvedJob, resolve
 from jobs.spec import JobSpec, JsonObject
 from pipeline.commits import CommitLog, Recovery
 from pipeline.errors import JobError, UserError
+from pipeline.extensions import known_files
 from pipeline.index.manifest import parts_digest
 from pipeline.job_folder import JobFolder, read_job, read_plan, write_job, write_plan
 from pipeline.lock import lock
@@ -67,7 +68,7 @@ def open_store(spec: JobSpec) -> Iterator[JobStore]:
     with lock(folder):
         planned = read_planned(folder)
         if planned is not None:
-            job, date = resolve(spec, planned), planned.date
+            job, date = resolve(spec, planned, extended_by=known_files(folder)), planned.date
             _refuse_other(folder, job, planned)
         else:
             job, date = job or resolve(spec), datetime.now().astimezone().isoformat(timespec="seconds")

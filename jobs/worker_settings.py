@@ -9,7 +9,7 @@ from jobs.experts.calibration_sample import calibration_sample
 from jobs.spec import EmbedSpec
 from jobs.store import JobStore
 from pipeline.prompts import Example, PromptSettings
-from workers.settings import EmbedSettings, EngineSettings, ShardSettings
+from workers.settings import EmbedSettings, EngineSettings, JobSettings, ShardSettings
 
 
 def worker_settings(store: JobStore, engine_factory: str, *, rows_to_do: int) -> ShardSettings:
@@ -19,8 +19,6 @@ def worker_settings(store: JobStore, engine_factory: str, *, rows_to_do: int) ->
     columns = spec.output.columns
     assert columns != "auto"
     return ShardSettings(
-        out=str(store.folder.root),
-        source=job.source.to_json(),
         engine=EngineSettings(
             model_path=str(job.model_path.absolute()),
             factory=engine_factory,
@@ -32,20 +30,24 @@ def worker_settings(store: JobStore, engine_factory: str, *, rows_to_do: int) ->
             max_sequences=_number(spec.engine.max_sequences),
             attention=spec.attention_rules,
         ),
-        prompt=PromptSettings(
-            column=spec.prompt.column,
-            template=spec.prompt.template,
-            chat=spec.prompt.chat,
-            system=spec.prompt.system,
-            examples=tuple(Example(user=one.user, assistant=one.assistant) for one in spec.prompt.examples),
+        job=JobSettings(
+            out=str(store.folder.root),
+            source=job.source.to_json(),
+            prompt=PromptSettings(
+                column=spec.prompt.column,
+                template=spec.prompt.template,
+                chat=spec.prompt.chat,
+                system=spec.prompt.system,
+                examples=tuple(Example(user=one.user, assistant=one.assistant) for one in spec.prompt.examples),
+            ),
+            on_too_long=spec.prompt.on_too_long,
+            date=store.date,
+            sampling=spec.generate.model_dump() if spec.generate else None,
+            embed=_embed(spec.embed) if spec.embed else None,
+            carried=columns,
+            id_column=spec.input.id,
+            calibration=calibration_sample(job.splits, spec.cluster.calibration_rows, rows_to_do=rows_to_do),
         ),
-        on_too_long=spec.prompt.on_too_long,
-        date=store.date,
-        sampling=spec.generate.model_dump() if spec.generate else None,
-        embed=_embed(spec.embed) if spec.embed else None,
-        carried=columns,
-        id_column=spec.input.id,
-        calibration=calibration_sample(job.splits, spec.cluster.calibration_rows, rows_to_do=rows_to_do),
     )
 
 

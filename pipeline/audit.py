@@ -17,13 +17,14 @@ from typing import Any
 from pipeline.commits import Commit, read_commit
 from pipeline.durable import file_sha256
 from pipeline.errors import JobError, UserError
+from pipeline.extensions import read_extensions
 from pipeline.index.check import IndexedParts, index_problems, is_of_these_parts
-from pipeline.index.deletions import read_deleted
-from pipeline.index.growth import is_all_deleted
+from pipeline.index.deletions import is_all_deleted, read_deleted
 from pipeline.index.manifest import MANIFEST_NAME, IndexManifest, read_manifest
 from pipeline.indexed_jobs import job_folder, latest_commits
 from pipeline.job_folder import JobFolder, PlannedSplit, parse_commit_name, parse_splits, part_name, read_job, read_plan
 from pipeline.lock import lock_holder
+from pipeline.neighbours import SEARCH_NAME
 from pipeline.part_check import part_problems
 
 
@@ -42,7 +43,8 @@ class Audit:
     splits_planned: int
     splits: int
     indexed_vectors: int | None  # None where there is no index that can be read
-    deleted_vectors: int = 0  # of those: held, and never found
+    deleted_vectors: int = 0  # of those: never found
+    neighbours: int | None = None  # of a bulk search, whose queries are the rows
 
     @property
     def complete(self) -> bool:
@@ -60,18 +62,27 @@ class Audit:
 def audit(out: Path) -> Audit:
     """Reads everything in the job directory `out`, and changes nothing. UserError where there is no job directory.
 
+    `out` may also be what `gristmill query --output` or `index merge` has made.
+
     Memory: one part's row numbers and one shard of the index. Time: reading every file up to three times.
     """
     folder = JobFolder(out)
+    if (out / SEARCH_NAME).exists():
+        from pipeline.search_audit import SearchAuditor  # which is one of these
+
+        return SearchAuditor(folder).run()
     if not folder.job_file.exists() and (folder.index / MANIFEST_NAME).exists() and not _listed(folder.commits):
-        return _Auditor(folder).run_index()
+        return Auditor(folder).run_index()
     if not any(path.exists() for path in (folder.job_file, folder.plan_file, folder.commits)):
         raise UserError(f"{out} is not a job directory: it has no job.json, no plan.json and no commits/")
-    return _Auditor(folder).run()
+    return Auditor(folder).run()
 
 
-class _Auditor:
-    """Gathers findings from the top down: what the job is, its plan, its commits, their parts, the index."""
+class Auditor:
+    """Gathers findings from the top down: what the job is, its plan, its commits, their parts, the index.
+
+    `search_audit` looks through the answers of a bulk search by the same steps.
+    """
 
     def __init__(self, folder: JobFolder) -> None:
         self._folder = folder
@@ -80,15 +91,14 @@ class _Auditor:
         self._unreadable: set[int] = set()  # splits with a commit that is damaged: nothing more is said of them
 
     def run(self) -> Audit:
-        holder = lock_holder(self._folder)
-        if holder is not None:
-            self._pending.append(f"{holder} is running this job just now, so that what follows may be in between")
+        self._note_holder()
         job = self._job()
         splits = self._plan(job)
         latest, older = self._commits(job, splits)
         num_before = len(self._problems)
         self._parts(latest, older)
         index = self._index(latest, wanted=_wants_index(job, latest), parts_are_whole=len(self._problems) == num_before)
+        self._extensions(index)
         codes: Counter[str] = Counter()
         for commit in latest.values():
             codes.update(commit.error_codes)
@@ -107,6 +117,11 @@ class _Auditor:
             deleted_vectors=0 if index is None else index.num_deleted,
         )
 
+    def _note_holder(self) -> None:
+        holder = lock_holder(self._folder)
+        if holder is not None:
+            self._pending.append(f"{holder} is running this job just now, so that what follows may be in between")
+
     def run_index(self) -> Audit:
         """Of a directory that holds nothing but an index, which others were merged into."""
         index = self._index({}, wanted=True, parts_are_whole=True)
@@ -124,6 +139,25 @@ class _Auditor:
             indexed_vectors=None if index is None else index.num_vectors,
             deleted_vectors=0 if index is None else index.num_deleted,
         )
+
+    def _extensions(self, index: IndexManifest | None) -> None:
+        """Jobs over files that came later belong to this one, and are whole or not with it."""
+        try:
+            extensions = read_extensions(self._folder)
+        except JobError as error:
+            self._problems.append(str(error))
+            return
+        indexed = {job.path for job in index.jobs} if index is not None else set()
+        for one in extensions:
+            if not one.began(self._folder):
+                continue
+            root = one.folder(self._folder).root
+            found = audit(root)
+            self._problems.extend(found.problems)
+            self._pending.extend(found.pending)
+            if one.path not in indexed and (found.pending or found.vectors):
+                left = "still to be run and added" if found.pending else "still to be added"
+                self._pending.append(f"the rows of {root} are {left}: gristmill index extend {self._folder.root}")
 
     def _not_begun(self, path: Path) -> bool:
         """Whether `path`, which every job has, is missing because a run ended before it was written."""
@@ -225,7 +259,7 @@ class _Auditor:
             path = self._folder.part(split)
             found = file_sha256(path) if path.is_file() else None
             if found == commit.sha256:
-                self._problems.extend(f"{path}: {line}" for line in part_problems(path, commit))
+                self._problems.extend(f"{path}: {line}" for line in self._part_problems(path, commit))
             elif self._is_unpublished(commit) and (
                 found is None or found in {before.sha256 for before in older.get(split, ())}
             ):
@@ -236,6 +270,9 @@ class _Auditor:
                 self._problems.append(f"{path} is missing, and its commit says that it was written")
             else:
                 self._problems.append(f"{path} is damaged: its sha256 is not the one in its commit")
+
+    def _part_problems(self, path: Path, commit: Commit) -> Iterator[str]:
+        return part_problems(path, commit)
 
     def _revisions_now(self) -> dict[int, int]:
         """Split -> its latest commit's revision. A run that is going on may have committed since the audit began."""
@@ -299,9 +336,9 @@ class _Auditor:
 
 
 def _wants_index(job: Mapping[str, Any] | None, latest: Mapping[int, Commit]) -> bool:
-    """A job that embeds has an index, unless its spec says `index: null`."""
+    """A job that embeds has an index, unless its spec says `index: false`."""
     spec = {} if job is None else job.get("spec", {})
-    return any(commit.vectors for commit in latest.values()) and spec.get("index", "auto") is not None
+    return any(commit.vectors for commit in latest.values()) and spec.get("index", "auto") not in (None, False)
 
 
 def _listed(folder: Path) -> list[str]:

@@ -6,10 +6,10 @@ import base64
 import bisect
 import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,8 @@ from pipeline.job_folder import JobFolder, read_job, read_plan
 from pipeline.records import carried_names
 from pipeline.row_text import RowText
 from pipeline.schemas import InputSchema
+
+_FEW_ROWS: Final = 32  # of a part, up to which slices of it are made sooner than a copy of its rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +63,7 @@ class FoundRows:
         by_split: dict[int, list[int]] = defaultdict(list)
         for row, _ in wanted:
             by_split[bisect.bisect_right(self._first_rows, row) - 1].append(row)
-        found: dict[tuple[int, int], FoundRow] = {}
-        for split, rows in by_split.items():
-            found |= {(record.row, record.sample): record for record in self._records(split, rows)}
+        found = {(record.row, record.sample): record for record in self._records(by_split)}
         missing = sorted(set(wanted) - found.keys())
         if missing:
             row, sample = missing[0]
@@ -101,10 +101,15 @@ class FoundRows:
     def _id_bytes(self) -> int:
         return sum(rows.nbytes + ids.nbytes for rows, ids in self._id_columns.values())
 
-    def _records(self, split: int, rows: list[int]) -> list[FoundRow]:
-        part = self._part(split)
-        at = part["row"].to_numpy()
-        table = part.take(np.flatnonzero(np.isin(at, np.asarray(rows, at.dtype))))
+    def _records(self, wanted: Mapping[int, list[int]]) -> list[FoundRow]:
+        """All records of the rows of each split; a row that is in no part has none."""
+        taken = [self._taken(self._part(split), np.unique(np.asarray(rows))) for split, rows in wanted.items()]
+        if not taken:
+            return []
+        try:
+            table = pa.concat_tables(taken)
+        except pa.ArrowException as error:
+            raise JobError(f"{self._folder.parts}: its parts differ in their columns; run verify") from error
         passages = self.passages(table)
         carried = {name: _plain_values(table[column]) for name, column in self.carried.items()}
         records = zip(
@@ -124,6 +129,16 @@ class FoundRows:
             )
             for number, (row, sample, id, text, passage) in enumerate(records)
         ]
+
+    @staticmethod
+    def _taken(part: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
+        """The records of `rows`, ascending, as a part's are."""
+        at = part["row"].to_numpy()
+        firsts, ends = np.searchsorted(at, rows), np.searchsorted(at, rows, side="right")
+        if len(rows) > _FEW_ROWS:
+            return part.take(np.concatenate([np.arange(*run) for run in zip(firsts, ends, strict=True)]))
+        runs = zip(firsts.tolist(), ends.tolist(), strict=True)
+        return pa.concat_tables([part.slice(first, end - first) for first, end in runs])
 
     def _part(self, split: int) -> pa.Table:
         if split in self._tables:

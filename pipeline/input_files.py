@@ -47,13 +47,10 @@ def scan_files(format: Format, places: Sequence[Place], job: str | None) -> list
 
 
 def change_among(planned: Sequence[InputFile], places: Sequence[Place]) -> str | None:
-    """What is another than when the job was planned, in a line: files added, removed or changed."""
+    """What is another about files than when the job was planned, in a line: gone or changed."""
     found = {place.name: place for place in places}
-    known = {file.path for file in planned}
-    for path in sorted(known - found.keys()):
+    for path in sorted({file.path for file in planned} - found.keys()):
         return f"input {path} is gone since the job was planned"
-    for path in sorted(found.keys() - known):
-        return f"input {path} has been added since the job was planned"
     changes = _in_threads(lambda file: change_of(file, found[file.path], thorough=True), planned)
     return next(filter(None, changes), None)
 

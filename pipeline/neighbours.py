@@ -6,6 +6,8 @@ q: queries; k: hits a query.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -24,6 +26,9 @@ from pipeline.index.row_map import RowMap
 from pipeline.indexed_jobs import IndexedRows
 from pipeline.job_folder import JobFolder, attempt_name
 
+SEARCH_NAME: Final = "search.json"  # what was asked of which index, sealed
+QUERIES_NAME: Final = "queries"  # the job directory of the queries
+
 _FIELDS: Final[list[pa.Field[Any]]] = [
     pa.field("query_row", pa.int64(), nullable=False),
     pa.field("query_id", pa.string()),
@@ -38,6 +43,11 @@ _FIELDS: Final[list[pa.Field[Any]]] = [
     pa.field("error_message", pa.string()),
 ]
 SCHEMA: Final = pa.schema(_FIELDS)
+
+
+def digest(document: dict[str, Any]) -> str:
+    """Hexadecimal, of what search.json says: the fingerprint of the commits of its answers."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

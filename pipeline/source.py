@@ -186,8 +186,11 @@ class Source:
             else:
                 cursor.close()
 
-    def check_unchanged(self) -> None:
-        """JobError that names what is another than when the job was planned: files added, removed or changed."""
+    def new_files(self) -> list[str]:
+        """What the input means by now and did not when the job was planned, by path.
+
+        JobError that names what is gone, or is another than it was then.
+        """
         try:
             _, places = list_files(self._patterns, self._job, self.format.name)
         except UserError as error:
@@ -195,6 +198,13 @@ class Source:
         change = change_among(self.files, places)
         if change is not None:
             raise JobError(change)
+        known = {file.path for file in self.files}
+        return [place.name for place in places if place.name not in known]
+
+    def check_unchanged(self) -> None:
+        """JobError that names what is another than when the job was planned: files added, removed or changed."""
+        for path in self.new_files():
+            raise JobError(f"input {path} has been added since the job was planned")
 
     def to_json(self) -> dict[str, Any]:
         """All that a shard needs to read splits, and a later run to see whether the input is still the same."""

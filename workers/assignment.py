@@ -92,4 +92,5 @@ class ShardReport:
     first_step_at: float | None = None  # when the engine's first step with work was done, in seconds since 1970
     engine: JsonObject = field(default_factory=dict)  # the engine's own statistics
     calibrated: JsonObject | None = None  # once, of a gang's first rank: a `calibrator.Calibration` as JSON
+    is_free: bool = False  # in the last report: nothing is left in its engine, which may take another job
     experts: ExpertWork | None = None  # now and then, and in the last report, of a model that has experts

@@ -23,7 +23,7 @@ from workers.gang_engine import GangEngine
 from workers.parallel.loads import ExpertLoads
 from workers.parallel.measured import place_by_loads
 from workers.parallel.placement import Placement
-from workers.parallel.seat import CalibrationBroken
+from workers.parallel.seat import GangBroken
 from workers.preparation import Passage, Preparation, Tokens
 from workers.settings import CalibrationSettings, SamplePlace
 
@@ -63,14 +63,14 @@ def calibrate(
 ) -> Calibration | None:
     """Called by all ranks before any has rows. -> what was found, on the first rank; None on the others.
 
-    UserError or JobError if the input or the checkpoint can't be read, CalibrationBroken for anything else.
+    UserError or JobError if the input or the checkpoint can't be read, GangBroken for anything else.
     """
     try:
         return _calibrate(engine, preparation, sample, checkpoint)
     except (UserError, JobError):
         raise
     except Exception as error:
-        raise CalibrationBroken(f"while it calibrated: {type(error).__name__}: {error}") from error
+        raise GangBroken(f"while it calibrated: {type(error).__name__}: {error}") from error
 
 
 def _calibrate(
@@ -114,7 +114,7 @@ def _calibrate(
 
 
 def _read(preparation: Preparation, place: SamplePlace) -> Iterator[list[Text]]:
-    """What each row at a place has the engine read, as `RowRunner` does: once, where the prompt is the passage too.
+    """What each row at a place has the engine read, as `flights.py` does: once, where the prompt is the passage too.
 
     Nothing of a row that fails.
     """

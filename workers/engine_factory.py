@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import UserError
+from pipeline.errors import JobError, UserError
 from pipeline.tokenizer import Tokenizer
 from workers.parallel.expert_work import ExpertWork
 from workers.parallel.placement import Placement, Topology
+from workers.parallel.seat import GangBroken
 from workers.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from workers.parallel.group import Gang
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedEngine:
-    """What a factory returns. `engine` is a `row_runner.ShardEngine`; `max_context` counts prompt and generation.
+    """What a factory returns. `engine` is a `flights.ShardEngine`; `max_context` counts prompt and generation.
 
     `lock_step`: the engine again, as a `row_runner.LockStep`, where it is one rank's of a gang. `expert_work`: what its
     experts did so far, for any thread; None of a dense model.
@@ -34,7 +38,8 @@ class LoadedEngine:
 def load_engine(settings: EngineSettings) -> LoadedEngine:
     """The real one. UserError for what is no model, or one that is not supported.
 
-    With a seat in a gang only this rank's experts are loaded, and then the others are waited for.
+    With a seat in a gang only this rank's experts are loaded, and then the others are waited for: GangBroken if one of
+    them dies meanwhile.
     """
     import torch
 
@@ -71,7 +76,7 @@ def load_engine(settings: EngineSettings) -> LoadedEngine:
         raise UserError(f"model: {settings.model_path} has no tokenizer, and a job's rows are text")
     lock_step = None
     if gang is not None and dispatcher is not None:
-        gang.form()
+        _meet(gang)
         lock_step = GangEngine(engine, gang, dispatcher)
     return LoadedEngine(
         engine=lock_step or engine,
@@ -82,3 +87,12 @@ def load_engine(settings: EngineSettings) -> LoadedEngine:
         router_width=engine.decoder.router_width,
         expert_work=(lambda: engine.decoder.dispatcher.work()) if engine.decoder.router_width else None,
     )
+
+
+def _meet(gang: Gang) -> None:
+    try:
+        gang.form()
+    except JobError:
+        raise
+    except Exception as error:  # who is still there hears of it from torch, in many words
+        raise GangBroken(f"while the gang met: {type(error).__name__}: {error}") from error

@@ -38,7 +38,7 @@ class GangStats(EngineStats):
 
 
 class GangEngine:
-    """A `row_runner.ShardEngine` and its `LockStep`. `agree` and `step` are called in turns, by one thread.
+    """A `flights.ShardEngine` and its `LockStep`. `agree` and `step` are called in turns, by one thread.
 
     Callers number their requests from 0; negative ids are borrowed requests' own.
     """
@@ -69,6 +69,11 @@ class GangEngine:
     def has_work(self) -> bool:
         """Whether `step` must be called before the gang meets again."""
         return self._works or bool(self._returned)
+
+    @property
+    def is_idle(self) -> bool:
+        waiting = self._lent or self._borrowed or self._returned or any(self._leaving)
+        return not waiting and not self._engine.has_work
 
     @property
     def num_waiting(self) -> int:
@@ -142,6 +147,10 @@ class GangEngine:
         decoder = self._engine.decoder
         decoder.hold(checkpoint, placement.held_by(self._gang.rank, len(decoder.config.layers)))
         self._dispatcher.place(placement)
+        self.clear_stats()
+
+    def clear_stats(self) -> None:
+        """Count from here on."""
         self._engine.clear_stats()
         self._meetings = self._num_lent = 0
 

@@ -16,16 +16,21 @@ class RayBuilders:
     """A shard a task of one processor, in the Ray that is connected. A task whose process dies is done again."""
 
     def __init__(
-        self, build: Callable[[ShardTask], ShardResult] = build_shard, *, labels: Mapping[str, str] | None = None
+        self,
+        build: Callable[[ShardTask], ShardResult] = build_shard,
+        *,
+        labels: Mapping[str, str] | None = None,
+        num_cpus: int = 1,
     ) -> None:
-        """`labels`: rules as of Ray's label selectors, for the nodes that may build."""
+        """`labels`: rules as of Ray's label selectors, for the nodes that may build. `num_cpus`: set aside for each."""
         self._build = build
         self._labels = dict(labels or {})
+        self._num_cpus = num_cpus
 
     def __call__(self, tasks: Sequence[ShardTask], *, side_by_side: int) -> list[ShardResult]:
         import ray
 
-        build = ray.remote(num_cpus=1, max_retries=3, label_selector=self._labels)(self._build)
+        build = ray.remote(num_cpus=self._num_cpus, max_retries=3, label_selector=self._labels)(self._build)
         results = dict[int, ShardResult]()
         waiting = [dataclasses.replace(task, threads=1) for task in tasks]
         running = dict[ray.ObjectRef[ShardResult], int]()
@@ -49,9 +54,12 @@ class RayBuilders:
         return [results[task.number] for task in tasks]
 
 
-def builders_at_hand(labels: Mapping[str, str] | None = None) -> Builders:
-    """The Ray that is connected, or else this process's own threads: no Ray is started for an index alone."""
+def builders_at_hand(labels: Mapping[str, str] | None = None, *, processors_are_held: bool = False) -> Builders:
+    """The Ray that is connected, or else this process's own threads: no Ray is started for an index alone.
+
+    `processors_are_held`: by the caller's own replicas, which are idle; then tasks don't wait for processors.
+    """
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
-        return RayBuilders(labels=labels)
+        return RayBuilders(labels=labels, num_cpus=0 if processors_are_held else 1)
     return ThreadBuilders(devices.num_cpus())

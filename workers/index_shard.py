@@ -1,7 +1,9 @@
 """The Ray actor that holds one FAISS shard: it reads its file once and answers searches as long as it lives.
 
-It answers from the moment that its process is up; the file is read in a thread of its own. q: queries; k: hits a query;
-d: width of a vector.
+It answers from the moment that its process is up; the file is read in a thread of its own. An index may change while it
+is held: as long as a version has the same file, the shard answers by it, and each search says by which.
+
+q: queries; k: hits a query; d: width of a vector.
 """
 
 from __future__ import annotations
@@ -10,26 +12,31 @@ import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import ray
 
 from pipeline.errors import JobError
+from pipeline.index.deletions import read_deleted
 from pipeline.index.faiss_files import faiss_threads
-from pipeline.index.manifest import IndexManifest
+from pipeline.index.manifest import IndexManifest, Shard
 from pipeline.index.search import IndexShard
 from pipeline.index.selection import Mask
-from pipeline.index.versions import folder_of_version
+from pipeline.index.versions import versions_present
 from workers import devices
+from workers.actor_calls import Phase
+from workers.query_listener import QueryListener
+from workers.query_messages import Message, respond
+from workers.query_wire import Door
 
-Phase = Literal["loading", "ready", "failed"]
 Found = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]  # scores and vector numbers, each [q, up to k]
 
 NAMESPACE: Final = "gristmill"  # of all our names in Ray
 LOADING_S: Final = 10.0  # that a search waits for a shard which is being loaded, until it fails
 SEARCHES_AT_ONCE: Final = 8
+VERSIONS_KEPT: Final = 2
 _MEMORY_SLACK: Final = 1.1  # what a shard takes, by the size of its file
 
 
@@ -42,8 +49,11 @@ class IndexShardActor:
         self._number = number
         self._threads = max(devices.num_cpus() // neighbours, 1)
         self._shard: IndexShard | None = None
+        self._versions: dict[str, IndexShard] = {}  # by the manifest's digest; what was used last comes last
+        self._choosing = threading.Lock()
         self._failure = ""
         self._loaded = threading.Event()
+        self._listener: QueryListener | None = None
         threading.Thread(target=self._load, name="load", daemon=True).start()
 
     def ping(self) -> tuple[Phase, str]:
@@ -52,23 +62,73 @@ class IndexShardActor:
             return "loading", ""
         return ("ready", "") if self._shard is not None else ("failed", self._failure)
 
-    def search(self, queries: npt.NDArray[np.float32], k: int, allowed: Mask | None = None) -> Found:
-        """Among the shard's vectors that are `allowed` [n], or all, for queries [q, d] as the index compares them.
+    def door(self) -> Door | None:
+        """Where it listens, from the first time that this is asked."""
+        if self._listener is None:
+            self._listener = QueryListener.open(node_address(), self.answer, at_once=SEARCHES_AT_ONCE)
+        return self._listener.door if self._listener is not None else None
 
-        JobError where the file is damaged, or is not read yet.
+    def answer(self, request: bytes | bytearray) -> bytes:
+        return respond({"search": self._answer_search, "hold": self._answer_hold}, request)
+
+    def search(self, version: str, queries: npt.NDArray[np.float32], k: int, allowed: Mask | None = None) -> Found:
+        """Among the vectors of that version of the shard that are `allowed` [n], or all.
+
+        For queries [q, d] as the index compares them. JobError where the file is damaged or not read yet, or the
+        version is not there any more.
         """
+        shard = self._of_version(version)
+        with faiss_threads(self._threads):  # it is the setting of this thread
+            return shard.search(queries, k, allowed)
+
+    def _answer_search(self, request: Message) -> Message:
+        queries, *masks = request.arrays
+        allowed = None
+        if masks:
+            allowed = np.unpackbits(masks[0], count=request.values["vectors"]).view(np.bool_)
+        return Message(arrays=self.search(request.values["version"], queries, request.values["k"], allowed))
+
+    def _answer_hold(self, request: Message) -> Message:
+        self._of_version(request.values["version"])
+        return Message()
+
+    def _of_version(self, version: str) -> IndexShard:
         if not self._loaded.wait(LOADING_S):
             size_mib = self._manifest.shards[self._number].size_bytes / (1 << 20)
             raise JobError(f"shard {self._number} is still being loaded ({size_mib:,.0f} MiB); ask again in a moment")
         if self._shard is None:
             raise JobError(self._failure)
-        with faiss_threads(self._threads):  # it is the setting of this thread
-            return self._shard.search(queries, k, allowed)
+        with self._choosing:
+            if version not in self._versions:
+                self._versions[version] = self._read_version(version)
+                while len(self._versions) > VERSIONS_KEPT:
+                    del self._versions[next(iter(self._versions))]
+            return self._versions[version]
+
+    def _read_version(self, version: str) -> IndexShard:
+        assert self._shard is not None
+        for folder, manifest in versions_present(self._folder):
+            contents = self._contents_in(manifest)
+            if manifest.digest == version and contents is not None:
+                return self._shard.as_of(contents, read_deleted(folder, manifest))
+        raise JobError(
+            f"the version that was asked for of the index in {self._folder} is not there any more; ask again"
+        )
+
+    def _contents_in(self, manifest: IndexManifest) -> Shard | None:
+        wanted = self._manifest.shards[self._number].sha256
+        return next((shard for shard in manifest.shards if shard.sha256 == wanted), None)
 
     def _load(self) -> None:
         try:
-            folder = folder_of_version(self._folder, self._manifest)
-            self._shard = IndexShard.load(folder, self._manifest, self._number)
+            folder, manifest, number = self._folder, self._manifest, self._number
+            for folder_there, there in versions_present(self._folder):  # it may be called otherwise by now
+                contents = self._contents_in(there)
+                if contents is not None:
+                    folder, manifest, number = folder_there, there, there.shards.index(contents)
+                    if there == self._manifest:
+                        break
+            self._shard = self._versions[manifest.digest] = IndexShard.load(folder, manifest, number)
         except JobError as error:
             self._failure = str(error)
         except Exception as error:
@@ -76,8 +136,28 @@ class IndexShardActor:
         self._loaded.set()
 
 
-def start_shards(folder: Path, manifest: IndexManifest, *, names: Sequence[str] | None = None) -> list[Any]:
-    """An actor for each shard, spread over the nodes; they begin to load. `names` are theirs in NAMESPACE.
+def search_request(version: str, queries: npt.NDArray[np.float32], k: int, allowed: Mask | None) -> bytes:
+    values = {"ask": "search", "version": version, "k": k}
+    if allowed is None:
+        return Message(values, (queries,)).to_bytes()
+    return Message(values | {"vectors": len(allowed)}, (queries, np.packbits(allowed))).to_bytes()
+
+
+def holding_request(version: str) -> Message:
+    return Message({"ask": "hold", "version": version})
+
+
+def node_address() -> str:
+    """Under which Ray's processes reach this node."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def start_shards(
+    folder: Path, manifest: IndexManifest, *, numbers: Sequence[int] | None = None, names: Sequence[str] | None = None
+) -> list[Any]:
+    """An actor for each shard, or those of these `numbers`, spread over the nodes; they begin to load.
+
+    `names` are theirs in NAMESPACE.
 
     They belong to this process and end with it. One that dies is started again by Ray, where there is room for it. No
     processors are set aside for them, so that jobs run beside; memory is.
@@ -93,10 +173,10 @@ def start_shards(folder: Path, manifest: IndexManifest, *, names: Sequence[str] 
     }
     neighbours = math.ceil(len(manifest.shards) / nodes)
     actors: list[Any] = []
-    for number, shard in enumerate(manifest.shards):
-        own: dict[str, Any] = {"memory": int(shard.size_bytes * _MEMORY_SLACK)}
+    for place, number in enumerate(range(len(manifest.shards)) if numbers is None else numbers):
+        own: dict[str, Any] = {"memory": int(manifest.shards[number].size_bytes * _MEMORY_SLACK)}
         if names is not None:
-            own |= {"name": names[number], "namespace": NAMESPACE}
+            own |= {"name": names[place], "namespace": NAMESPACE}
         actor: Any = ray.remote(**options | own)(IndexShardActor)
         actors.append(actor.remote(str(folder), manifest, number, neighbours=neighbours))
     return actors

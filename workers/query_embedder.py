@@ -62,18 +62,20 @@ class QueryEmbedder:
 
     def _run(self, found: list[Vector | RowError], tokens: list[tuple[int, EmbeddedText]]) -> list[Vector | RowError]:
         """`found` with the vectors of `tokens` in their places."""
-        for place, one in tokens:
-            vector = VectorRequest(form=self._form, pooled_from=one.pooled_from)
-            try:
-                self._engine.add(EmbedRequest(request_id=place, token_ids=one.ids, vector=vector))
-            except ValueError as error:
-                found[place] = RowError("request_too_large", str(error))
-        while self._engine.has_work:
-            for finished in self._engine.step():
-                if finished.error is not None:
-                    found[finished.request_id] = finished.error
-                else:
-                    found[finished.request_id] = finished.vector
+        try:
+            for place, one in tokens:
+                vector = VectorRequest(form=self._form, pooled_from=one.pooled_from)
+                try:
+                    self._engine.add(EmbedRequest(request_id=place, token_ids=one.ids, vector=vector))
+                except ValueError as error:
+                    found[place] = RowError("request_too_large", str(error))
+            while self._engine.has_work:
+                for finished in self._engine.step():
+                    found[finished.request_id] = finished.vector if finished.error is None else finished.error
+        except BaseException:
+            for place, _ in tokens:  # nothing of them is to answer the texts that come next
+                self._engine.abort(place)
+            raise
         return found
 
 

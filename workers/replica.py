@@ -1,7 +1,8 @@
 """A replica: a gang of shards that together hold one model, in one Ray placement group.
 
 Formed once and never mended: when one of its shards dies or falls silent, the whole gang is released, and another
-replica of the next generation takes its place.
+replica of the next generation takes its place. It holds a model, and runs jobs on it one after another: who keeps it
+when a job is over (`jobs/warm.py`) may give it the next.
 
 A gang of several ranks meets in two steps: when all of them are up and say on which nodes they are, the coordinator,
 this process, opens a rendezvous and gives each a seat; then they load their own experts and connect.
@@ -10,9 +11,9 @@ this process, opens a rendezvous and gives each a seat; then they load their own
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -26,14 +27,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.errors import JobError
 from workers.assignment import Assignment, ShardReport
-from workers.parallel.group import Rendezvous
 from workers.parallel.seat import Seating
-from workers.settings import ShardSettings
+from workers.settings import JobSettings, ShardSettings
 from workers.shard import ShardActor
+
+if TYPE_CHECKING:
+    from workers.parallel.group import Rendezvous
 
 REPORT_S = 0.5  # how long a shard may wait before it reports that there is nothing new
 FORMING_S = 180.0  # until a worker process must have come up
-LOADING_S = 120.0  # of silence, while a model is loaded: a tensor that is read may hold the interpreter
+LOADING_S = 120.0  # of silence, while a model is loaded: a tensor that is read may hold the interpreter (see sentry.py)
 CAUSE_S = 0.5  # for a death to be known of after it was felt
 SILENCE_S = 5.0  # of a shard that runs, until it is taken for stopped or cut off
 
@@ -105,6 +108,7 @@ class Replica:
         self._num_ranks = num_ranks
         self._place = place
         self._rendezvous: Rendezvous | None = None
+        self._turn = 0  # which job it runs
         self.location = location
         self._group: PlacementGroup = placement_group(
             [resources.bundle()] * num_ranks,
@@ -116,6 +120,7 @@ class Replica:
         self._phases = ["forming"] * num_ranks
         self._nodes = [""] * num_ranks
         self._gave_up = False  # a shard failed, so the others wait for it in vain
+        self._free = [False] * num_ranks
         self._asked = {self._ask(rank): rank for rank in range(len(self._shards))}
 
     @property
@@ -142,6 +147,7 @@ class Replica:
         self._phases[rank] = report.phase
         self._nodes[rank] = report.node
         self._gave_up = self._gave_up or report.failure is not None
+        self._free[rank] = report.phase == "stopped" and report.is_free
         if self._place is not None and all(self._nodes):
             self._give_seats(self._place)
             self._place = None
@@ -163,14 +169,46 @@ class Replica:
                     return lost
         return told
 
-    def check(self, now: float) -> None:
-        """ReplicaLost if a shard has been silent for too long. One that Ray has not started yet can't be."""
+    def check(self, now: float, cut_off: Collection[str] = ()) -> None:
+        """ReplicaLost if a shard has been silent for too long, or is silent on a node that is `cut_off`.
+
+        One that Ray has not started yet can't be.
+        """
+        if silent := self.unheard_nodes(now) & set(cut_off):
+            rank = self._nodes.index(silent.pop())
+            raise ReplicaLost(f"the node of {self._name_of(rank)} can't be reached", self._silent_s(rank))
         for rank, (phase, heard_at) in enumerate(zip(self._phases, self._heard_at, strict=True)):
             if heard_at is None or phase == "stopped":
                 continue
             if now - heard_at > (LOADING_S if phase == "loading" else SILENCE_S):
                 reason = f"{self._name_of(rank)} has said nothing for {now - heard_at:.0f} seconds"
                 raise ReplicaLost(reason, now - heard_at)
+
+    def unheard_nodes(self, now: float) -> set[str]:
+        """Nodes of shards that load and have said nothing for a while: each may be cut off, or its shard just busy."""
+        return {
+            node
+            for node, phase, heard_at in zip(self._nodes, self._phases, self._heard_at, strict=True)
+            if phase == "loading" and heard_at is not None and now - heard_at > SILENCE_S
+        }
+
+    @property
+    def is_free(self) -> bool:
+        """Whether its job is over and has left every engine as it was, so that `take_up` may follow."""
+        return all(self._free)
+
+    def take_up(self, job: JobSettings, name: str) -> None:
+        """Run another job with the model that is loaded, under another name. Like a replica that has just formed."""
+        assert self.is_free, self.name
+        self.name = name
+        self.began_at = time.monotonic()
+        self._turn += 1
+        self._heard_at = [self.began_at] * self._num_ranks
+        self._phases = ["forming"] * self._num_ranks
+        self._free = [False] * self._num_ranks
+        for rank, shard in enumerate(self._shards):
+            shard.take_job.options(concurrency_group="orders").remote(job, self._name_of(rank), self._turn)
+        self._asked = {self._ask(rank): rank for rank in range(self._num_ranks)}
 
     @property
     def num_ranks(self) -> int:
@@ -234,6 +272,8 @@ class Replica:
 
     def _give_seats(self, place: Place) -> None:
         """The ranks meet on the loopback where all are on this process's node, else where this node is reached."""
+        from workers.parallel.group import Rendezvous  # brings torch, which only gangs need here
+
         here = ray.get_runtime_context().get_node_id()
         is_local = set(self._nodes) == {here}
         host = "127.0.0.1" if is_local else own_node_address()
@@ -253,7 +293,7 @@ class Replica:
         return None if heard_at is None else time.monotonic() - heard_at
 
     def _ask(self, rank: int) -> Any:
-        return self._shards[rank].report.options(concurrency_group="reports").remote(REPORT_S)
+        return self._shards[rank].report.options(concurrency_group="reports").remote(REPORT_S, self._turn)
 
     def why_not_formed(self) -> str:
         """For people, once it has taken too long."""

@@ -59,15 +59,15 @@ class CalibrationSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardSettings:
-    """`sampling` holds SamplingParams' fields, None where the model decides; None: nothing is generated.
+class JobSettings:
+    """A job, apart from the engine that it runs on.
 
+    `sampling` holds SamplingParams' fields, None where the model decides; None: nothing is generated.
     `calibration`: for gangs whose seats say that they calibrate.
     """
 
     out: str  # the job directory
     source: JsonObject  # pipeline.source.Source as JSON
-    engine: EngineSettings
     prompt: PromptSettings
     on_too_long: Literal["error", "truncate"]
     date: str  # the job's, ISO 8601: what chat templates print
@@ -76,6 +76,14 @@ class ShardSettings:
     carried: tuple[str, ...] = ()
     id_column: str | None = None
     calibration: CalibrationSettings | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSettings:
+    """What a shard loads, and the job that it runs first; others may follow on the same engine."""
+
+    engine: EngineSettings
+    job: JobSettings
 
 
 def load_callable(path: str) -> Callable[..., Any]:

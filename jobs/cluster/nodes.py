@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
@@ -70,6 +70,12 @@ def out_of_reach(nodes: Sequence[Node], timeout_s: float = REACH_S) -> list[Node
     return [node for node, is_reached in zip(nodes, reached, strict=True) if not is_reached]
 
 
+def lost_nodes(ids: Collection[str]) -> set[str]:
+    """Those of them that are dead by Ray's word, or out of reach."""
+    alive = [node for node in living_nodes() if node.id in ids]
+    return set(ids) - {node.id for node in alive} | {node.id for node in out_of_reach(alive)}
+
+
 def _is_reached(node: Node, timeout_s: float) -> bool:
     try:
         with socket.create_connection((node.address, node.port), timeout_s):
@@ -106,3 +112,39 @@ def ask_each(nodes: Sequence[Node], question: Callable[[str], Any], timeout_s: f
             answers[node_id] = error
     alive = {node.id for node in living_nodes()}
     return {node_id: answer for node_id, answer in answers.items() if node_id in alive}
+
+
+def end_stopped(ids: Collection[str], title: str) -> None:
+    """Have each of these nodes end its actors of this title that are stopped (SIGSTOP). Nobody waits for it.
+
+    An actor that has not come up yet has no heartbeat that would be missed.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def look_there() -> None:
+        import os
+        import signal
+        import time
+        from pathlib import Path
+
+        def stopped() -> set[int]:
+            found = set()
+            for process in Path("/proc").glob("[0-9]*"):
+                try:
+                    state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
+                    is_meant = (process / "cmdline").read_text().startswith(title)
+                except (OSError, ValueError):
+                    continue
+                if state == "T" and int(parent) == os.getppid() and is_meant:
+                    found.add(int(process.name))
+            return found
+
+        found = stopped()
+        time.sleep(3.0 if found else 0.0)
+        for pid in found & stopped():
+            os.kill(pid, signal.SIGKILL)
+
+    remote = ray.remote(num_cpus=0, max_retries=0)(look_there)
+    for node_id in ids:
+        remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote()

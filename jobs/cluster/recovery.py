@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from jobs.layout import GPU_SHARE, HOST_SHARE, Layout
-from workers.forecast import Forecast
+
+if TYPE_CHECKING:
+    from workers.forecast import Forecast
 
 ROOM_S = 10.0
 

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jobs.cluster.hosts import Ground, survey
+from jobs.cluster.nodes import end_stopped
 from jobs.cluster.recovery import ROOM_S, RankNeeds, most_ranks, num_places, room_left
 from jobs.events import ReplicaResized
 from jobs.layout import Layout
 from jobs.spec import ClusterSpec
 from workers.replica import FORMING_S, Replica, ReplicaLost
 
+SHARD_TITLE = "ray::ShardActor"  # as Ray names the process
 LOOK_S = 1.0  # between two looks at what room there is
 
 
@@ -20,6 +22,7 @@ class _Watched:
     generation: int
     look_at: float = 0.0
     placed_at: float | None = None
+    end_stopped_at: float = 0.0
     waits: bool = False
 
 
@@ -58,15 +61,20 @@ class RoomWatch:
             return self._found_room(number, watched, replica)
         waited_s, forming_s = now - replica.began_at, self._cluster.wait_s or FORMING_S
         patience_s = ROOM_S if generation else forming_s
-        if waited_s < patience_s or now < watched.look_at:
+        if waited_s < min(ROOM_S, patience_s) or now < watched.look_at:
             return None
         watched.look_at = now + LOOK_S
-        if replica.places():
+        if places := replica.places():
             watched.placed_at = watched.placed_at or now
             if now - watched.placed_at > FORMING_S:
                 raise ReplicaLost(f"a worker process of {replica.name} did not come up in {FORMING_S:.0f} seconds")
+            if now >= watched.end_stopped_at:
+                watched.end_stopped_at = now + ROOM_S
+                end_stopped(set(places), SHARD_TITLE)
             return None
         watched.placed_at = None
+        if waited_s < patience_s:
+            return None
         if generation == 0:
             return self._wait(number, watched, replica.why_not_formed())
         ground = survey(self._cluster)

@@ -36,7 +36,7 @@ def refuse_blind_nodes(nodes: Sequence[Node], settings: ShardSettings) -> None:
     others = [node for node in nodes if node.id != here]
     if not others:
         return
-    with _nonce(JobFolder(Path(settings.out))) as nonce:
+    with _nonce(JobFolder(Path(settings.job.out))) as nonce:
         answers = ask_each(others, _asking(expected(settings, nonce)), ANSWER_S)
         for node in others:
             answer = answers.get(node.id, "")  # one that died meanwhile is no concern
@@ -67,7 +67,7 @@ def _asking(what: Mapping[str, Any]) -> Callable[[str], str]:
 
 def expected(settings: ShardSettings, nonce: Path) -> dict[str, Any]:
     """What this node sees, to compare with: plain values."""
-    files = settings.source["files"]
+    files = settings.job.source["files"]
     step = max(1, -(-len(files) // MAX_INPUT_FILES))
     model = Path(settings.engine.model_path)
     return {
@@ -75,6 +75,7 @@ def expected(settings: ShardSettings, nonce: Path) -> dict[str, Any]:
         "model": {str(path): _mark(path) for path in model_files(model).values()},
         "input": {file["path"]: file["size_bytes"] for file in files[::step]},
         "nonce": str(nonce),
+        "shared_s": SHARED_S,
         "content": nonce.read_text(),
     }
 
@@ -104,7 +105,7 @@ def look(what: Mapping[str, Any], node_id: str) -> str:
         if info.size != size:
             return f"has another input: {name} has {info.size} bytes there and {size} here"
     nonce = Path(what["nonce"])
-    if not _appears(nonce, what["content"]):
+    if not _appears(nonce, what["content"], what["shared_s"]):
         state = "another folder" if nonce.parent.is_dir() else "not"
         return f"doesn't share output.path: {nonce.parent} is {state} there, and must be the same folder on every node"
     try:
@@ -147,13 +148,13 @@ def _answer(nonce: Path, node_id: str) -> Path:
 
 
 def _unread(nonce: Path, node_id: str) -> str:
-    if _appears(_answer(nonce, node_id), nonce.read_text()):
+    if _appears(_answer(nonce, node_id), nonce.read_text(), SHARED_S):
         return ""
     return f"doesn't share output.path: what it writes to {nonce.parent} is not seen here"
 
 
-def _appears(path: Path, content: str) -> bool:
-    deadline = time.monotonic() + SHARED_S
+def _appears(path: Path, content: str, within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
     while True:
         try:
             if path.read_text() == content:

@@ -16,7 +16,6 @@ from typing import Any
 
 from pipeline.durable import replace_file, storage_errors
 from pipeline.job_folder import JobFolder
-from workers.forecast import expert_layers
 from workers.parallel.loads import ExpertLoads
 from workers.parallel.measured import place_by_loads, predicted_balance
 from workers.parallel.placement import Placement, Topology, round_robin
@@ -38,6 +37,8 @@ class ExpertLayers:
     @classmethod
     def of(cls, model: Path) -> ExpertLayers:
         """Of a checkpoint. UserError for what is no model."""
+        from workers.forecast import expert_layers  # brings torch
+
         layers, num_experts = expert_layers(model)
         return cls(layers=layers, num_experts=num_experts)
 
@@ -63,7 +64,7 @@ def place_experts(
     slots = min(experts.least_slots(len(nodes)) + spare_slots, experts.num_experts)
     record = last_that_fits(folder, experts, nodes, slots=slots, origin=MEASURED if calibrates else None)
     if record is not None:
-        _record(folder, {**record, "gang": gang, "nodes": list(nodes), "taken_over": True, "calibration": None})
+        record_kept(folder, record, nodes, gang=gang)
         return Seating(placement=Placement.from_json(record["placement"]))
     loads = read_loads(folder, experts) if calibrates else None
     if loads is not None:
@@ -86,6 +87,11 @@ def record_calibration(folder: JobFolder, nodes: Sequence[str], found: Mapping[s
         replace_file(loads_file(folder), json.dumps(found["loads"]).encode(), drafts=folder.attempts)
     document = _document(placement, nodes, gang=gang, origin=MEASURED, loads=loads)
     _record(folder, {**document, "calibration": found["facts"]})
+
+
+def record_kept(folder: JobFolder, record: JsonObject, nodes: Sequence[str], *, gang: str) -> None:
+    """Record that a gang stays as another job left it: `record` is that job's last of it. JobError as above."""
+    _record(folder, {**record, "gang": gang, "nodes": list(nodes), "taken_over": True, "calibration": None})
 
 
 def last_that_fits(

@@ -8,10 +8,13 @@ then nobody knows which experts are hot.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from jobs.spec import ClusterSpec
 from jobs.terminal import human_bytes
-from workers.forecast import Forecast
+
+if TYPE_CHECKING:
+    from workers.forecast import Forecast
 
 MORE = 0.25  # than experts
 SHARE = 0.5  # of the memory that is left

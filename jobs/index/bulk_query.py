@@ -11,7 +11,6 @@ at any time and asked again, it goes on from the last commit.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -45,14 +44,21 @@ from pipeline.indexed_jobs import IndexedRows, latest_commits
 from pipeline.job_folder import JobFolder, read_plan
 from pipeline.lock import lock
 from pipeline.model_path import resolve_model
-from pipeline.neighbours import NeighbourPart, QueryBatch, neighbour_table, prepared, query_batches
+from pipeline.neighbours import (
+    QUERIES_NAME,
+    SEARCH_NAME,
+    NeighbourPart,
+    QueryBatch,
+    digest,
+    neighbour_table,
+    prepared,
+    query_batches,
+)
 from pipeline.source import Source
 from workers import devices
 from workers.query_embedder import refuse_changed_model
 from workers.settings import DEFAULT_ENGINE
 
-SEARCH_NAME: Final = "search.json"
-QUERIES_NAME: Final = "queries"
 BATCH_BYTES: Final = 8 << 20  # of vectors asked for together, and of their answers
 CACHE_BYTES: Final = 256 << 20  # of ids that were read
 
@@ -87,7 +93,7 @@ def bulk_query(
     target = JobFolder(output.expanduser().absolute())
     asked = {
         "index": str(out.resolve()),
-        "index_digest": _digest(manifest.to_json()),
+        "index_digest": manifest.digest,
         "k": k,
         "filter": filter,
         "input": queries.to_json()["input"],
@@ -97,7 +103,7 @@ def bulk_query(
         _begin(target, asked)
         joins = is_joined(address)
         allowed = allowed_vectors(out, manifest, filter)
-        log = CommitLog(target, fingerprint=_digest(asked))
+        log = CommitLog(target, fingerprint=digest(asked))
         log.recover()
         if not _is_done(target, log):
             with ray_session(address, num_cpus=0 if joins else devices.num_cpus()):
@@ -210,8 +216,10 @@ def _search_all(
     on_progress: OnProgress | None,
 ) -> None:
 
+    from workers.actor_calls import STARTING_S, await_ready, end_actors
+    from workers.actor_watch import Watch
     from workers.index_shard import start_shards
-    from workers.shard_group import STARTING_S, ShardGroup, Watch, await_ready, end_actors, put_masks
+    from workers.shard_group import ShardGroup
 
     queries = JobFolder(queries_out)
     wanted = [commit for split, commit in sorted(latest_commits(queries).items()) if split not in log.commits]
@@ -223,10 +231,10 @@ def _search_all(
     watch = Watch(shards)
     try:
         await_ready({f"shard {number}": shard for number, shard in enumerate(shards)})
-        group = ShardGroup(shards, patience_s=STARTING_S)
+        group = ShardGroup(shards, manifest.digest, patience_s=STARTING_S)
         masks = None
         if allowed is not None:
-            masks = put_masks([allowed[one.first_vector :][: one.num_vectors] for one in manifest.shards])
+            masks = [allowed[one.first_vector :][: one.num_vectors] for one in manifest.shards]
         counter = _Counter(log, sum(commit.rows for commit in wanted), on_progress)
         with ThreadPoolExecutor(1) as ahead:  # the next queries are searched for while these are written
             for commit in wanted:
@@ -288,7 +296,3 @@ class _Counter:
                     elapsed_s=time.monotonic() - self._began_at,
                 )
             )
-
-
-def _digest(document: JsonObject) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

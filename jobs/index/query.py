@@ -144,12 +144,14 @@ def all_vectors(texts: Sequence[str], found: Sequence[npt.NDArray[np.float32] | 
 
 
 def describe_results(results: Sequence[QueryResult]) -> str:
-    """For people: a line of numbers and two lines of text a hit."""
+    """For people: a line of numbers and two lines of text a hit, which names its job where hits are of several."""
+    has_several_jobs = len({hit.job for result in results for hit in result.hits}) > 1
     lines = []
     for result in results:
         lines.append(result.query)
         for hit in result.hits:
-            name = f"row {hit.row}" + (f", {hit.id}" if hit.id not in (None, str(hit.row)) else "")
+            name = f"row {hit.row}" + (f" of {hit.job}" if has_several_jobs else "")
+            name += f", {hit.id}" if hit.id not in (None, str(hit.row)) else ""
             lines.append(f"  {hit.score:.4f}  {name}" + (f", sample {hit.sample}" if hit.sample else ""))
             text = hit.text if hit.text is not None else str(hit.columns or "")
             lines += textwrap.wrap(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -19,7 +19,8 @@ from workers import devices
 from workers.settings import DEFAULT_ENGINE
 
 if TYPE_CHECKING:
-    from workers.index_service import Answer, IndexClient
+    from workers.index_client import IndexClient
+    from workers.served_version import Answer
 
 MAX_SEQUENCES: Final = 64  # texts that the model reads together
 LOOK_S: Final = 0.5
@@ -33,12 +34,14 @@ def serving(
     name: str | None = None,
     device: str | None = None,
     engine_factory: str = DEFAULT_ENGINE,
+    on_change: Callable[[str], None] = lambda words: None,
 ) -> Iterator[dict[str, Any]]:
     """Within, the index of the job directory `out` is served on the Ray at `address`, else on one of our own.
 
     Gives what is served: {"name", "address", "output", "model", "kind", "vectors", "shards", ...}. `name` is what
-    clients may call it; without one it is called by its directory. UserError where there is no index, the model is
-    another by now, or the name is taken.
+    clients may call it; without one it is called by its directory. Each new version of the index takes the place of the
+    one before; `on_change` hears so, from another thread. UserError where there is no index, the model is another by
+    now, or the name is taken.
     """
     folder = open_index(out)
     manifest = read_manifest(folder.index)
@@ -51,6 +54,7 @@ def serving(
         import ray
 
         from workers.index_service import IndexService, Serving
+        from workers.version_follower import VersionFollower
 
         service = IndexService(
             Serving(
@@ -62,11 +66,17 @@ def serving(
                 gpu=spec.cluster.device == "cuda",
             )
         )
+        follower: VersionFollower | None = None
         try:
             service.wait_ready()
+            follower = VersionFollower(service, folder.index, on_change)
             yield {"address": ray.get_runtime_context().gcs_address, **service.about()}
         finally:
+            if follower is not None:
+                follower.stop()
             service.close()
+            if follower is not None:
+                follower.join()
 
 
 class ServedIndex:
@@ -84,11 +94,14 @@ class ServedIndex:
 
     def close(self) -> None:
         """Leaves Ray, unless it was connected before."""
+        self._client.close()
         self._session.close()
 
     @property
     def about(self) -> dict[str, Any]:
-        """What is served: {"name", "output", "model", "kind", "dimension", "vectors", "shards"}."""
+        """What is served: {"name", "output", "index", "model", "kind", "dimension", "vectors", "shards", "version",
+        "asked_by", "shards_asked_by"}. The last two say how queries travel, from here and to the shards: "socket", or
+        "ray" where an actor's own port can't be reached."""
         return self._client.about()
 
     def search(self, texts: Sequence[str], k: int = 10, *, filter: str | None = None) -> list[QueryResult]:
@@ -114,13 +127,13 @@ class ServedIndex:
         return _results(called, self._client.search_vectors(matrix, k, filter))
 
     def nearest(
-        self, vectors: npt.ArrayLike, k: int = 10
+        self, vectors: npt.ArrayLike, k: int = 10, *, filter: str | None = None
     ) -> list[tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]]:
         """Scores and vector numbers [up to k] for each of the vectors [d] or [n, d], best first.
 
-        The shards are asked without a way round, and no rows are read: rows.parquet says what the numbers are.
+        No rows are read: rows.parquet says what the numbers are.
         """
-        return self._client.nearest(np.atleast_2d(np.asarray(vectors)), k)
+        return self._client.nearest(np.atleast_2d(np.asarray(vectors)), k, filter)
 
 
 def connect(index: str | Path, address: str | None = None) -> ServedIndex:
@@ -132,14 +145,14 @@ def connect(index: str | Path, address: str | None = None) -> ServedIndex:
         raise UserError("no cluster to ask: give the address that `gristmill serve-index` says, or set RAY_ADDRESS")
     with ExitStack() as session:
         session.enter_context(ray_session(address, num_cpus=0))
-        from workers.index_service import IndexClient, served_names
+        from workers.index_client import IndexClient, served_names
 
         names = served_names()
         name = str(index)
         if name not in names:
             name = directory_name(Path(index))
         if name not in names:  # it may be served under a name of its own
-            outs = {other: IndexClient(other).about()["output"] for other in names}
+            outs = {other: IndexClient(other).output() for other in names}
             name = next((other for other, out in outs.items() if directory_name(Path(out)) == name), str(index))
         return ServedIndex(IndexClient(name), session.pop_all())
     raise AssertionError

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jobs.answers import INTERRUPTED
 from jobs.terminal import human_seconds, say
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from jobs.submitting.ray_jobs import RayJobs, SubmittedJob
 
-INTERRUPTED = 130
 JOB_FILE_NAME = "job.yaml"  # as the settings are called where they arrive
 
 Target = Annotated[

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from pathlib import PurePosixPath
 
 import pyarrow as pa
@@ -13,7 +12,7 @@ import pyarrow as pa
 from pipeline.errors import RowError, UserError
 from pipeline.formats.base import Chunk, FileScan, InputFile, Position, ScanLimits
 from pipeline.formats.json_types import array_of, common_type, type_of
-from pipeline.formats.lines import codec_of, mark_lines, open_bytes, read_lines, text_start
+from pipeline.formats.line_records import line_cursor, scan_lines
 from pipeline.formats.records import RecordCursor
 from pipeline.locations import locate, one_line
 
@@ -26,16 +25,7 @@ class JsonLinesFormat:
     one_row_per_file = False
 
     def scan(self, path: str, limits: ScanLimits) -> FileScan:
-        place = locate(path)
-        try:
-            start = text_start(place)
-            with open_bytes(place, start) as file:
-                schema = _learn(path, (line for _, line in islice(read_lines(file, start), limits.sample_rows)))
-            with open_bytes(place, start) as file:
-                marks = mark_lines(file, start, limits.max_marks)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"input {path}: can't be read ({one_line(error)})") from error
-        return FileScan(num_rows=marks.num_rows, schema=schema, locate=marks.position)
+        return scan_lines(path, limits, lambda lines: _learn(path, lines))
 
     def open(
         self, files: Sequence[InputFile], index: int, columns: pa.Schema, *, row: int, start: Position, max_bytes: int
@@ -46,18 +36,7 @@ class JsonLinesFormat:
         def build(lines: list[bytes | None], first_row: int) -> Chunk:
             return _chunk(lines, columns, name, first_row)
 
-        file = open_bytes(place, start["byte"])
-        return RecordCursor(
-            place.name,
-            file,
-            read_lines(file, start["byte"]),
-            build,
-            lambda line: len(line or b""),
-            row=row,
-            start=start,
-            max_bytes=max_bytes,
-            seekable=codec_of(place.path) is None,
-        )
+        return line_cursor(place, build, row=row, start=start, max_bytes=max_bytes)
 
 
 def _learn(path: str, lines: Iterable[bytes | None]) -> pa.Schema:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from pipeline.errors import JobError, RowError, UserError
+from pipeline.errors import JobError, RowError
 from pipeline.formats.base import MAX_BATCH_ROWS, MAX_RECORD_BYTES, Chunk, FileScan, InputFile, Position, ScanLimits
-from pipeline.formats.lines import codec_of, mark_lines, open_bytes, read_lines, text_start
+from pipeline.formats.line_records import line_cursor, scan_lines
+from pipeline.formats.lines import open_bytes
 from pipeline.formats.records import RecordCursor
 from pipeline.locations import locate, one_line
 
@@ -26,36 +27,15 @@ class TextLinesFormat:
     one_row_per_file = False
 
     def scan(self, path: str, limits: ScanLimits) -> FileScan:
-        place = locate(path)
-        try:
-            start = text_start(place)
-            with open_bytes(place, start) as file:
-                marks = mark_lines(file, start, limits.max_marks)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"input {path}: can't be read ({one_line(error)})") from error
-        schema = pa.schema([pa.field(TEXT_COLUMN, pa.string())])
-        return FileScan(num_rows=marks.num_rows, schema=schema, locate=marks.position)
+        return scan_lines(path, limits, lambda _: pa.schema([pa.field(TEXT_COLUMN, pa.string())]))
 
     def open(
         self, files: Sequence[InputFile], index: int, columns: pa.Schema, *, row: int, start: Position, max_bytes: int
     ) -> RecordCursor[bytes | None]:
-        place = locate(files[index].path)
-
         def build(lines: list[bytes | None], first_row: int) -> Chunk:
             return _chunk([_TOO_LONG if line is None else line.removesuffix(b"\r") for line in lines], [], columns)
 
-        file = open_bytes(place, start["byte"])
-        return RecordCursor(
-            place.name,
-            file,
-            read_lines(file, start["byte"]),
-            build,
-            lambda line: len(line or b""),
-            row=row,
-            start=start,
-            max_bytes=max_bytes,
-            seekable=codec_of(place.path) is None,
-        )
+        return line_cursor(locate(files[index].path), build, row=row, start=start, max_bytes=max_bytes)
 
 
 class TextFilesFormat:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.commits import Commit
-from pipeline.durable import removed_on_failure, replace_folder, storage_errors
+from pipeline.durable import removed_on_failure, storage_errors
 from pipeline.errors import JobError, UserError
 from pipeline.index import faiss_files
 from pipeline.index.budget import BuildBudget, build_budget
@@ -56,8 +56,8 @@ from pipeline.index.shard_build import (
     read_rows,
     write_queries,
 )
-from pipeline.index.vectors import committed_vectors, dimension_of, parts_with
-from pipeline.index.versions import Change, write_manifest
+from pipeline.index.vectors import VectorRun, committed_vectors, dimension_of
+from pipeline.index.versions import Change, publish, write_manifest
 from pipeline.job_folder import JobFolder
 
 Matrix = npt.NDArray[np.float32]
@@ -134,7 +134,7 @@ def build_index(
         if change is not None:
             manifest = change(draft, manifest)
         write_manifest(draft, manifest)
-        replace_folder(draft, folder.index, discarded=folder.attempts / f"index-old-{uuid.uuid4().hex}")
+        publish(folder, draft)
     return manifest
 
 
@@ -276,18 +276,15 @@ class _Build:
     def _tasks(self, budget: BuildBudget) -> list[ShardTask]:
         tasks, first = list[ShardTask](), 0
         for number, count in enumerate(shares(self.num_vectors, budget.shards)):
-            parts, skip = parts_with(self.commits, first, count)
             tasks.append(
                 ShardTask(
-                    out=str(self.folder.root),
-                    scratch=str(self.scratch),
+                    runs=(VectorRun.of(self.folder, self.commits, first, count),),
+                    scratch=str(self.scratch.absolute()),
                     number=number,
                     kind=budget.kind,
                     dimension=self.dimension,
                     first=first,
                     count=count,
-                    parts=parts,
-                    skip=skip,
                     center=None if self.centering is None else self.centering.center,
                     target=self.settings.recall,
                     batch_bytes=budget.batch_bytes,

@@ -17,10 +17,10 @@ from pipeline.errors import JobError
 from pipeline.index import faiss_files
 from pipeline.index.deletions import read_deleted
 from pipeline.index.kinds import FLAT
-from pipeline.index.manifest import MANIFEST_NAME, ROWS_NAME, Contents, IndexedJob, IndexManifest, parts_digest
+from pipeline.index.manifest import MANIFEST_NAME, ROWS_NAME, IndexedJob, IndexManifest, Shard, parts_digest
 from pipeline.index.row_map import SCHEMA
 from pipeline.index.search import flat_matrix, read_centering
-from pipeline.index.soundness import refuse_unsound_shard
+from pipeline.index.soundness import held_numbers, refuse_unsound_shard
 from pipeline.index.vectors import FIELDS, VectorBatch, committed_vectors
 from pipeline.job_folder import JobFolder
 
@@ -75,9 +75,6 @@ def _count_problems(manifest: IndexManifest, parts: Sequence[IndexedParts]) -> I
             held = sum(sum(commit.vectors.values()) for commit in one.commits.values())
             if held != job.num_vectors:
                 yield f"the index holds {job.num_vectors} vectors of {job.job}, and the parts hold {held}"
-    num_vectors = sum(job.num_vectors for job in manifest.jobs)
-    if manifest.num_vectors != num_vectors:
-        yield f"the index holds {manifest.num_vectors} vectors, and the parts hold {num_vectors}"
 
 
 def _content_problems(folder: JobFolder, manifest: IndexManifest, parts: Sequence[IndexedParts]) -> Iterator[str]:
@@ -156,7 +153,8 @@ class _Shards:
         self._manifest = manifest
         self._flat = manifest.kind == FLAT
         self._waiting = iter(manifest.shards)
-        self._loaded: tuple[Contents, Any] | None = None
+        self._deleted = read_deleted(folder.index, manifest)
+        self._loaded: tuple[Shard, Any] | None = None
 
     def differing(self, matrix: npt.NDArray[np.float32], number: int) -> int | None:
         """The first of the vectors from `number` on that a Flat shard has otherwise than `matrix` [n, d]."""
@@ -165,11 +163,17 @@ class _Shards:
                 self._load_next()
                 continue
             shard, index = self._loaded
-            held = flat_matrix(index)[number - shard.first_vector :][: len(matrix)]
-            unequal = (held.view(np.uint32) != np.ascontiguousarray(matrix[: len(held)]).view(np.uint32)).any(axis=1)
+            count = min(len(matrix), shard.first_vector + shard.num_vectors - number)
+            numbers = held_numbers(index)
+            if numbers is None:
+                numbers = np.arange(shard.first_vector, shard.first_vector + shard.num_held)
+            low, high = np.searchsorted(numbers, (number, number + count))
+            held = flat_matrix(index)[low:high] if shard.num_held else np.empty((0, matrix.shape[1]), np.float32)
+            wanted = np.ascontiguousarray(matrix[numbers[low:high] - number])
+            unequal = (held.view(np.uint32) != wanted.view(np.uint32)).any(axis=1)
             if unequal.any():
-                return number + int(np.argmax(unequal))
-            matrix, number = matrix[len(held) :], number + len(held)
+                return int(numbers[low + np.argmax(unequal)])
+            matrix, number = matrix[count:], number + count
         return None
 
     def load_rest(self) -> None:
@@ -184,6 +188,7 @@ class _Shards:
         if shard is None:
             return False
         index = faiss_files.read_shard(self._folder.index, shard, dimension=self._manifest.dimension)
-        refuse_unsound_shard(index, self._folder.index / shard.file, shard, exact=self._flat)
+        path = self._folder.index / shard.file
+        refuse_unsound_shard(index, path, shard, exact=self._flat, deleted=self._deleted)
         self._loaded = shard, index
         return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -46,17 +46,23 @@ def read_deleted(folder: Path, manifest: IndexManifest) -> Numbers | None:
     if manifest.deleted is None:
         return None
     path = faiss_files.check_file(folder, manifest.deleted)
+    count = manifest.deleted.num_vectors
     try:
-        table = pq.read_table(path, partitioning=None)
-    except (pa.ArrowException, OSError) as error:
-        raise JobError(f"{path} can't be read: {' '.join(str(error).split())}") from error
-    if not table.schema.equals(SCHEMA):
-        raise JobError(f"{path} is no list of vector numbers")
-    numbers: Numbers = table["vector"].combine_chunks().to_numpy(zero_copy_only=False)
-    in_order = len(numbers) == 0 or (numbers[0] >= 0 and numbers[-1] < manifest.num_vectors)
-    if len(numbers) != manifest.deleted.num_vectors or not in_order or (np.diff(numbers) <= 0).any():
-        raise JobError(f"{path} does not list {manifest.deleted.num_vectors} vectors of the index, each once, in order")
-    return numbers
+        with pq.ParquetFile(path) as file:
+            if not file.schema_arrow.equals(SCHEMA):
+                raise JobError(f"{path} is no list of vector numbers; remove index/ and run again")
+            listed = file.metadata.num_rows
+            column: Any = file.read()["vector"].combine_chunks() if listed == count else pa.nulls(0)
+    except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
+        raise JobError(f"{path} can't be read: {' '.join(str(error).split())[:200]}") from error
+    if len(column) == count and column.null_count == 0:
+        numbers: Numbers = column.to_numpy(zero_copy_only=False)
+        is_within = count == 0 or (numbers[0] >= 0 and numbers[-1] < manifest.num_vectors)
+        if is_within and (np.diff(numbers) > 0).all():
+            return numbers
+    raise JobError(
+        f"{path} does not list {count} vectors of the index, each once, in order; remove index/ and run again"
+    )
 
 
 def delete_vectors(draft: Path, manifest: IndexManifest, numbers: Numbers) -> IndexManifest:
@@ -66,3 +72,11 @@ def delete_vectors(draft: Path, manifest: IndexManifest, numbers: Numbers) -> In
     path = draft / DELETED_NAME
     path.unlink(missing_ok=True)
     return dataclasses.replace(manifest, deleted=write_deleted(path, merged.astype(np.int64)))
+
+
+def is_all_deleted(deleted: Numbers | None, first: int, count: int) -> bool:
+    """Whether none of `count` vectors from number `first` on is left, of some."""
+    if deleted is None or count == 0:
+        return False
+    low, high = np.searchsorted(deleted, (first, first + count))
+    return bool(high - low == count)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pipeline.durable import HashedFile, file_sha256, storage_errors
 from pipeline.errors import JobError, UserError
 from pipeline.index.kinds import faiss_reason
-from pipeline.index.manifest import Contents
+from pipeline.index.manifest import Contents, Shard
 
 _faiss: Final[Any] = faiss  # its type stubs leave PyCallbackIOWriter out
 _BLOCK_BYTES: Final = 1 << 20
@@ -50,12 +50,12 @@ def train(index: Any, sample: npt.NDArray[np.float32], kind: str) -> None:
         ) from error
 
 
-def with_numbers(index: Any, first_vector: int) -> Any:
-    """`index` made to give the vectors added to it numbers from `first_vector` on."""
+def with_numbers(index: Any, first_vector: int, *, gaps: bool = False) -> Any:
+    """`index` made to give vectors that are added numbers from `first_vector` on; with `gaps` not one after another."""
     inner: Any = faiss.downcast_index(index)
     while isinstance(inner, faiss.IndexPreTransform):
         inner = faiss.downcast_index(inner.index)
-    if first_vector == 0 or isinstance(inner, faiss.IndexIVF):
+    if (first_vector == 0 and not gaps) or isinstance(inner, faiss.IndexIVF):
         return index
     return faiss.IndexIDMap2(index)
 
@@ -83,17 +83,27 @@ def _reserve(values: Any, size: int) -> None:
         values.resize(0)  # gives nothing back
 
 
-def add_numbered(index: Any, matrix: npt.NDArray[np.float32], number: int) -> None:
-    """Adds vectors [n, d] whose first has `number`; `index` comes from `with_numbers`. JobError where FAISS fails."""
+def add_numbered(index: Any, matrix: npt.NDArray[np.float32], numbers: npt.NDArray[np.int64]) -> None:
+    """Adds vectors [n, d] of these numbers [n], ascending; `index` is from `with_numbers`. JobError if FAISS fails."""
+    if not len(numbers):
+        return
+    first, last = int(numbers[0]), int(numbers[-1])
+    counts_itself = index.ntotal == first and last - first == len(numbers) - 1
     try:
-        if index.ntotal == number:
+        if counts_itself and not isinstance(faiss.downcast_index(index), faiss.IndexIDMap):
             index.add(matrix)
         else:
-            index.add_with_ids(matrix, np.arange(number, number + len(matrix)))
+            index.add_with_ids(matrix, numbers)
     except (RuntimeError, MemoryError) as error:
-        raise JobError(
-            f"FAISS can't add vectors {number} to {number + len(matrix) - 1}: {faiss_reason(error)}"
-        ) from error
+        raise JobError(f"FAISS can't add vectors {first} to {last}: {faiss_reason(error)}") from error
+
+
+def write_template(folder: Path, shard: Shard, path: Path, *, dimension: int) -> None:
+    """What `shard` was trained to, without its vectors and their numbers. JobError as `read_shard`."""
+    index = read_shard(folder, shard, dimension=dimension)
+    index.reset()
+    inner: Any = faiss.downcast_index(index)
+    faiss.write_index(inner.index if isinstance(inner, faiss.IndexIDMap) else inner, str(path))
 
 
 def write_index(index: Any, path: Path, *, first_vector: int) -> Contents:
@@ -135,7 +145,7 @@ def check_file(folder: Path, contents: Contents) -> Path:
     return path
 
 
-def read_shard(folder: Path, shard: Contents, *, dimension: int) -> Any:
+def read_shard(folder: Path, shard: Shard, *, dimension: int) -> Any:
     """The FAISS index of one shard, which FAISS gets to see only when its hash is right. JobError otherwise."""
     path = check_file(folder, shard)
     try:
@@ -143,10 +153,10 @@ def read_shard(folder: Path, shard: Contents, *, dimension: int) -> Any:
             index = faiss.read_index(str(path))
     except (RuntimeError, MemoryError) as error:
         raise JobError(f"{path} can't be read by FAISS: {faiss_reason(error)}") from error
-    if index.d != dimension or index.ntotal != shard.num_vectors or index.metric_type != faiss.METRIC_INNER_PRODUCT:
+    if index.d != dimension or index.ntotal != shard.num_held or index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise JobError(
             f"{path} holds {index.ntotal} vectors of width {index.d}, "
-            f"and index.json says {shard.num_vectors} of width {dimension} by inner product"
+            f"and index.json says {shard.num_held} of width {dimension} by inner product"
         )
     return index
 

@@ -22,16 +22,16 @@ from pipeline.errors import JobError, UserError
 from pipeline.index import faiss_files
 from pipeline.index.budget import BuildBudget, build_budget
 from pipeline.index.build import shares
-from pipeline.index.builders import ThreadBuilders
+from pipeline.index.builders import Builders, ThreadBuilders
 from pipeline.index.centering import Centering
-from pipeline.index.deletions import read_deleted
-from pipeline.index.kinds import FLAT
+from pipeline.index.deletions import is_all_deleted, read_deleted
+from pipeline.index.kinds import DEFAULT_MEMORY_BYTES, FLAT
 from pipeline.index.manifest import ROWS_NAME, IndexedJob, IndexManifest, Provenance, parts_digest
 from pipeline.index.recall import Queries, query_numbers
 from pipeline.index.row_map import RowMapWriter
 from pipeline.index.search import read_centering
 from pipeline.index.shard_build import TEMPLATE_NAME, ShardTask, measured, read_rows, write_queries
-from pipeline.index.vectors import committed_vectors, dimension_of, parts_with
+from pipeline.index.vectors import VectorRun, committed_vectors, dimension_of
 from pipeline.job_folder import JobFolder
 
 
@@ -57,24 +57,36 @@ class Addition:
         )
 
 
-def add_job(draft: Path, manifest: IndexManifest, added: Addition) -> IndexManifest:
+def add_job(
+    draft: Path,
+    manifest: IndexManifest,
+    added: Addition,
+    *,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    threads: int | None = None,
+    builders: Builders | None = None,
+) -> IndexManifest:
     """A change of `versions.change_index`. Its rows are called by the job's name, or NAME-2 where that is taken.
 
-    UserError where its vectors can't be compared with those that are there, it has none, or it is in the index already.
+    New shards are cut and built within `memory_bytes` as `build_index` does it, by `builders` or in this process.
+    UserError where its vectors can't be compared with those that are there, it has none, or it is in the index already;
+    JobError where the index's recall would be missed.
     """
     source = added.source
     _refuse(draft, manifest, added, source)
     source = dataclasses.replace(source, job=free_name(source.job, [job.job for job in manifest.jobs]))
     centering = read_centering(draft, manifest)
-    budget = build_budget(manifest.kind, source.num_vectors, manifest.dimension)
+    budget = build_budget(manifest.kind, source.num_vectors, manifest.dimension, memory_bytes=memory_bytes)
+    builders = builders or ThreadBuilders(threads or faiss.omp_get_max_threads())
     scratch = draft.with_name(f"{draft.name}-shards")
     scratch.mkdir()
     try:
-        if manifest.kind != FLAT:
-            _prepare(draft, manifest, added, centering, scratch, budget)
-        tasks = _tasks(manifest, added, source.num_vectors, centering, scratch, budget)
-        results = ThreadBuilders(faiss.omp_get_max_threads())(tasks, side_by_side=budget.side_by_side)
-        results, recall = measured(manifest.kind, tasks, results, manifest.recall.target)
+        with faiss_files.faiss_threads(threads):
+            if manifest.kind != FLAT:
+                _prepare(draft, manifest, added, centering, scratch, budget)
+            tasks = _tasks(manifest, added, source.num_vectors, centering, scratch, budget, threads)
+            results = builders(tasks, side_by_side=budget.side_by_side)
+            results, recall = measured(manifest.kind, tasks, results, manifest.recall.target)
         if recall.reached is not None and recall.reached < recall.target:
             raise JobError(
                 f"the vectors of {added.folder.root} are found with a recall of {recall.reached:.3f} in an index of "
@@ -125,13 +137,6 @@ def refuse_twice(out: Path, manifest: IndexManifest, deleted: Any, source: Index
             )
 
 
-def is_all_deleted(deleted: Any, first: int, count: int) -> bool:
-    if deleted is None or count == 0:
-        return False
-    low, high = np.searchsorted(deleted, (first, first + count))
-    return bool(high - low == count)
-
-
 def _refuse(draft: Path, manifest: IndexManifest, added: Addition, source: IndexedJob) -> None:
     difference = manifest.provenance.difference(added.provenance)
     if difference is not None:
@@ -158,9 +163,7 @@ def _prepare(
     budget: BuildBudget,
 ) -> None:
     """What `build_shard` shares: the first shard's training without its vectors, and queries drawn from new ones."""
-    template = faiss_files.read_shard(draft, manifest.shards[0], dimension=manifest.dimension)
-    template.reset()
-    faiss.write_index(template, str(scratch / TEMPLATE_NAME))
+    faiss_files.write_template(draft, manifest.shards[0], scratch / TEMPLATE_NAME, dimension=manifest.dimension)
     numbers = query_numbers(added.source.num_vectors)
     matrix = np.empty((len(numbers), manifest.dimension), np.float32)
     start = 0
@@ -179,25 +182,23 @@ def _tasks(
     centering: Centering | None,
     scratch: Path,
     budget: BuildBudget,
+    threads: int | None,
 ) -> list[ShardTask]:
     tasks, first = list[ShardTask](), 0
     for number, count in enumerate(shares(num_vectors, budget.shards), len(manifest.shards)):
-        parts, skip = parts_with(added.commits, first, count)
         tasks.append(
             ShardTask(
-                out=str(added.folder.root),
-                scratch=str(scratch),
+                runs=(VectorRun.of(added.folder, added.commits, first, count),),
+                scratch=str(scratch.absolute()),
                 number=number,
                 kind=manifest.kind,
                 dimension=manifest.dimension,
                 first=manifest.num_vectors + first,
                 count=count,
-                parts=parts,
-                skip=skip,
                 center=None if centering is None else centering.center,
                 target=manifest.recall.target,
                 batch_bytes=budget.batch_bytes,
-                threads=None,
+                threads=threads,
             )
         )
         first += count

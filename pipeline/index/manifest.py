@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -60,11 +62,20 @@ class Contents:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard(Contents):
-    """A shard's file, and how hard it is to be searched to find what `recall` says."""
+    """A shard's file, and how hard it is to be searched to find what `recall` says.
+
+    `num_vectors` counts its numbers. Of `absent` of them it holds nothing any more: they were deleted, and the index
+    compacted since.
+    """
 
     effort: int | None = None  # nprobe or efSearch; None where the kind has neither
     recall: float | None = None  # of its own vectors, as `Recall` has it; None where nothing could be measured
     trials: tuple[Trial, ...] = ()  # what was tried, the least effort first
+    absent: int = 0
+
+    @property
+    def num_held(self) -> int:
+        return self.num_vectors - self.absent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +120,31 @@ class IndexedJob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VersionNote:
+    """What a version of an index was, for people. Search reads nothing of it."""
+
+    version: int
+    at: str  # when it came, ISO 8601 with offset
+    change: str  # what made it of the version before
+    num_vectors: int  # with the deleted
+    num_deleted: int
+    size_bytes: int  # of its files
+    recall: float | None
+
+    @staticmethod
+    def of(manifest: IndexManifest, change: str, at: datetime) -> VersionNote:
+        return VersionNote(
+            version=manifest.version,
+            at=at.astimezone().isoformat(timespec="seconds"),
+            change=change,
+            num_vectors=manifest.num_vectors,
+            num_deleted=manifest.num_deleted,
+            size_bytes=sum(contents.size_bytes for contents in manifest.files),
+            recall=manifest.recall.reached,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IndexManifest:
     kind: str  # FAISS factory string
     dimension: int
@@ -123,6 +159,7 @@ class IndexManifest:
     center: Contents | None = None  # the mean that was taken out of the vectors; queries lose it too
     deleted: Contents | None = None  # the numbers of vectors that are not to be found any more
     version: int = 1  # one more with each change to what the index holds
+    history: tuple[VersionNote, ...] = ()  # of the versions up to this one; empty where it is as it was built
 
     @property
     def files(self) -> tuple[Contents, ...]:
@@ -134,10 +171,20 @@ class IndexManifest:
         return 0 if self.deleted is None else self.deleted.num_vectors
 
     @property
+    def num_absent(self) -> int:
+        """Of the deleted vectors, how many no shard holds any more."""
+        return sum(shard.absent for shard in self.shards)
+
+    @property
     def first_vectors(self) -> tuple[int, ...]:
         """The number of each job's first vector."""
         counts = [job.num_vectors for job in self.jobs]
         return tuple(itertools.accumulate(counts[:-1], initial=0)) if counts else ()
+
+    @property
+    def digest(self) -> str:
+        """Hexadecimal; changes with anything that the manifest says."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **dataclasses.asdict(self)}
@@ -155,6 +202,7 @@ class IndexManifest:
             values[name] = None if values.get(name) is None else Contents(**values[name])
         values["jobs"] = tuple(IndexedJob(**job) for job in values["jobs"])
         values["recall"] = Recall(**values["recall"])
+        values["history"] = tuple(VersionNote(**note) for note in values.get("history", ()))
         values["missed"] = tuple(MissedKind(**missed) for missed in values["missed"])
         return IndexManifest(**values)
 

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import JobError, UserError
+from pipeline.index.deletions import is_all_deleted, read_deleted
 from pipeline.index.faiss_files import check_file
 from pipeline.index.manifest import IndexedJob, IndexManifest
 from pipeline.index.selection import Mask
@@ -75,8 +76,13 @@ def matching_vectors(folder: Path, manifest: IndexManifest, wanted: Wanted, fold
     UserError for a column that no job has; JobError where parts are gone or damaged.
     """
     mask = np.zeros(manifest.num_vectors, np.bool_)
-    tables = [_JobTable(job, folder_of(job)) for job in manifest.jobs]
-    known = list(dict.fromkeys(name for table in tables for name in table.names))
+    deleted = read_deleted(folder, manifest)
+    tables = [
+        (_JobTable(job, folder_of(job)), first)
+        for job, first in zip(manifest.jobs, manifest.first_vectors, strict=True)
+        if not is_all_deleted(deleted, first, job.num_vectors)  # or else its directory may be gone
+    ]
+    known = list(dict.fromkeys(name for table, _ in tables for name in table.names))
     for name in sorted(wanted.columns - {*known, _ID}):
         raise UserError(
             f"--filter {wanted.text!r}: there is no column {name!r}{did_you_mean(name, known)}; "
@@ -84,15 +90,16 @@ def matching_vectors(folder: Path, manifest: IndexManifest, wanted: Wanted, fold
         )
     named = sorted(wanted.columns)
     types: dict[str, pa.DataType] = {}
-    for table in tables:
-        types = {**table.types(named), **types}
+    for table, _ in tables:
+        for name, kind in table.types(named).items():
+            types[name] = _common(wanted, name, types.get(name, kind), kind)
     schema = pa.schema([pa.field(name, types.get(name, pa.null())) for name in named])
     with check_file(folder, manifest.rows).open("rb") as file:
         places = pq.ParquetFile(file)
         group_ends = np.cumsum([places.metadata.row_group(n).num_rows for n in range(places.num_row_groups)])
-        for table, first, job in zip(tables, manifest.first_vectors, manifest.jobs, strict=True):
+        for table, first in tables:
             matches = table.matching(wanted, schema)
-            end = first + job.num_vectors
+            end = first + table.num_vectors
             for group in range(int(np.searchsorted(group_ends, first, side="right")), places.num_row_groups):
                 start = int(group_ends[group]) - places.metadata.row_group(group).num_rows
                 if start >= end:
@@ -103,12 +110,27 @@ def matching_vectors(folder: Path, manifest: IndexManifest, wanted: Wanted, fold
     return mask
 
 
+def _common(wanted: Wanted, name: str, one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """A type that holds the column of either job. UserError where they can't be compared with the same."""
+    if one.equals(other):
+        return one
+    schemas = [pa.schema([(name, kind)]) for kind in (one, other)]
+    try:
+        common: pa.DataType = pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except pa.ArrowException:
+        raise UserError(
+            f"--filter {wanted.text!r}: column {name!r} is of type {one} in one of the index's jobs and of type "
+            f"{other} in another"
+        ) from None
+    return common
+
+
 class _JobTable:
     """The columns of one job's parts, by the names that a filter knows them under."""
 
     def __init__(self, job: IndexedJob, folder: JobFolder) -> None:
         self._job = job
-        self._folder = folder
+        self.num_vectors = job.num_vectors
         self._spec: Any = read_job(folder)["spec"]
         self._num_rows = sum(split["num_rows"] for split in read_plan(folder)["splits"])
         carried = carried_names(self._spec["output"]["columns"])
@@ -144,7 +166,8 @@ class _JobTable:
         columns: list[Any] = []
         for field in schema:
             if field.name in self._columns:
-                columns.append(batch[self._columns[field.name]])
+                column = batch[self._columns[field.name]]
+                columns.append(column if column.type.equals(field.type) else column.cast(field.type))
             elif field.name == JOB_COLUMN:
                 columns.append(pa.repeat(pa.scalar(self._job.job), batch.num_rows))
             else:

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import uuid
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from pipeline.index.deletions import DELETED_NAME, Numbers, read_deleted, write_
 from pipeline.index.flat_file import FlatFile
 from pipeline.index.growth import free_name, refuse_twice
 from pipeline.index.kinds import FLAT
-from pipeline.index.manifest import ROWS_NAME, Contents, IndexedJob, IndexManifest, Shard, read_manifest
+from pipeline.index.manifest import ROWS_NAME, IndexedJob, IndexManifest, Shard, VersionNote, read_manifest
 from pipeline.index.row_map import RowMapWriter
 from pipeline.index.search import flat_matrix
+from pipeline.index.selection import sparse_numbers
 from pipeline.index.versions import clear_drafts, link_or_copy, write_manifest
 from pipeline.job_folder import JobFolder
 
@@ -96,16 +98,23 @@ class _Merge:
             link_or_copy(faiss_files.check_file(sources[0].index, first.center), self._draft / first.center.file)
         deleted = np.concatenate(self._deleted) if self._deleted else np.empty(0, np.int64)
         reached = [manifest.recall.reached for manifest in manifests if manifest.recall.reached is not None]
-        return dataclasses.replace(
+        merged = dataclasses.replace(
             first,
             num_vectors=self._num_vectors,
             shards=tuple(self._shards),
             rows=rows.contents(),
             jobs=tuple(self._jobs),
-            recall=dataclasses.replace(first.recall, reached=min(reached, default=None)),
+            recall=dataclasses.replace(
+                first.recall,
+                target=min(manifest.recall.target for manifest in manifests),  # what all of them promised
+                reached=min(reached, default=None),
+            ),
             deleted=write_deleted(self._draft / DELETED_NAME, deleted) if len(deleted) else None,
             version=1,
+            history=(),
         )
+        change = f"merged {', '.join(job.job for job in merged.jobs)}"
+        return dataclasses.replace(merged, history=(VersionNote.of(merged, change, datetime.now()),))
 
     def _add(self, source: JobFolder, manifest: IndexManifest) -> dict[str, str]:
         """Shards, jobs and deletions of one index; gives what its jobs are called in the merged one."""
@@ -133,24 +142,30 @@ def _renumbered(folder: Path, manifest: IndexManifest, shard: Shard, path: Path,
     index = faiss_files.read_shard(folder, shard, dimension=manifest.dimension)
     first = shard.first_vector + offset
     if manifest.kind == FLAT:
-        matrix = flat_matrix(index) if shard.num_vectors else np.empty((0, manifest.dimension), np.float32)
-        with FlatFile(path, dimension=manifest.dimension, first_vector=first, num_vectors=shard.num_vectors) as file:
+        matrix = flat_matrix(index) if shard.num_held else np.empty((0, manifest.dimension), np.float32)
+        numbers = sparse_numbers(index, shard)
+        with FlatFile(
+            path,
+            dimension=manifest.dimension,
+            first_vector=first,
+            num_vectors=shard.num_held,
+            numbers=None if numbers is None else numbers + offset,
+        ) as file:
             for start in range(0, len(matrix), _ROWS_AT_ONCE):
                 file.add(matrix[start : start + _ROWS_AT_ONCE])
         contents = file.contents()
     else:
         contents = faiss_files.write_index(_with_first(index, shard, first), path, first_vector=first)
-    return dataclasses.replace(shard, **{field.name: getattr(contents, field.name) for field in _CONTENTS})
-
-
-_CONTENTS = dataclasses.fields(Contents)
+    return dataclasses.replace(
+        shard, file=path.name, sha256=contents.sha256, size_bytes=contents.size_bytes, first_vector=first
+    )
 
 
 def _with_first(index: Any, shard: Shard, first: int) -> Any:
-    """The same vectors, numbered from `first` on. What it gives may lean on `index`, which is to be kept."""
+    """The same vectors, whose numbers begin at `first`. What it gives may lean on `index`, which is to be kept."""
     outer: Any = faiss.downcast_index(index)
-    numbers = np.arange(first, first + shard.num_vectors, dtype=np.int64)
     if isinstance(outer, faiss.IndexIDMap):
+        numbers = faiss.vector_to_array(outer.id_map) + (first - shard.first_vector)
         faiss.copy_array_to_vector(numbers, outer.id_map)
         return index
     inner = outer
@@ -166,5 +181,5 @@ def _with_first(index: Any, shard: Shard, first: int) -> Any:
     wrapped: Any = faiss.IndexIDMap2(faiss.IndexFlatIP(outer.d))  # which takes an empty index alone
     wrapped.index, wrapped.own_fields = outer, False
     wrapped.ntotal = outer.ntotal
-    faiss.copy_array_to_vector(numbers, wrapped.id_map)
+    faiss.copy_array_to_vector(np.arange(first, first + shard.num_vectors, dtype=np.int64), wrapped.id_map)
     return wrapped

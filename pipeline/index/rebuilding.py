@@ -11,23 +11,30 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import JobError, UserError
-from pipeline.index.deletions import Numbers, delete_vectors, read_deleted
+from pipeline.index.builders import Builders
+from pipeline.index.deletions import delete_vectors, is_all_deleted, read_deleted
 from pipeline.index.faiss_files import check_file
 from pipeline.index.growth import Addition, add_job
-from pipeline.index.manifest import ROWS_NAME, IndexManifest, read_manifest
-from pipeline.index.row_map import Place, RowMap
-from pipeline.index.versions import Change
+from pipeline.index.kinds import DEFAULT_MEMORY_BYTES
+from pipeline.index.manifest import ROWS_NAME, IndexedJob, IndexManifest, read_manifest
+from pipeline.index.row_map import SCHEMA, RowMap
+from pipeline.index.versions import Change, with_history
 from pipeline.indexed_jobs import job_folder, latest_commits
 from pipeline.job_folder import JobFolder
 
 
-def kept_changes(folder: JobFolder) -> Change | None:
+def kept_changes(
+    folder: JobFolder, *, memory_bytes: int = DEFAULT_MEMORY_BYTES, builders: Builders | None = None
+) -> Change | None:
     """What was added to `index/` and deleted from it, as a change to an index that is to take its place.
 
     None where there is nothing of the kind, or no index that can be read. JobError where a job that was added is gone.
+    `memory_bytes` and `builders` as `add_job` has them.
     """
     try:
         before = read_manifest(folder.index)
@@ -35,35 +42,48 @@ def kept_changes(folder: JobFolder) -> Change | None:
         return None
     if len(before.jobs) == 1 and before.deleted is None:
         return None
-    added = [(job, job_folder(folder.root, job)) for job in before.jobs[1:]]
-    gone = _deleted_places(folder.index, before)
+    deleted = read_deleted(folder.index, before)
+    added = [
+        (job, job_folder(folder.root, job))
+        for job, first in list(zip(before.jobs, before.first_vectors, strict=True))[1:]
+        if not (is_all_deleted(deleted, first, job.num_vectors) and not _is_there(folder, job))
+    ]
+    gone = SCHEMA.empty_table()
+    if deleted is not None:
+        gone = RowMap(check_file(folder.index, before.rows)).table(deleted)
 
     def change(draft: Path, manifest: IndexManifest) -> IndexManifest:
+        manifest = _without(draft, manifest, gone, before.jobs[0].job)
         for job, its_folder in added:
             commits = latest_commits(its_folder)
             addition = Addition(
                 folder=its_folder, path=job.path, job=job.job, commits=commits, provenance=manifest.provenance
             )
-            manifest = add_job(draft, manifest, addition)
-        if gone:
-            manifest = delete_vectors(draft, manifest, _numbers_of(draft / ROWS_NAME, gone))
-        return dataclasses.replace(manifest, version=before.version + 1)
+            manifest = add_job(draft, manifest, addition, memory_bytes=memory_bytes, builders=builders)
+            manifest = _without(draft, manifest, gone, job.job)  # now: the same job may follow once more
+        manifest = dataclasses.replace(manifest, version=before.version + 1)
+        return with_history(manifest, before, folder.index, f"built again, as {manifest.kind}")
 
     return change
 
 
-def _deleted_places(folder: Path, manifest: IndexManifest) -> set[Place]:
-    numbers = read_deleted(folder, manifest)
-    if numbers is None:
-        return set()
-    return set(RowMap(check_file(folder, manifest.rows)).places(numbers))
+def _is_there(folder: JobFolder, job: IndexedJob) -> bool:
+    try:
+        job_folder(folder.root, job)
+    except JobError:
+        return False
+    return True
 
 
-def _numbers_of(path: Path, places: set[Place]) -> Numbers:
-    found: list[int] = []
-    with pq.ParquetFile(path) as file:
+def _without(draft: Path, manifest: IndexManifest, gone: pa.Table, called: str) -> IndexManifest:
+    """The last job of `manifest` loses those of its rows that are `gone`, where the job was `called` so."""
+    mine = gone.filter(pc.field("job") == called).drop_columns(["vector", "job"])
+    if not mine.num_rows:
+        return manifest
+    first = manifest.first_vectors[-1]
+    found = [np.empty(0, np.int64)]
+    with pq.ParquetFile(draft / ROWS_NAME) as file:
         for batch in file.iter_batches():
-            for record in batch.to_pylist():
-                if Place(record["job"], record["row"], record["sample"], record["field"]) in places:
-                    found.append(record["vector"])
-    return np.array(found, np.int64)
+            places = pa.Table.from_batches([batch]).filter(pc.field("vector") >= first)
+            found.append(places.join(mine, mine.column_names, join_type="left semi")["vector"].to_numpy())
+    return delete_vectors(draft, manifest, np.sort(np.concatenate(found)))

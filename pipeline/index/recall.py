@@ -75,23 +75,23 @@ class ExactSearch:
         shape = len(queries.numbers), 0
         self.found = Found(scores=np.empty(shape), numbers=np.empty(shape, np.int64))
 
-    def add(self, matrix: Matrix, number: int) -> None:
-        """Vectors [n, d] that are numbered from `number` on."""
+    def add(self, matrix: Matrix, numbers: Numbers) -> None:
+        """Vectors [n, d] of these numbers [n], ascending."""
         queries = self._queries
         if not len(queries.numbers) or not len(matrix):
             return
         scores: npt.NDArray[Any] = queries.matrix @ matrix.T  # [q, n]
-        places = queries.numbers - number
-        itself = np.flatnonzero((places >= 0) & (places < len(matrix)))
+        places = np.minimum(np.searchsorted(numbers, queries.numbers), len(numbers) - 1)
+        itself = np.flatnonzero(numbers[places] == queries.numbers)
         scores[itself, places[itself]] = -np.inf
         if self.found.numbers.shape[1] == KEPT:
             found = _better(scores, self.found.scores[:, -1:])
         else:
             k = min(KEPT, len(matrix))
-            numbers = np.argpartition(scores, -k, axis=1)[:, -k:]
-            found = Found(scores=np.take_along_axis(scores, numbers, axis=1), numbers=numbers)
-        numbers = np.where(np.isneginf(found.scores), -1, found.numbers + number)
-        self.found = merged([self.found, Found(scores=found.scores, numbers=numbers)], KEPT)
+            best_places = np.argpartition(scores, -k, axis=1)[:, -k:]
+            found = Found(scores=np.take_along_axis(scores, best_places, axis=1), numbers=best_places)
+        known = np.where(np.isneginf(found.scores), -1, numbers[found.numbers])
+        self.found = merged([self.found, Found(scores=found.scores, numbers=known)], KEPT)
 
 
 def _better(scores: Matrix, least: Scores) -> Found:

@@ -3,14 +3,14 @@
 FAISS finds candidates in float32, whose rounding depends on where a vector lies and how many queries there are. For
 Flat the candidates' scores are then computed anew, each by itself in float64, and a bound on FAISS's rounding shows
 that no other vector can belong to the best; where it can't (many vectors score alike), more candidates are asked for,
-and then all within the bound are looked at. Ties go to the lower vector number. Approximate kinds keep FAISS's own
-scores.
+and then all within the bound are looked at. Ties go to the lower vector number. Approximate kinds keep FAISS's scores.
 
 d: width of a vector; n: vectors of a shard; q: queries; k: hits a query.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from pipeline.index.effort import search_parameters
 from pipeline.index.kinds import FLAT
 from pipeline.index.manifest import IndexManifest, Shard, read_manifest
 from pipeline.index.row_map import Place, RowMap
-from pipeline.index.selection import Mask, allowed_mask, keeping_to, search_allowed, unnumbered
+from pipeline.index.selection import Mask, keeping_to, search_allowed, sparse_numbers, standing_mask, unnumbered
 from pipeline.index.soundness import refuse_unsound_shard
 
 Matrix = npt.NDArray[np.float32]
@@ -57,10 +57,10 @@ class IndexShard:
     def __init__(self, index: Any, contents: Shard, *, kind: str, deleted: Numbers | None = None) -> None:
         """`deleted`: vector numbers of the index that are never found, ascending."""
         self._index = index
-        self._contents = contents
-        self._deleted = deleted
-        self._matrix: Matrix | None = None  # [n, d] of a Flat shard: FAISS's own memory
-        if kind == FLAT and contents.num_vectors:
+        self._settle(contents, deleted)
+        self._numbers = sparse_numbers(index, contents)
+        self._matrix: Matrix | None = None  # [held, d] of a Flat shard: FAISS's own memory
+        if kind == FLAT and contents.num_held:
             self._flat, _ = unnumbered(index, contents.first_vector)
             self._matrix = flat_matrix(index)
             self._longest = max(
@@ -74,8 +74,21 @@ class IndexShard:
         shard = manifest.shards[number]
         deleted = read_deleted(folder, manifest)
         index = faiss_files.read_shard(folder, shard, dimension=manifest.dimension)
-        refuse_unsound_shard(index, folder / shard.file, shard, exact=manifest.kind == FLAT)
+        refuse_unsound_shard(index, folder / shard.file, shard, exact=manifest.kind == FLAT, deleted=deleted)
         return IndexShard(index, shard, kind=manifest.kind, deleted=deleted)
+
+    def as_of(self, contents: Shard, deleted: Numbers | None) -> IndexShard:
+        """The same vectors in memory, as another version of the index has them; `contents` is of the same file."""
+        other = copy.copy(self)
+        other._settle(contents, deleted)
+        return other
+
+    def _settle(self, contents: Shard, deleted: Numbers | None) -> None:
+        self._contents = contents
+        self._standing = standing_mask(self._index, contents, deleted)
+        # What a search that asks for all is told: nothing, where all that is held may be found.
+        holds_others = self._standing is not None and np.count_nonzero(self._standing) < contents.num_held
+        self._left = self._standing if holds_others else None
 
     @property
     def first_vector(self) -> int:
@@ -83,7 +96,7 @@ class IndexShard:
 
     @property
     def num_vectors(self) -> int:
-        """With the deleted ones."""
+        """How many numbers it stands for, those of deleted vectors too."""
         return self._contents.num_vectors
 
     def share_of(self, allowed: Mask | None) -> Mask | None:
@@ -95,27 +108,47 @@ class IndexShard:
 
         `allowed` [n] says which of the shard's vectors may be found; None for all but the deleted ones.
         """
-        allowed = allowed_mask(allowed, self._deleted, self.first_vector, self.num_vectors)
-        k = min(k, self.num_vectors if allowed is None else int(np.count_nonzero(allowed)))
+        allowed = self._findable(allowed)
+        k = min(k, self._contents.num_held if allowed is None else int(np.count_nonzero(allowed)))
         if k == 0 or not len(queries):
             return np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
         if self._matrix is not None:
+            if allowed is not None and self._numbers is not None:
+                allowed = allowed[self._numbers - self.first_vector]
             found = [
                 self._search_flat(self._matrix, queries[start : start + _QUERIES_AT_ONCE], k, allowed)
                 for start in range(0, len(queries), _QUERIES_AT_ONCE)
             ]
             return np.concatenate([scores for scores, _ in found]), np.concatenate([numbers for _, numbers in found])
         if allowed is not None:
-            effort = self._contents.effort
-            return best(
-                [search_allowed(self._index, queries, k, allowed, first_vector=self.first_vector, effort=effort)], k
+            scores, numbers = search_allowed(
+                self._index,
+                queries,
+                k,
+                allowed,
+                first_vector=self.first_vector,
+                effort=self._contents.effort,
+                numbers=self._numbers,
+                num_held=self._contents.num_held,
             )
+            return best([(scores, numbers)], k)
         scores, numbers = self._index.search(queries, k, params=search_parameters(self._index, self._contents.effort))
         return best([(scores.astype(np.float64), numbers)], k)
 
-    def _search_flat(
+    def _findable(self, allowed: Mask | None) -> Mask | None:
+        """[n] of `allowed` those that are held and not deleted; None where nobody asked for fewer than are held."""
+        if allowed is not None:
+            return allowed if self._standing is None else allowed & self._standing
+        return self._left
+
+    def _search_flat(self, matrix: Matrix, queries: Matrix, k: int, allowed: Mask | None) -> tuple[Scores, Numbers]:
+        scores, places = self._nearest_places(matrix, queries, k, allowed)
+        return scores, places + self.first_vector if self._numbers is None else self._numbers[places]
+
+    def _nearest_places(
         self, matrix: Matrix, queries: Matrix, k: int, allowed: Mask | None, turn: int = 0
     ) -> tuple[Scores, Numbers]:
+        """Places are from 0, in the file. `turn`: which number of extra candidates is asked for."""
         extra = _EXTRA_CANDIDATES[turn]
         share = 1.0 if allowed is None else np.count_nonzero(allowed) / len(allowed)
         # FAISS is fast at many queries only where it skips nothing: if most are allowed, it is to look at all.
@@ -137,8 +170,7 @@ class IndexShard:
         # `scores[:, -1]` is what the best k have at least; others could belong to them if FAISS's rounding hid it.
         in_doubt = (found.sum(axis=1) < k) | (~complete & (scores[:, -1] <= rough[:, -1] + slack))
         if turn + 1 < len(_EXTRA_CANDIDATES) and in_doubt.any():
-            again = self._search_flat(matrix, queries[in_doubt], k, allowed, turn + 1)
-            scores[in_doubt], places[in_doubt] = again[0], again[1] - self.first_vector
+            scores[in_doubt], places[in_doubt] = self._nearest_places(matrix, queries[in_doubt], k, allowed, turn + 1)
             in_doubt[:] = False
         for number in np.flatnonzero(in_doubt):
             query, last = queries[number : number + 1], scores[number, -1]
@@ -150,7 +182,7 @@ class IndexShard:
                 assert allowed is not None, "FAISS finds as many as there are"
                 near = np.flatnonzero(allowed)
             (scores[number],), (places[number],) = best([(_exact_scores(matrix, near[None], query), near[None])], k)
-        return scores, places + self.first_vector
+        return scores, places
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ FAISS skips what is not allowed while it searches, so that the k best are the k 
 kinds are searched wider by as much as vectors are left out. Where few are allowed, or the search comes back with fewer
 than k, the allowed vectors are scanned one and all, as the index keeps them.
 
-n: vectors of the shard; q: queries; k: hits a query. A place is a vector's number without the shard's first number.
+n: numbers of the shard; q: queries; k: hits a query. A place is a vector's number without the shard's first number.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import Any, Final
 import faiss
 import numpy as np
 import numpy.typing as npt
+
+from pipeline.index.manifest import Shard
+from pipeline.index.soundness import held_numbers
 
 Matrix = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float64]
@@ -27,19 +30,29 @@ _BLOCK_BYTES: Final = 16 << 20
 _faiss: Final[Any] = faiss  # its type stubs know no constructor of parameters that takes any
 
 
-def allowed_mask(allowed: Mask | None, deleted: Numbers | None, first_vector: int, num_vectors: int) -> Mask | None:
-    """[n] of one shard's vectors, from `allowed` over the shard or None for all; None where all are allowed.
+def standing_mask(index: Any, shard: Shard, deleted: Numbers | None) -> Mask | None:
+    """[n] which of the shard's numbers are of vectors that it holds and that were not deleted; None where all are.
 
     `deleted` holds vector numbers of the whole index, ascending.
     """
-    if deleted is None:
-        return allowed
-    low, high = np.searchsorted(deleted, (first_vector, first_vector + num_vectors))
-    if low == high:
-        return allowed
-    mask = np.ones(num_vectors, np.bool_) if allowed is None else allowed.copy()
-    mask[deleted[low:high] - first_vector] = False
-    return mask
+    first = shard.first_vector
+    mask = np.ones(shard.num_vectors, np.bool_)
+    if deleted is not None:
+        low, high = np.searchsorted(deleted, (first, first + shard.num_vectors))
+        mask[deleted[low:high] - first] = False
+    if shard.absent:
+        held = np.zeros(shard.num_vectors, np.bool_)
+        numbers = held_numbers(index)
+        assert numbers is not None, "a shard that lacks vectors keeps the numbers of the others"
+        held[numbers - first] = True
+        mask &= held
+    return None if mask.all() else mask
+
+
+def sparse_numbers(index: Any, shard: Shard) -> Numbers | None:
+    """The number of each place of a shard that lacks some; None where places follow, or lists keep the numbers."""
+    outer: Any = faiss.downcast_index(index)
+    return faiss.vector_to_array(outer.id_map) if shard.absent and isinstance(outer, faiss.IndexIDMap) else None
 
 
 def selector(allowed: Mask, offset: int = 0) -> Any:
@@ -67,13 +80,24 @@ def unnumbered(index: Any, first_vector: int) -> tuple[Any, int]:
 
 
 def search_allowed(
-    index: Any, queries: Matrix, k: int, allowed: Mask, *, first_vector: int, effort: int | None
+    index: Any,
+    queries: Matrix,
+    k: int,
+    allowed: Mask,
+    *,
+    first_vector: int,
+    effort: int | None,
+    numbers: Numbers | None = None,
+    num_held: int | None = None,
 ) -> tuple[Scores, Numbers]:
     """Scores and vector numbers [q, min(k, number allowed)] of a shard of an approximate kind, best first.
 
-    `effort` is what the shard takes where all are allowed (see `effort`).
+    `effort` is what the shard takes where all are allowed (see `effort`). Of a shard that lacks some of its numbers,
+    `allowed` [n] allows none of those, `num_held` are left, and `numbers` are as `sparse_numbers` says.
     """
     inner, first_id = unnumbered(index, first_vector)
+    if numbers is not None:
+        allowed = allowed[numbers - first_vector]
     places = np.flatnonzero(allowed)
     k = min(k, len(places))
     if k == 0:
@@ -81,14 +105,15 @@ def search_allowed(
     only = selector(allowed, first_id)
     scores = np.full((len(queries), k), -np.inf, np.float32)
     ids = np.full((len(queries), k), -1, np.int64)
-    share = len(places) / len(allowed)
+    share = len(places) / (num_held or len(allowed))
     parameters = _parameters(inner, only, effort, 1 / share) if share >= _LEAST_SHARE else None
     if parameters is not None:
         scores, ids = inner.search(queries, k, params=parameters)
     short = (ids < 0).any(axis=1)
     if short.any():
         scores[short], ids[short] = _scan(inner, np.ascontiguousarray(queries[short]), k, only, places, first_id)
-    return scores.astype(np.float64), np.where(ids < 0, -1, ids - first_id + first_vector)
+    found = ids - first_id + first_vector if numbers is None else numbers[ids]
+    return scores.astype(np.float64), np.where(ids < 0, -1, found)
 
 
 def _parameters(index: Any, only: Any, effort: int | None, widening: float) -> Any | None:

@@ -23,7 +23,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.commits import Commit
 from pipeline.durable import storage_errors
 from pipeline.index import faiss_files
 from pipeline.index.centering import Centering
@@ -32,14 +31,15 @@ from pipeline.index.flat_file import FlatFile
 from pipeline.index.kinds import FLAT
 from pipeline.index.manifest import Contents, Recall, Shard
 from pipeline.index.recall import KEPT, ExactSearch, Found, K, Queries, Tuned, merged, recall_of, tune
-from pipeline.index.vectors import VectorBatch, vectors_of_parts
-from pipeline.job_folder import JobFolder
+from pipeline.index.search import Numbers
+from pipeline.index.vectors import VectorBatch, VectorRun
 
 Matrix = npt.NDArray[np.float32]
 
 TEMPLATE_NAME: Final = "trained.faiss"
 QUERIES_NAME: Final = "queries.npz"
 
+_NOTHING: Final = Found(scores=np.empty((0, 0)), numbers=np.empty((0, 0), np.int64))
 _ADD_ROWS: Final = 4096  # added at one time: a graph depends on it, so that it depends on nothing else
 _ROWS_SCHEMA: Final = pa.schema([("row", pa.int64()), ("sample", pa.int32()), ("field", pa.int8())])
 
@@ -48,19 +48,18 @@ _ROWS_SCHEMA: Final = pa.schema([("row", pa.int64()), ("sample", pa.int32()), ("
 class ShardTask:
     """What one shard is built from, and where. Plain data."""
 
-    out: str  # the job directory
+    runs: tuple[VectorRun, ...]  # its `count` vectors, of one job after another
     scratch: str  # folder of what the shards share, which the shard's file and rows are put into
     number: int
     kind: str
     dimension: int
     first: int
     count: int
-    parts: tuple[Commit, ...]
-    skip: int  # vectors of `parts` that come before `first`
     center: Matrix | None
     target: float  # recall
     batch_bytes: int
     threads: int | None  # None: as many as FAISS takes by itself
+    deleted: Numbers | None = None  # those of its numbers that it is to hold no vector of, ascending
 
     @property
     def path(self) -> Path:
@@ -69,6 +68,27 @@ class ShardTask:
     @property
     def rows_path(self) -> Path:
         return Path(self.scratch) / f"rows-{self.number:03d}.arrow"
+
+    def numbers(self) -> Numbers:
+        """Of the vectors that it holds."""
+        every = np.arange(self.first, self.first + self.count)
+        return every if self.deleted is None else np.delete(every, self.deleted - self.first)
+
+    def batches(self) -> Iterator[VectorBatch]:
+        """The vectors that it holds, as their parts have them. JobError as `committed_vectors`."""
+        end = self.first
+        for run in self.runs:
+            number, end = end, end + run.count
+            for batch in run.batches(self.batch_bytes):
+                count = len(batch.rows)
+                if self.deleted is not None:
+                    low, high = np.searchsorted(self.deleted, (number, number + count))
+                    if low < high:
+                        kept = np.ones(count, np.bool_)
+                        kept[self.deleted[low:high] - number] = False
+                        batch = batch.part(kept)
+                number += count
+                yield batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,11 +108,10 @@ def build_shard(task: ShardTask, *, is_stopped: Callable[[], bool] = lambda: Fal
 
     JobError if a part or the storage fails; Stopped soon after `is_stopped` says so.
     """
-    folder = JobFolder(Path(task.out))
     centering = None if task.center is None else Centering(task.center)
     draft = task.path.with_suffix(f".{uuid.uuid4().hex}")
     with storage_errors("writing", draft), faiss_files.faiss_threads(task.threads):
-        batches = _recorded(task, _batches(folder, task))
+        batches = _recorded(task, task.batches())
         matrices = _cut(b.matrix if centering is None else centering.apply(b.matrix) for b in batches)
         matrices = _watched(matrices, is_stopped)
         if task.kind == FLAT:
@@ -113,8 +132,7 @@ def harder(task: ShardTask, result: ShardResult) -> ShardResult:
         tuned = tune(index, read_queries(Path(task.scratch)), result.exact, task.target, more_than=shard.effort)
     if tuned.effort is None or tuned.effort <= shard.effort:
         return result
-    contents = {field.name: getattr(shard, field.name) for field in dataclasses.fields(Contents)}
-    return _result(Contents(**contents), tuned, result.exact, before=result)
+    return _result(shard, tuned, result.exact, before=result)
 
 
 def measured(
@@ -153,10 +171,6 @@ def read_rows(path: Path) -> Iterator[VectorBatch]:
             yield VectorBatch(matrix=np.empty((len(rows), 0), np.float32), rows=rows, samples=samples, fields=fields)
 
 
-def _batches(folder: JobFolder, task: ShardTask) -> Iterator[VectorBatch]:
-    return vectors_of_parts(folder, task.parts, skip=task.skip, count=task.count, batch_bytes=task.batch_bytes)
-
-
 def _recorded(task: ShardTask, batches: Iterator[VectorBatch]) -> Iterator[VectorBatch]:
     with pa.OSFile(str(task.rows_path), "wb") as sink, pa.ipc.new_file(sink, _ROWS_SCHEMA) as file:
         for batch in batches:
@@ -173,35 +187,45 @@ def _watched(matrices: Iterator[Matrix], is_stopped: Callable[[], bool]) -> Iter
 
 
 def _build_flat(task: ShardTask, path: Path, matrices: Iterator[Matrix]) -> ShardResult:
-    with FlatFile(path, dimension=task.dimension, first_vector=task.first, num_vectors=task.count) as file:
+    numbers = None if task.deleted is None else task.numbers()
+    held = task.count if numbers is None else len(numbers)
+    with FlatFile(path, dimension=task.dimension, first_vector=task.first, num_vectors=held, numbers=numbers) as file:
         for matrix in matrices:
             file.add(matrix)
-    contents = dataclasses.replace(file.contents(), file=task.path.name)
-    nothing = Found(scores=np.empty((0, 0)), numbers=np.empty((0, 0), np.int64))
-    shard = Shard(**dataclasses.asdict(contents), recall=1.0)
-    return ShardResult(shard=shard, exact=nothing, found=nothing, seconds=())
+    return ShardResult(shard=_shard(task, file.contents(), recall=1.0), exact=_NOTHING, found=_NOTHING, seconds=())
 
 
 def _build_held(task: ShardTask, path: Path, matrices: Iterator[Matrix]) -> ShardResult:
     queries = read_queries(Path(task.scratch))
-    index = faiss_files.with_numbers(faiss.read_index(str(Path(task.scratch) / TEMPLATE_NAME)), task.first)
+    template = faiss.read_index(str(Path(task.scratch) / TEMPLATE_NAME))
+    index = faiss_files.with_numbers(template, task.first, gaps=task.deleted is not None)
     exact = ExactSearch(queries)
-    faiss_files.reserve(index, task.count)
-    number = task.first
+    numbers = task.numbers()
+    faiss_files.reserve(index, len(numbers))
+    place = 0
     with faiss_files.faiss_threads(1 if is_graph(index) else task.threads):
         for matrix in matrices:
-            exact.add(matrix, number)
-            faiss_files.add_numbered(index, matrix, number)
-            number += len(matrix)
-    contents = dataclasses.replace(faiss_files.write_index(index, path, first_vector=task.first), file=task.path.name)
-    return _result(contents, tune(index, queries, exact.found, task.target), exact.found)
+            mine = numbers[place : place + len(matrix)]
+            exact.add(matrix, mine)
+            faiss_files.add_numbered(index, matrix, mine)
+            place += len(matrix)
+    shard = _shard(task, faiss_files.write_index(index, path, first_vector=task.first))
+    if not len(numbers):
+        return ShardResult(shard=shard, exact=exact.found, found=exact.found, seconds=())
+    return _result(shard, tune(index, queries, exact.found, task.target), exact.found)
 
 
-def _result(contents: Contents, tuned: Tuned, exact: Found, *, before: ShardResult | None = None) -> ShardResult:
-    trials, seconds = (before.shard.trials, before.seconds) if before is not None else ((), ())
-    shard = Shard(
-        **dataclasses.asdict(contents), effort=tuned.effort, recall=tuned.recall, trials=(*trials, *tuned.trials)
-    )
+def _shard(task: ShardTask, contents: Contents, *, recall: float | None = None) -> Shard:
+    """What the file of a draft is to be called, and the numbers that it stands for."""
+    absent = 0 if task.deleted is None else len(task.deleted)
+    named = dataclasses.replace(contents, file=task.path.name, num_vectors=task.count)
+    return Shard(**dataclasses.asdict(named), recall=recall, absent=absent)
+
+
+def _result(shard: Shard, tuned: Tuned, exact: Found, *, before: ShardResult | None = None) -> ShardResult:
+    seconds = () if before is None else before.seconds
+    trials = (*shard.trials, *tuned.trials)
+    shard = dataclasses.replace(shard, effort=tuned.effort, recall=tuned.recall, trials=trials)
     return ShardResult(shard=shard, exact=exact, found=tuned.found, seconds=(*seconds, *tuned.seconds))
 
 

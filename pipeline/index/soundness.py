@@ -27,12 +27,15 @@ _LEAST_WIDTH: Final = 1024  # an efSearch up to this asks for no memory worth th
 _FLOATS_AT_ONCE: Final = 1 << 22
 
 
-def refuse_unsound_shard(index: Any, path: Path, shard: Shard, *, exact: bool) -> None:
+def refuse_unsound_shard(index: Any, path: Path, shard: Shard, *, exact: bool, deleted: Numbers | None = None) -> None:
     """JobError where the index of one shard can't be searched safely. `exact`: it is to be a Flat one.
 
-    Looks at every number that it keeps, at every value of a Flat one, and asks it one query. Memory: a byte a vector.
+    `deleted` are the numbers that it may lack, ascending. Looks at every number that it keeps, at every value of a Flat
+    one, and asks it one query. Memory: two bytes a vector.
     """
     problem = _shard_problem(index, shard, exact)
+    if problem is None and shard.absent:
+        problem = _lost_problem(index, shard, deleted)
     if problem is not None:
         raise JobError(f"{path} is not sound: {problem}; remove index/ and run again")
 
@@ -52,22 +55,46 @@ def kept_numbers(index: Any) -> Numbers | None:
 
 def _shard_problem(index: Any, shard: Shard, exact: bool) -> str | None:
     try:
-        problem = next(_layer_problems(index, shard.num_vectors, shard.first_vector), None)
+        problem = next(_layer_problems(index, shard.num_held, shard.first_vector, shard.num_vectors), None)
         if problem is None and exact:
             problem = _flat_problem(index)
         if problem is None and shard.effort is not None:
-            most = most_effort(index, shard.num_vectors)
+            most = most_effort(index, shard.num_held)
             if effort_name(index) is None or most is None or not 1 <= shard.effort <= most:
                 problem = f"index.json wants it searched with an effort of {shard.effort}, which it has no use for"
-        if problem is None and shard.num_vectors and not exact:
+        if problem is None and shard.num_held and not exact:
             index.search(np.full((1, index.d), index.d**-0.5, np.float32), 1)
     except (RuntimeError, MemoryError) as error:
         return f"FAISS can't search it ({' '.join(str(error).split())[:200]})"
     return problem
 
 
-def _layer_problems(index: Any, count: int, first: int) -> Iterator[str]:
-    """What is wrong with an index of `count` vectors numbered from `first`, and with those inside of it."""
+def held_numbers(index: Any) -> Numbers | None:
+    """The numbers of an index's vectors, in whatever order it keeps them; None where a vector's place is its number."""
+    inner: Any = faiss.downcast_index(index)
+    while isinstance(inner, faiss.IndexPreTransform):
+        inner = faiss.downcast_index(inner.index)
+    return kept_numbers(inner)
+
+
+def _lost_problem(index: Any, shard: Shard, deleted: Numbers | None) -> str | None:
+    """A number that the shard lacks, though its vector was not deleted."""
+    numbers = held_numbers(index)
+    lacks = np.ones(shard.num_vectors, np.bool_)
+    lacks[(np.arange(shard.num_held) if numbers is None else numbers) - shard.first_vector] = False
+    if deleted is not None:
+        low, high = np.searchsorted(deleted, (shard.first_vector, shard.first_vector + shard.num_vectors))
+        lacks[deleted[low:high] - shard.first_vector] = False
+    return (
+        f"it lacks vector {shard.first_vector + int(np.argmax(lacks))}, which was not deleted" if lacks.any() else None
+    )
+
+
+def _layer_problems(index: Any, count: int, first: int, span: int) -> Iterator[str]:
+    """What is wrong with an index of `count` vectors, and with those inside of it.
+
+    They are numbered from `first` to `first + span - 1`, where `span` is more than `count` with numbers left out.
+    """
     layer: Any = faiss.downcast_index(index)
     name = type(layer).__name__
     if layer.ntotal != count:
@@ -81,19 +108,24 @@ def _layer_problems(index: Any, count: int, first: int) -> Iterator[str]:
     numbers = kept_numbers(layer)
     if numbers is None:
         wraps = isinstance(layer, faiss.IndexPreTransform | faiss.IndexRefine)
-        if first and not wraps:
-            yield f"its {name} numbers vectors from 0, not from {first}"
-    elif not _is_permutation(numbers, count, first):
-        yield f"its vectors are not numbered as index.json says, {first} to {first + count - 1}, each once"
+        if (first or span != count) and not wraps:
+            yield f"its {name} numbers vectors from 0, one after another, not as index.json says"
+    elif not _are_within(numbers, count, first, span):
+        yield f"its vectors are not numbered as index.json says, {first} to {first + span - 1}, each once"
+    elif isinstance(layer, faiss.IndexIDMap) and (np.diff(numbers) <= 0).any():
+        yield f"its {name} does not number its vectors in order"
+    within = _same_width(layer)
+    if any(inner.d != layer.d for inner in within):
+        yield f"its {name} is {layer.d} wide, and what is in it {' and '.join(str(inner.d) for inner in within)}"
     match layer:
         case faiss.IndexIDMap():
-            yield from _layer_problems(layer.index, count, 0)
+            yield from _layer_problems(layer.index, count, 0, count)
         case faiss.IndexPreTransform():
             yield from _transform_problems(layer)
-            yield from _layer_problems(layer.index, count, first)
+            yield from _layer_problems(layer.index, count, first, span)
         case faiss.IndexRefine():
-            yield from _layer_problems(layer.base_index, count, first)
-            yield from _layer_problems(layer.refine_index, count, first)
+            yield from _layer_problems(layer.base_index, count, first, span)
+            yield from _layer_problems(layer.refine_index, count, first, span)
         case faiss.IndexIVF():
             if layer.quantizer.d != layer.d or layer.quantizer.ntotal != layer.nlist:
                 yield f"it has {layer.nlist} lists and {layer.quantizer.ntotal} centroids of width {layer.quantizer.d}"
@@ -102,6 +134,17 @@ def _layer_problems(index: Any, count: int, first: int) -> Iterator[str]:
                 yield f"its graph is to be searched with a width of {layer.hnsw.efSearch}"
             if layer.storage.d != layer.d or layer.storage.ntotal != count:
                 yield f"its graph is over {layer.storage.ntotal} vectors of width {layer.storage.d}"
+
+
+def _same_width(layer: Any) -> list[Any]:
+    """The layers that take the vectors which this one takes."""
+    match layer:
+        case faiss.IndexIDMap():
+            return [layer.index]
+        case faiss.IndexRefine():
+            return [layer.base_index, layer.refine_index]
+        case _:
+            return []
 
 
 def _transform_problems(layer: Any) -> Iterator[str]:
@@ -128,15 +171,15 @@ def _flat_problem(index: Any) -> str | None:
     return None
 
 
-def _is_permutation(numbers: Numbers, count: int, first: int) -> bool:
-    """Whether they are `first` to `first + count - 1`, each once, in any order."""
+def _are_within(numbers: Numbers, count: int, first: int, span: int) -> bool:
+    """Whether they are `count` of `first` to `first + span - 1`, each once, in any order."""
     if len(numbers) != count:
         return False
-    if count and (numbers.min() < first or numbers.max() >= first + count):
+    if count and (numbers.min() < first or numbers.max() >= first + span):
         return False
-    seen = np.zeros(count, bool)
+    seen = np.zeros(span, bool)
     seen[numbers - first] = True
-    return bool(seen.all())
+    return int(np.count_nonzero(seen)) == count
 
 
 def _lists(index: Any) -> Any:

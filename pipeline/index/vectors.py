@@ -5,8 +5,9 @@ d: width of a vector; n: vectors of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, cast
 
 import numpy as np
@@ -31,6 +32,12 @@ class VectorBatch:
     rows: npt.NDArray[np.int64]  # [n]
     samples: npt.NDArray[np.int32]  # [n]
     fields: npt.NDArray[np.int8]  # [n] places in FIELDS
+
+    def part(self, which: Any) -> VectorBatch:
+        """Those that a slice, a mask [n] or places choose."""
+        return VectorBatch(
+            matrix=self.matrix[which], rows=self.rows[which], samples=self.samples[which], fields=self.fields[which]
+        )
 
 
 def dimension_of(folder: JobFolder, commits: Mapping[int, Commit]) -> int | None:
@@ -63,31 +70,38 @@ def committed_vectors(
             )
 
 
-def vectors_of_parts(
-    folder: JobFolder, parts: Sequence[Commit], *, skip: int, count: int, batch_bytes: int = BATCH_BYTES
-) -> Iterator[VectorBatch]:
-    """`count` vectors of `parts`, whose first `skip` are left out. JobError as `committed_vectors`."""
-    commits = {commit.split: commit for commit in parts}
-    for batch in committed_vectors(folder, commits, batch_bytes=batch_bytes):
-        kept = slice(min(skip, len(batch.rows)), min(skip + count, len(batch.rows)))
-        skip, count = skip - kept.start, count - (kept.stop - kept.start)
-        if kept.stop > kept.start:
-            yield VectorBatch(
-                matrix=batch.matrix[kept], rows=batch.rows[kept], samples=batch.samples[kept], fields=batch.fields[kept]
-            )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VectorRun:
+    """`count` vectors of a job that follow each other, and the parts that hold them. Plain data."""
 
+    out: str  # the job directory
+    parts: tuple[Commit, ...]
+    skip: int  # vectors of `parts` that come before
+    count: int
 
-def parts_with(commits: Mapping[int, Commit], first: int, count: int) -> tuple[tuple[Commit, ...], int]:
-    """The parts that hold vectors `first` to `first + count - 1`, and how many others lie before these in them."""
-    parts, skip, number = list[Commit](), 0, 0
-    for split in sorted(commits):
-        held = sum(commits[split].vectors.values())
-        if number < first + count and number + held > first:
-            if not parts:
-                skip = first - number
-            parts.append(commits[split])
-        number += held
-    return tuple(parts), skip
+    @staticmethod
+    def of(folder: JobFolder, commits: Mapping[int, Commit], first: int, count: int) -> VectorRun:
+        """Those from the job's vector `first` on."""
+        parts, skip, number = list[Commit](), 0, 0
+        for split in sorted(commits):
+            held = sum(commits[split].vectors.values())
+            if number < first + count and number + held > first:
+                if not parts:
+                    skip = first - number
+                parts.append(commits[split])
+            number += held
+        # Another process may read them, which has its own idea of where it is.
+        return VectorRun(out=str(folder.root.absolute()), parts=tuple(parts), skip=skip, count=count)
+
+    def batches(self, batch_bytes: int = BATCH_BYTES) -> Iterator[VectorBatch]:
+        """JobError as `committed_vectors`."""
+        skip, count = self.skip, self.count
+        commits = {commit.split: commit for commit in self.parts}
+        for batch in committed_vectors(JobFolder(Path(self.out)), commits, batch_bytes=batch_bytes):
+            kept = slice(min(skip, len(batch.rows)), min(skip + count, len(batch.rows)))
+            skip, count = skip - kept.start, count - (kept.stop - kept.start)
+            if kept.stop > kept.start:
+                yield batch.part(kept)
 
 
 def part_vectors(folder: JobFolder, commit: Commit, *, batch_bytes: int = BATCH_BYTES) -> Iterator[VectorBatch]:

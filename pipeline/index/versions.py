@@ -1,4 +1,4 @@
-"""Versions of an index: each change makes the next one beside it, which then takes its place whole.
+"""Versions of an index: each change, and building it again, makes the next one beside it, which takes its place whole.
 
     _attempts/index-...     the next version while it is made; files that don't change are the old ones, by hard links
     index/                  the newest
@@ -14,12 +14,14 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Final
 
 from pipeline.durable import removed_on_failure, replace_folder, seal, storage_errors, sync_folder, write_new
 from pipeline.errors import JobError, UserError
-from pipeline.index.manifest import MANIFEST_NAME, IndexManifest, read_manifest
+from pipeline.index.manifest import MANIFEST_NAME, IndexManifest, VersionNote, read_manifest
 from pipeline.job_folder import JobFolder
 
 VERSIONS_NAME: Final = "index-versions"
@@ -43,9 +45,33 @@ def change_index(folder: JobFolder, change: Change) -> IndexManifest:
         for contents in before.files:
             link_or_copy(folder.index / contents.file, draft / contents.file)
         changed = dataclasses.replace(change(draft, before), version=before.version + 1)
+        changed = with_history(changed, before, folder.index, what_changed(before, changed))
         write_manifest(draft, changed)
-        _publish(folder, draft, before)
+        publish(folder, draft)
     return changed
+
+
+def with_history(changed: IndexManifest, before: IndexManifest, folder: Path, change: str) -> IndexManifest:
+    """`changed` with a note of what it is, after those of the version `before`, which is in `folder`."""
+    history = before.history
+    if not history:
+        built_at = datetime.fromtimestamp((folder / MANIFEST_NAME).stat().st_mtime)
+        history = (VersionNote.of(before, "built", built_at),)
+    return dataclasses.replace(changed, history=(*history, VersionNote.of(changed, change, datetime.now())))
+
+
+def what_changed(before: IndexManifest, after: IndexManifest) -> str:
+    """In words, from what the two hold."""
+    changes = [f"added {job.job}: {job.num_vectors:,} vectors" for job in after.jobs[len(before.jobs) :]]
+    if after.num_deleted > before.num_deleted:
+        count = after.num_deleted - before.num_deleted
+        changes.append(f"deleted {count:,} {'vector' if count == 1 else 'vectors'}")
+    if after.num_absent > before.num_absent or len(after.shards) < len(before.shards):
+        taken = after.num_absent - before.num_absent
+        joined = len(after.shards) < len(before.shards)
+        shards = f", {len(before.shards):,} shards to {len(after.shards):,}" if joined else ""
+        changes.append(f"compacted: {taken:,} deleted vectors taken out{shards}")
+    return ", ".join(changes) or "changed"
 
 
 def write_manifest(draft: Path, manifest: IndexManifest) -> None:
@@ -72,9 +98,14 @@ def link_or_copy(source: Path, target: Path) -> None:
             os.fsync(file.fileno())
 
 
+def kept_folder(folder: JobFolder, version: int) -> Path:
+    """Where the files of a version that is not the newest are, while they are kept."""
+    return folder.root / VERSIONS_NAME / f"{version:06d}"
+
+
 def folder_of_version(folder: Path, manifest: IndexManifest) -> Path:
     """Where the files of this version of the index in `folder` (OUT/index) are now: there, or as the version before."""
-    before = folder.parent / VERSIONS_NAME / f"{manifest.version:06d}"
+    before = kept_folder(JobFolder(folder.parent), manifest.version)
     try:
         is_before = read_manifest(folder) != manifest and read_manifest(before) == manifest
     except (UserError, JobError):
@@ -82,10 +113,27 @@ def folder_of_version(folder: Path, manifest: IndexManifest) -> Path:
     return before if is_before else folder
 
 
-def _publish(folder: JobFolder, draft: Path, before: IndexManifest) -> None:
+def versions_present(folder: Path) -> list[tuple[Path, IndexManifest]]:
+    """The versions of the index in `folder` (OUT/index) that are there, each with where its files are, newest first."""
+    before = folder.parent / VERSIONS_NAME
+    folders = [folder, *sorted(before.iterdir(), reverse=True)] if before.is_dir() else [folder]
+    present = []
+    for path in folders:
+        with suppress(UserError, JobError):  # being replaced, or another's
+            present.append((path, read_manifest(path)))
+    return present
+
+
+def publish(folder: JobFolder, draft: Path) -> None:
+    """`draft`, an index whose files are flushed, takes the place of the one that is there, which is kept beside it."""
+    try:
+        before = read_manifest(folder.index)
+    except (UserError, JobError):  # none, or one that nobody can read
+        replace_folder(draft, folder.index, discarded=draft.with_name(f"{draft.name}-old"))
+        return
     versions = folder.root / VERSIONS_NAME
     versions.mkdir(exist_ok=True)
     for path in versions.iterdir():
         shutil.rmtree(path)
-    kept = versions / f"{before.version:06d}"
+    kept = kept_folder(folder, before.version)
     replace_folder(draft, folder.index, discarded=draft.with_name(f"{draft.name}-old"), kept=kept)

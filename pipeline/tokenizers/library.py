@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import tokenizers
 from tokenizers import Tokenizer as LibraryBackend
@@ -14,11 +14,12 @@ from pipeline.tokenizer import IncrementalDecoder, PromptText, Span
 from pipeline.tokenizers.added_tokens import AddedToken, AddedTokens
 from pipeline.tokenizers.ascii_words import ascii_words
 from pipeline.tokenizers.checkpoint import CheckpointFacts
+from pipeline.tokenizers.described import DescribedTokenizer
 from pipeline.tokenizers.streaming import Settings, StepwiseDecoder, check_decoder, decoder_steps
 from pipeline.tokenizers.text import NOT_TEXT, is_text
 
 
-class LibraryTokenizer:
+class LibraryTokenizer(DescribedTokenizer):
     """A `pipeline.tokenizer.Tokenizer` over the `tokenizers` library. It takes `backend` over: don't change it after.
 
     Two backends share one vocabulary: `_parsing` finds control tokens in text and `_plain` does not. `_plain` knows one
@@ -56,30 +57,6 @@ class LibraryTokenizer:
         self._plainly_matched = _are_plainly_matched(list(added.values()))
         self._ends = _ends(backend)
         self.vocab_size: int = max([backend.get_vocab_size(), *(token_id + 1 for token_id in added)])
-
-    @property
-    def bos_id(self) -> int | None:
-        return self._facts.bos_id
-
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        return self._facts.eos_ids
-
-    @property
-    def chat_template(self) -> str | None:
-        return self._facts.chat_template
-
-    @property
-    def special_tokens(self) -> Mapping[str, str]:
-        return self._facts.special_tokens
-
-    @property
-    def control_strings(self) -> frozenset[str]:
-        return self._added.control_strings
-
-    @property
-    def digest(self) -> str:
-        return self._facts.digest
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False, literal: Sequence[Span] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sentencepiece import SentencePieceProcessor
@@ -12,6 +12,7 @@ from pipeline.errors import RowError
 from pipeline.tokenizer import IncrementalDecoder, PromptText, Span
 from pipeline.tokenizers.added_tokens import AddedToken, AddedTokens, Match
 from pipeline.tokenizers.checkpoint import CheckpointFacts
+from pipeline.tokenizers.described import DescribedTokenizer
 from pipeline.tokenizers.piece_decoder import PieceDecoder, PieceTexts
 from pipeline.tokenizers.text import NOT_TEXT, is_text
 
@@ -40,7 +41,7 @@ class _Text:
     literal: Sequence[Span]
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(DescribedTokenizer):
     """A `pipeline.tokenizer.Tokenizer` over a SentencePiece model.
 
     SentencePiece itself never reads a control token from text. Where they are to be parsed, text is cut at them and
@@ -72,30 +73,6 @@ class SentencePieceTokenizer:
         if model.normalizer_spec.add_dummy_prefix and not framing.prefix_after_control:
             model.normalizer_spec.add_dummy_prefix = False
             self._continuing = SentencePieceProcessor.from_proto(model.SerializeToString())
-
-    @property
-    def bos_id(self) -> int | None:
-        return self._facts.bos_id
-
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        return self._facts.eos_ids
-
-    @property
-    def chat_template(self) -> str | None:
-        return self._facts.chat_template
-
-    @property
-    def special_tokens(self) -> Mapping[str, str]:
-        return self._facts.special_tokens
-
-    @property
-    def control_strings(self) -> frozenset[str]:
-        return self._added.control_strings
-
-    @property
-    def digest(self) -> str:
-        return self._facts.digest
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False, literal: Sequence[Span] = ()

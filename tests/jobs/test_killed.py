@@ -54,8 +54,9 @@ def test_jobs_with_a_ray_of_their_own_survive_interrupts_and_kills(
     os.killpg(first.process.pid, signal.SIGINT)
     wait_for_commits(tmp_path / "killed", 2, second.process)
     (shard,) = shards_of(psutil.Process(second.process.pid))
+    node = shard.parent()
     second.process.kill()
-    _, alive = psutil.wait_procs([shard, shard.parent()], timeout=20)
+    _, alive = psutil.wait_procs([shard, node], timeout=20)
     assert alive == [], "an actor and its node outlive the controller"
     status, stdout, stderr = first.end()
     assert (status, stdout) == (130, ""), stderr

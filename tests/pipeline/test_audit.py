@@ -270,7 +270,11 @@ def test_an_index_with_another_number_of_vectors_is_seen(folder: JobFolder) -> N
     rows = read_sealed(folder.index / "index.json")["rows"] | {"num_vectors": 29}
     reseal(folder, folder.index / "index.json", num_vectors=29, rows=rows)
     problems = audit(folder.root).problems
-    assert any("the index holds 29 vectors, and the parts hold 30" in problem for problem in problems), problems
+    assert any("its jobs have 30 of 29 vectors" in problem for problem in problems), problems
+    (job,) = read_sealed(folder.index / "index.json")["jobs"]
+    reseal(folder, folder.index / "index.json", jobs=[job | {"num_vectors": 29}])
+    problems = audit(folder.root).problems
+    assert any(f"the index holds 29 vectors of {job['job']}, and the parts hold 30" in problem for problem in problems)
 
 
 def reshard(folder: JobFolder, number: int, **changes: Any) -> None:

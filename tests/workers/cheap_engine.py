@@ -2,8 +2,9 @@
 
 Words in a prompt make it misbehave: DIE (the process is killed), BREAK (a step raises), REFUSE (adding raises), NAN and
 ZERO (such a vector), SILENT (an empty generation), FAIL (an error row), and HANG (a step that never ends).
-`cheap.json` in the model's folder: {"step_s": seconds a step takes, "rows_a_step": how many end in it, "refuses":
-false to take what says REFUSE, "once": a file, made by the one process that is broken by BREAK or HANG}.
+`cheap.json` in the model's folder: {"step_s": seconds a step takes, while the file says so, "rows_a_step": how many
+end in it, "refuses": false to take what says REFUSE, "once": a file, made by the one process that is broken by BREAK or
+HANG}.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,9 +33,10 @@ WIDTH = 8
 class CheapEngine:
     def __init__(self, settings: EngineSettings) -> None:
         model = Path(settings.model_path)
-        options = json.loads((model / "cheap.json").read_text()) if (model / "cheap.json").exists() else {}
+        self._options = model / "cheap.json"
+        options = self._read_options()
         self.tokenizer = load_tokenizer(model)
-        self.step_s = options.get("step_s", 0.0)
+        self.is_slow = "step_s" in options
         self.rows_a_step = options.get("rows_a_step", 256)
         self.stats = EngineStats()
         self.refuses = options.get("refuses", True)
@@ -55,17 +58,32 @@ class CheapEngine:
         return bool(self._waiting)
 
     @property
+    def is_idle(self) -> bool:
+        return not self._waiting
+
+    def clear_stats(self) -> None:
+        self.stats = EngineStats()
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
     def step(self) -> list[Finished]:
-        time.sleep(self.step_s)
+        self._take_time()
         finished: list[Finished] = []
         # the last come first, so that rows finish out of order
         for _ in range(min(self.rows_a_step, len(self._waiting))):
             finished += self._answer(self._waiting.pop() if len(finished) % 2 else self._waiting.popleft())
         self.stats.steps += 1
         return finished
+
+    def _read_options(self) -> dict[str, Any]:
+        return json.loads(self._options.read_text()) if self._options.exists() else {}
+
+    def _take_time(self) -> None:
+        began = time.monotonic()
+        while self.is_slow and time.monotonic() - began < self._read_options().get("step_s", 0.0):
+            time.sleep(0.01)
 
     def _first_time(self, what: str) -> bool:
         if self.once is None:

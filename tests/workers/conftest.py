@@ -16,9 +16,9 @@ from pipeline.job_folder import JobFolder
 from pipeline.prompts import PromptSettings
 from pipeline.source import Source, Split
 from workers.assignment import Assignment, FinishedAssignment
+from workers.job_runner import build_runner
 from workers.row_runner import RowRunner
-from workers.settings import EmbedSettings, EngineSettings, ShardSettings
-from workers.shard import build_runner
+from workers.settings import EmbedSettings, EngineSettings, JobSettings, load_callable
 
 
 class Desk:
@@ -33,10 +33,10 @@ class Desk:
         self.folder.create()
         generates, embed = options.pop("generates", {"max_new_tokens": 4}), options.pop("embed", None)
         engine = {"max_context": options.pop("max_context", None)}
-        self.settings = ShardSettings(
+        self.engine = EngineSettings(model_path=str(model), factory="cheap_engine:load", **engine)
+        self.job = JobSettings(
             out=str(self.folder.root),
             source=self.source.to_json(),
-            engine=EngineSettings(model_path=str(model), factory="cheap_engine:load", **engine),
             prompt=PromptSettings(**{"column": "body"} | options.pop("prompt", {})),
             on_too_long=options.pop("on_too_long", "error"),
             date="2026-01-01T00:00:00+00:00",
@@ -44,7 +44,7 @@ class Desk:
             embed=EmbedSettings(**embed) if embed else None,
             **options,
         )
-        self.runner: RowRunner = build_runner(self.settings)
+        self.runner: RowRunner = build_runner(load_callable(self.engine.factory)(self.engine), self.engine, self.job)
         self._thread: threading.Thread | None = None
 
     def assignment(self, split: int, **changes: Any) -> Assignment:
@@ -92,3 +92,20 @@ def desk(tmp_path: Path, tiny_tokenizer_dir: Path, monkeypatch: pytest.MonkeyPat
     yield make
     for one in made:
         one.stop()
+
+
+@pytest.fixture(scope="session")
+def most_likely() -> Callable[[Any, list[int], list[int]], list[int]]:
+    """`most_likely(model of transformers, prompt, text)`: what it would put in place of each token of text, and next.
+
+    It says the same text by itself, greedily, if it puts the same in each place: by induction over the prefixes.
+    """
+    import torch
+
+    def after_each_prefix(model: Any, prompt: list[int], text: list[int]) -> list[int]:
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + text])).logits[0]
+        found: list[int] = logits[len(prompt) - 1 :].argmax(-1).tolist()
+        return found
+
+    return after_each_prefix

@@ -216,9 +216,14 @@ class Engine:
         """A copy: it stays as it is while the engine goes on."""
         return replace(self._stats)
 
+    @property
+    def is_idle(self) -> bool:
+        return not self.has_work
+
     def clear_stats(self) -> None:
-        """Count from here on."""
+        """Count from here on, what experts do too."""
         self._stats = EngineStats()
+        self.decoder.dispatcher.clear()
 
     @torch.inference_mode()
     def step(self) -> list[Finished]:

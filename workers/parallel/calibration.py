@@ -43,6 +43,9 @@ class ListeningDispatcher(Dispatcher):
     def work(self) -> ExpertWork:
         return self.inner.work()
 
+    def clear(self) -> None:
+        self.inner.clear()
+
 
 def empty_loads(config: DecoderConfig) -> ExpertLoads:
     """Loads of nothing yet, for a decoder's layers with experts. ValueError if they differ in how many they have."""

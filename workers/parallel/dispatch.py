@@ -34,6 +34,10 @@ class Dispatcher(ABC):
     def work(self) -> ExpertWork:
         """What the experts here did so far. May be asked from any thread."""
 
+    @abstractmethod
+    def clear(self) -> None:
+        """`work` tells of what comes from here on."""
+
 
 class LocalDispatcher(Dispatcher):
     """All experts are here, expert e in slot e."""
@@ -54,6 +58,9 @@ class LocalDispatcher(Dispatcher):
 
     def work(self) -> ExpertWork:
         return ExpertWork(rows={layer: rows.cpu().numpy() for layer, rows in sorted(self._rows.copy().items())})
+
+    def clear(self) -> None:
+        self._rows = {}
 
 
 def combine(answers: Tensor, weights: Tensor) -> Tensor:

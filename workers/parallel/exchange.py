@@ -68,7 +68,7 @@ class AllToAllDispatcher(Dispatcher):
             raise ValueError(f"a placement over {placement.num_ranks} ranks for a gang of {gang.num_ranks}")
         self.placement = placement
         self._layers = {layer: _layer(placement, self.topology, layer, gang.rank) for layer in placement.layers}
-        self.traffic = Traffic(bytes_to=[0] * gang.num_ranks)
+        self.clear()
 
     def run(
         self, layer: int, num_experts: int, x: Tensor, expert_ids: Tensor, weights: Tensor, compute: Compute
@@ -86,6 +86,9 @@ class AllToAllDispatcher(Dispatcher):
         by_pair = torch.empty_like(answers)
         by_pair[by_slot] = answers
         return combine(by_pair, weights)
+
+    def clear(self) -> None:
+        self.traffic = Traffic(bytes_to=[0] * self._gang.num_ranks)
 
     def work(self) -> ExpertWork:
         traffic, placement, rank = self.traffic, self.placement, self._gang.rank

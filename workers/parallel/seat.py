@@ -37,5 +37,5 @@ class Seating:
     calibrates: bool = False
 
 
-class CalibrationBroken(Exception):
-    """A rank died, or the sample broke the model: the gang is of no use any more."""
+class GangBroken(Exception):
+    """A rank died while the gang met or calibrated, or the sample broke the model: the gang is of no use any more."""

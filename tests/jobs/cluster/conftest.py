@@ -18,7 +18,7 @@ OBJECT_STORE_BYTES = 80 << 20
 # Ray would need 15 seconds to see that a node is dead.
 HEALTH_CHECK = {
     "health_check_initial_delay_ms": 0,
-    "health_check_period_ms": 1000,
+    "health_check_period_ms": 300,
     "health_check_timeout_ms": 3000,
     "health_check_failure_threshold": 3,
 }

@@ -14,6 +14,12 @@ import yaml
 pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parents[3]
+RUN = """
+import jobs.cluster.visibility
+jobs.cluster.visibility.SHARED_S = 1.0
+from jobs.cli import main
+main()
+"""
 
 
 @pytest.fixture
@@ -39,7 +45,7 @@ def run(settings: dict, folder: Path, address: str) -> tuple[int, str]:
     job.write_text(yaml.safe_dump(settings))
     environment = os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "jobs", "run", str(job)], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", RUN, "run", str(job)], env=environment, capture_output=True, text=True, timeout=120
     )
     return done.returncode, done.stderr
 

@@ -12,7 +12,7 @@ import pytest
 from jobs.cluster.visibility import expected, look
 from pipeline.prompts import PromptSettings
 from pipeline.source import Source
-from workers.settings import EngineSettings, ShardSettings
+from workers.settings import EngineSettings, JobSettings, ShardSettings
 
 
 @pytest.fixture
@@ -26,16 +26,16 @@ def asked(tiny_tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     attempts = tmp_path / "out" / "_attempts"
     attempts.mkdir(parents=True)
     (attempts / "nonce").write_text("once")
-    settings = ShardSettings(
+    job = JobSettings(
         out=str(tmp_path / "out"),
         source=Source.open(str(tmp_path / "rows.jsonl")).to_json(),
-        engine=EngineSettings(model_path=str(tmp_path / "model")),
         prompt=PromptSettings(),
         on_too_long="error",
         date="2026-01-01T00:00:00+00:00",
         sampling=None,
         embed=None,
     )
+    settings = ShardSettings(engine=EngineSettings(model_path=str(tmp_path / "model")), job=job)
     return expected(settings, attempts / "nonce")
 
 

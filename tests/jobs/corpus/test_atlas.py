@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,9 @@ from jobs.atlas import export_atlas
 from jobs.cli import execute
 from pipeline.commits import Commit
 from pipeline.index.build import build_index
-from pipeline.index.manifest import Provenance
+from pipeline.index.growth import Addition, add_job
+from pipeline.index.manifest import Provenance, read_manifest
+from pipeline.index.versions import change_index
 from pipeline.job_folder import JobFolder
 
 Committed = Callable[..., tuple[JobFolder, dict[int, Commit]]]
@@ -58,6 +61,16 @@ def test_neighbours_are_positions_in_the_file_nearest_first(indexed: Committed, 
         assert found["distances"] == sorted(found["distances"])
         assert all(distance >= 0 for distance in found["distances"])
         assert all(table["row"][neighbour].as_py() % 3 == row % 3 for neighbour in found["ids"])
+
+
+def test_rows_of_other_jobs_in_the_index_are_no_neighbours(indexed: Committed) -> None:
+    folder, commits = indexed(60)
+    before = pq.read_table(export_atlas(folder.root).file)
+    others = {split: dataclasses.replace(commit, fingerprint="another") for split, commit in commits.items()}
+    provenance = read_manifest(folder.index).provenance
+    addition = Addition(folder=folder, path="../another", job="another", commits=others, provenance=provenance)
+    change_index(folder, lambda draft, manifest: add_job(draft, manifest, addition))
+    assert pq.read_table(export_atlas(folder.root).file).equals(before)
 
 
 def test_more_vectors_than_landmarks_are_placed_by_their_subject(

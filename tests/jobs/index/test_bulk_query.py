@@ -18,6 +18,8 @@ from jobs.cli import execute
 from jobs.client import connect
 from jobs.index.bulk_query import bulk_query, neighbours
 from jobs.index.served import serving
+from pipeline.audit import audit
+from pipeline.durable import file_sha256, read_sealed, seal
 from pipeline.errors import JobError, UserError
 
 pytestmark = pytest.mark.ray
@@ -56,7 +58,12 @@ def asked_for(folder: Path) -> list[int]:
 
 
 def test_neighbours_are_those_that_single_queries_find(
-    ask: Callable[..., Any], indexed_job: Path, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ask: Callable[..., Any],
+    indexed_job: Path,
+    queries: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     assert ask() == {"output": str(tmp_path / "found"), "queries": 150, "errors": 2, "neighbours": 148 * 3}
     found = records(tmp_path / "found")
@@ -83,6 +90,9 @@ def test_neighbours_are_those_that_single_queries_find(
     assert {row: record["error_code"] for row, record in failed.items()} == {5: "empty_prompt", 70: "nonfinite"}
     assert failed[5]["query_id"] == "q5"
     assert asked_for(tmp_path / "found") == list(range(150))
+    whole = audit(tmp_path / "found")
+    assert (whole.problems, whole.pending) == ((), ())
+    assert (whole.rows, whole.errors, whole.neighbours, whole.splits) == (150, 2, 148 * 3, 3)
     # Asked again, it does nothing; another search is refused.
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "found").rglob("*.parquet")}
     monkeypatch.setattr(jobs.index.bulk_query, "ray_session", lambda *_, **__: pytest.fail("workers are started"))
@@ -93,6 +103,7 @@ def test_neighbours_are_those_that_single_queries_find(
     pq.write_table(pa.table({"q": ["another"], "name": ["q0"]}), queries)
     with pytest.raises(JobError, match=r"queries.parquet has changed"):
         ask()
+    assert_changes_are_seen(tmp_path / "found", capfd)
 
 
 def test_killed_at_any_time_it_goes_on_and_repeats_nothing(
@@ -123,6 +134,7 @@ def test_killed_at_any_time_it_goes_on_and_repeats_nothing(
         asked.kill()
         asked.communicate()
     found = tmp_path / "found"
+    assert any("2 of 3 splits" in line for line in audit(found).pending)
     parts = sorted((found / "parts").iterdir())
     assert [path.name for path in parts] == ["part-000000.parquet"]
     stamp = parts[0].stat().st_mtime_ns
@@ -132,6 +144,44 @@ def test_killed_at_any_time_it_goes_on_and_repeats_nothing(
     assert asked_for(found) == list(range(150))
     assert parts[0].stat().st_mtime_ns == stamp
     assert list((found / "_attempts").iterdir()) == []
+
+
+def assert_changes_are_seen(found: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """By `gristmill verify`, of a search that is whole."""
+    capfd.readouterr()
+    assert execute(["verify", str(found)]) == 0
+    assert "is whole: 150 of 150 queries in 3 splits, 2 errors, 444 neighbours" in capfd.readouterr().out
+    for name in (
+        "search.json",
+        "parts/part-000001.parquet",
+        "commits/000002.json",
+        "queries/parts/part-000000.parquet",
+        "queries/plan.json",
+    ):
+        path = found / name
+        content = path.read_bytes()
+        path.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
+        assert execute(["verify", str(found)]) == 1
+        assert str(path) in capfd.readouterr().out
+        path.write_bytes(content)
+    # Changed together with its hash.
+    path, commit = found / "parts" / "part-000000.parquet", found / "commits" / "000000.json"
+    table = pq.read_table(path, partitioning=None)
+    for changed, said in (
+        (table.slice(1), "it holds 189 records, and its commit says 190"),
+        (table.slice(3), "does not answer queries 0 to 63, each once and in order"),
+        (pa.concat_tables([table.slice(0, 3), table]), "the neighbours of query 0 are not 3, best first"),
+        (table.take([1, 0, *range(2, len(table))]), "the neighbours of query 0 are not 3, best first"),
+        (table.drop_columns("job"), "its columns are"),
+    ):
+        pq.write_table(changed, path)
+        document = read_sealed(commit) | {"sha256": file_sha256(path), "size_bytes": path.stat().st_size}
+        commit.write_bytes(seal(document))
+        assert any(said in problem for problem in audit(found).problems), (said, audit(found).problems)
+    (found / "parts" / "part-000002.parquet").rename(found / "parts" / "part-000003.parquet")
+    problems = audit(found).problems
+    assert any("part-000003.parquet has no commit" in problem for problem in problems)
+    assert any("part-000002.parquet is missing" in problem for problem in problems)
 
 
 def test_the_command_says_what_it_needs(indexed_job: Path, queries: Path, tmp_path: Path, capfd: Any) -> None:

@@ -13,6 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import execute
+from jobs.index.bulk_query import bulk_query, neighbours
+from pipeline.job_folder import JobFolder
+from pipeline.lock import lock
 
 pytestmark = pytest.mark.ray
 
@@ -95,16 +98,33 @@ def test_an_index_grows_forgets_and_is_merged(
     ]
     assert answer("index", "add", "first", "second")[0] == 2
 
+    # Many queries at once say of which job their neighbours are, also of an index that has no job of its own.
+    asked = {("first", 5): "first text 5", ("second", 3): "second text 3", ("second", 0): "second text 0"}
+    pq.write_table(pa.table({"q": list(asked.values())}), tmp_path / "queries.parquet")
+    found = tmp_path / "found"
+    bulk_query(tmp_path / "both", str(tmp_path / "queries.parquet"), found, k=2, engine_factory="cheap_engine:load")
+    best = [record for record in neighbours(found).to_table().to_pylist() if record["rank"] == 1]
+    assert [(record["job"], record["row"], record["id"]) for record in best] == [(*at, str(at[1])) for at in asked]
+    assert answer("verify", "found")[1]["neighbours"] == 6
+
     status, shown = answer("index", "delete", "first", "--filter", "day == 'second' and size == 3")
     assert (status, shown["num_deleted"], shown["version"]) == (0, 1, 3)
     assert ("second", 3) not in hits("first")
     (tmp_path / "ids").write_text("7\n8\n")
-    assert answer("index", "delete", "first", "--ids", "ids")[1]["num_deleted"] == 2
-    assert answer("index", "delete", "first", "--id", "7")[1]["num_deleted"] == 0
+    status, refused = answer("index", "delete", "first", "--ids", "ids")
+    assert (status, "say whose are meant by --job: first, second" in refused["error"]) == (2, True)
+    assert answer("index", "delete", "first", "--ids", "ids", "--job", "first")[1]["num_deleted"] == 2
+    assert answer("index", "delete", "first", "--id", "7", "--job", "first")[1]["num_deleted"] == 0
     assert len(hits("first")) == 14
     assert answer("status", "first")[1]["index"]["current"]
     status, found = answer("verify", "first")
     assert (status, found["indexed_vectors"], found["deleted_vectors"]) == (0, 17, 3)
+
+    status, shown = answer("index", "compact", "first")
+    assert (status, shown["compacted"]["vectors"], shown["deleted"], shown["deleted_held"]) == (0, 3, 3, 0)
+    assert len(hits("first")) == 14
+    assert answer("index", "compact", "first")[1]["version"] == shown["version"], "there is nothing to compact"
+    assert answer("verify", "first")[0] == 0
 
     manifest = (tmp_path / "first" / "index" / "index.json").read_bytes()
     run_job(jobs_done["first"])
@@ -114,6 +134,22 @@ def test_an_index_grows_forgets_and_is_merged(
     assert (shown["kind"], shown["vectors"], shown["deleted"]) == ("SQ8", 17, 3)
     assert len(hits("first", "--filter", "size >= 0")) == 14
     assert answer("verify", "first")[0] == 0
+    history = answer("index", "versions", "first")[1]["versions"]
+    assert [(note["version"], note["change"], note["num_vectors"], note["num_deleted"]) for note in history] == [
+        (1, "built", 12, 0),
+        (2, "added second: 5 vectors", 17, 0),
+        (3, "deleted 1 vector", 17, 1),
+        (4, "deleted 2 vectors", 17, 3),
+        (5, "compacted: 3 deleted vectors taken out", 17, 3),
+        (6, "built again, as SQ8", 17, 3),
+    ]
+    assert [note["kept"] for note in history] == [False, False, False, False, True, True]
+    assert (shown["change"], shown["changed_at"]) == (history[-1]["change"], history[-1]["at"])
+    assert (
+        shown["bytes"]
+        == sum(path.stat().st_size for path in (tmp_path / "first" / "index").iterdir())
+        - (tmp_path / "first" / "index" / "index.json").stat().st_size
+    )
 
 
 def test_what_can_not_be_is_one_line(
@@ -125,6 +161,7 @@ def test_what_can_not_be_is_one_line(
         (("index", "delete", "first"), "give one of --filter, --id and --ids"),
         (("index", "delete", "first", "--filter", "sizes == 3"), "did you mean 'size'?"),
         (("index", "delete", "first", "--ids", "nowhere"), "can't be read"),
+        (("index", "delete", "first", "--id", "7", "--job", "firts"), "did you mean 'first'?"),
         (("index", "merge", "both", "first"), "at least two"),
         (("index", "merge", "second", "first", "second"), "is not empty"),
         (("index", "merge", "both", "first", "first"), "is in the index already"),
@@ -132,6 +169,10 @@ def test_what_can_not_be_is_one_line(
         status, document = answer(*arguments)
         assert status == 2, document
         assert expected in document["error"]
+    with lock(JobFolder(tmp_path / "first")):
+        for command in (("add", "first", "second"), ("compact", "first"), ("extend", "first")):
+            status, document = answer("index", *command)
+            assert (status, "is in use by process" in document["error"]) == (1, True)
     (tmp_path / "second" / "commits" / "000000.json").unlink()
     status, document = answer("index", "add", "first", "second")
     assert (status, "is not done yet" in document["error"]) == (2, True)

@@ -137,6 +137,12 @@ def test_one_text_that_fails_does_not_fail_those_asked_beside_it(served: Served)
     assert answers[40] == "query 'REFUSE this': this request is refused"
 
 
+def test_what_a_failed_batch_leaves_does_not_answer_the_texts_that_come_next(served: Served) -> None:
+    with pytest.raises(JobError, match="this step breaks"):
+        served.client.search(["BREAK this", "text number 7"], k=1)
+    assert served.client.search(["text number 9"], k=1)[0].hits[0].row == 9
+
+
 def test_the_command_asks_by_directory_or_by_name(
     served: Served, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,7 +247,7 @@ def test_a_damaged_shard_is_not_served(out: Path, tmp_path: Path) -> None:
     path.write_bytes(content)
     shard = IndexShardActor(str(damaged), read_manifest(damaged), 1, neighbours=1)
     with pytest.raises(JobError, match=r"shard-001.faiss is damaged"):
-        shard.search(np.ones((1, 8), np.float32), 1)
+        shard.search("", np.ones((1, 8), np.float32), 1)
     assert shard.ping()[0] == "failed"
 
 

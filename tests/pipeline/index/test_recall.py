@@ -94,7 +94,8 @@ def test_exact_search_in_pieces_is_the_brute_force_without_the_query_itself() ->
     for start, stop in ((0, 100), (100, 300)):
         search = ExactSearch(queries)
         for place in range(start, stop, 37):
-            search.add(vectors[place : min(place + 37, stop)], place)
+            numbers = np.arange(place, min(place + 37, stop))
+            search.add(vectors[numbers], numbers)
         pieces.append(search.found)
     exact = merged(pieces, recall.KEPT)
     assert [numbers[:10].tolist() for numbers in exact.numbers] == [true_neighbours(vectors, n) for n in (3, 250)]

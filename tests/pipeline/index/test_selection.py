@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipeline.index import faiss_files
 from pipeline.index.manifest import Shard
 from pipeline.index.search import IndexShard
-from pipeline.index.selection import allowed_mask
+from pipeline.index.selection import standing_mask
 
 KINDS = [
     "Flat",
@@ -59,7 +59,7 @@ def trained(kind: str) -> Any:
 
 def shard_of(vectors: Matrix, *, kind: str, first: int, effort: int | None = None, **options: Any) -> IndexShard:
     index: Any = faiss_files.with_numbers(faiss.clone_index(trained(kind)), first)
-    faiss_files.add_numbered(index, vectors, first)
+    faiss_files.add_numbered(index, vectors, np.arange(first, first + len(vectors)))
     contents = Shard(file="", sha256="", size_bytes=0, first_vector=first, num_vectors=len(vectors), effort=effort)
     return IndexShard(index, contents, kind=kind, **options)
 
@@ -142,8 +142,10 @@ def test_flat_finds_what_a_brute_force_over_the_allowed_finds(
 
 
 def test_deletions_elsewhere_cost_a_shard_nothing() -> None:
-    assert allowed_mask(None, np.array([3, 90]), 10, 20) is None
-    mask = allowed_mask(None, np.array([3, 12, 90]), 10, 20)
+    index: Any = faiss_files.with_numbers(faiss.clone_index(trained("Flat")), 10)
+    shard = Shard(file="", sha256="", size_bytes=0, first_vector=10, num_vectors=20)
+    assert standing_mask(index, shard, np.array([3, 90])) is None
+    mask = standing_mask(index, shard, np.array([3, 12, 90]))
     assert mask is not None
     assert np.flatnonzero(~mask).tolist() == [2]
 

@@ -22,10 +22,13 @@ from pipeline.durable import file_sha256, read_sealed, seal
 from pipeline.errors import JobError, UserError
 from pipeline.index.build import build_index
 from pipeline.index.check import IndexedParts, index_problems
+from pipeline.index.deletions import delete_vectors
 from pipeline.index.manifest import Provenance, read_manifest
 from pipeline.index.row_map import SCHEMA
 from pipeline.index.search import VectorIndex
-from pipeline.job_folder import JobFolder
+from pipeline.index.versions import change_index
+from pipeline.indexed_jobs import job_folder
+from pipeline.job_folder import JobFolder, write_job
 
 Committed = Callable[..., tuple[JobFolder, CommitLog]]
 ROOT = Path(__file__).parents[3]
@@ -79,7 +82,7 @@ def mutated(content):
 for name in sys.argv[2:]:
     folder = Path(name)
     manifest = read_sealed(folder / "index.json")
-    entries = [*manifest["shards"], manifest["rows"]]
+    entries = [*manifest["shards"], manifest["rows"], manifest["deleted"]]
     for turn in range(%(mutations)d):
         entry = entries[turn %% len(entries)]
         path = folder / entry["file"]
@@ -120,7 +123,8 @@ def built(committed: Committed, provenance: Provenance) -> Callable[..., tuple[J
 def reseal(folder: Path, change: Callable[[dict[str, Any]], None] = lambda manifest: None) -> None:
     """Index.json changed, with the hashes of the files as they are now and a checksum of its own."""
     manifest = read_sealed(folder / "index.json")
-    for entry in (*manifest["shards"], manifest["rows"], *([manifest["center"]] if manifest["center"] else [])):
+    others = [manifest[name] for name in ("center", "deleted") if manifest[name] is not None]
+    for entry in (*manifest["shards"], manifest["rows"], *others):
         entry |= {"sha256": file_sha256(folder / entry["file"]), "size_bytes": (folder / entry["file"]).stat().st_size}
     change(manifest)
     (folder / "index.json").write_bytes(seal(manifest))
@@ -132,6 +136,7 @@ def test_a_few_hundred_changed_files_with_right_hashes_never_crash_and_never_ans
     folders = []
     for number, kind in enumerate(KINDS):
         folder, _ = built(kind, name=f"job-{number}", shards=1 + number % 2)
+        change_index(folder, lambda draft, manifest: delete_vectors(draft, manifest, np.arange(0, 60, 7)))
         folders.append(str(folder.index))
     code = CHILD % {"dimension": DIMENSION, "mutations": NUM_MUTATIONS, "vectors": NUM_VECTORS}
     done = subprocess.run(
@@ -316,6 +321,7 @@ def test_whatever_stands_in_index_json_there_is_an_answer_or_one_line(
     chance = random.Random(2)
     for kind in ("IVF4,Flat", "HNSW4"):
         folder, _ = built(kind, name=kind, shards=2)
+        change_index(folder, lambda draft, manifest: delete_vectors(draft, manifest, np.array([3, 40])))
         whole = read_sealed(folder.index / "index.json")
         for _ in range(150):
             manifest = copy.deepcopy(whole)
@@ -365,6 +371,61 @@ def test_a_map_of_fewer_rows_is_one_line(built: Callable[..., tuple[JobFolder, C
     reseal(folder.index)
     with pytest.raises(JobError, match=r"rows.parquet can't be read"):
         VectorIndex.open(folder.index).search(unit(NUM_VECTORS)[50], 1, threads=1)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ({"vector": [3, 41]}, None),
+        ({"vector": [40, 3]}, "does not list 2 vectors"),
+        ({"vector": [3, 3]}, "does not list 2 vectors"),
+        ({"vector": [3, None]}, "does not list 2 vectors"),
+        ({"vector": [3, 60]}, "does not list 2 vectors"),
+        ({"vector": [-1, 3]}, "does not list 2 vectors"),
+        ({"vector": [3]}, "does not list 2 vectors"),
+        ({"vector": range(60)}, "does not list 2 vectors"),
+        ({"number": [3, 40]}, "is no list of vector numbers"),
+        ({"vector": ["3", "40"]}, "is no list of vector numbers"),
+        ({"vector": [3, 40], "row": [3, 40]}, "is no list of vector numbers"),
+        (b"PAR1 and what not", "can't be read"),
+        (b"", "can't be read"),
+    ],
+)
+def test_a_list_of_deletions_that_is_none_is_one_line(
+    built: Callable[..., tuple[JobFolder, CommitLog]], table: Any, said: str | None
+) -> None:
+    import pyarrow as pa
+
+    folder, log = built()
+    change_index(folder, lambda draft, manifest: delete_vectors(draft, manifest, np.array([3, 40])))
+    path = folder.index / "deleted.parquet"
+    path.unlink()
+    if isinstance(table, bytes):
+        path.write_bytes(table)
+    else:
+        pq.write_table(pa.table({name: list(values) for name, values in table.items()}), path)
+    reseal(folder.index)
+    if said is None:
+        assert len(VectorIndex.open(folder.index).search(unit(1), 100, threads=1)[0]) == 58
+        return
+    with pytest.raises(JobError, match=rf"deleted\.parquet {said}"):
+        VectorIndex.open(folder.index)
+    parts = [IndexedParts(folder, log.commits)]
+    problems = list(index_problems(folder, read_manifest(folder.index), parts, parts_are_whole=True))
+    assert any(said in problem for problem in problems)
+
+
+@pytest.mark.parametrize("path", ["/", "/tmp/out", "", "a\0b", "../nowhere", "index", "../other"])
+def test_a_path_that_leads_to_no_directory_of_that_job_is_one_line(
+    built: Callable[..., tuple[JobFolder, CommitLog]], path: str
+) -> None:
+    """A path from here to the job's own directory may lead anywhere; another job's rows are never shown for its."""
+    folder, _ = built()
+    other, _ = built(name="other")
+    write_job(other, fingerprint="another job", document={"spec": {}})
+    reseal(folder.index, lambda manifest: manifest["jobs"][0].update(path=path))
+    with pytest.raises(JobError, match=r"is no path from here|there is no job directory there|is another job's by now"):
+        job_folder(folder.root, read_manifest(folder.index).jobs[0])
 
 
 def test_a_mean_of_other_numbers_is_one_line(built: Callable[..., tuple[JobFolder, CommitLog]]) -> None:

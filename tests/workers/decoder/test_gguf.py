@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +267,9 @@ def smollm2_in_transformers(smollm2: Path) -> Any:
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config).eval()
-    state = load_gguf_checkpoint(str(smollm2), return_tensors=True, model_to_load=model)["tensors"]
+    with pytest.MonkeyPatch.context() as patches:  # it makes the same map again for each weight
+        patches.setattr("gguf.get_tensor_name_map", cache(gguf.get_tensor_name_map))
+        state = load_gguf_checkpoint(str(smollm2), return_tensors=True, model_to_load=model)["tensors"]
     missing = model.load_state_dict(state, strict=False, assign=True)
     assert missing.missing_keys == ["lm_head.weight"]
     model.tie_weights()
@@ -274,13 +277,10 @@ def smollm2_in_transformers(smollm2: Path) -> Any:
     return model
 
 
-def test_smollm2_writes_what_transformers_writes(smollm2: Path, smollm2_in_transformers: Any, paged: Any) -> None:
+def test_smollm2_writes_what_transformers_writes(
+    smollm2: Path, smollm2_in_transformers: Any, paged: Any, most_likely: Any
+) -> None:
     prompts = [[1, 4093, 198, 19556, 2], list(range(1000, 1040))]
-    wanted = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        generated = smollm2_in_transformers.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, eos_token_id=None
-        )
-        wanted.append(generated[0, len(prompt) :].tolist())
-    assert paged(smollm2).greedy(prompts, 16) == wanted
+    for prompt, text in zip(prompts, paged(smollm2).greedy(prompts, 16), strict=True):
+        assert len(text) == 16
+        assert most_likely(smollm2_in_transformers, prompt, text)[:-1] == text

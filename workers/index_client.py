@@ -1,0 +1,67 @@
+"""Someone who asks a served index: finds its front by name, and asks that alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import ray
+
+from pipeline.errors import UserError
+from workers.actor_calls import answer_of
+from workers.index_front import nearest_in, rows_in, texts_request, vectors_request
+from workers.index_service import NAME_PREFIX
+from workers.index_shard import NAMESPACE
+from workers.query_line import REPLACING_S, QueryLine
+from workers.served_version import Answer
+
+Nearest = list[tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]]  # a query's scores and vector numbers, best first
+
+
+class IndexClient:
+    """May be used by several threads at once. Ray is connected. UserError where nothing is served as `name`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        try:
+            front: Any = ray.get_actor(NAME_PREFIX + name, namespace=NAMESPACE)
+        except ValueError:
+            names = served_names()
+            others = f"; served are: {', '.join(names)}" if names else "; nothing is served there"
+            raise UserError(f"no index is served as {name!r}{others} (see gristmill serve-index)") from None
+        self._line = QueryLine(front, f"the index served as {name!r}")
+
+    def about(self) -> dict[str, Any]:
+        return self._said_by_front() | {"asked_by": self._line.carrier}
+
+    def output(self) -> str:
+        """The job directory whose index is served."""
+        return str(self._said_by_front()["output"])
+
+    def search_texts(self, texts: Sequence[str], k: int, filter: str | None = None) -> Answer:
+        return rows_in(self._line.ask(texts_request(texts, k, filter)))
+
+    def search_vectors(self, vectors: npt.NDArray[Any], k: int, filter: str | None = None) -> Answer:
+        return rows_in(self._line.ask(vectors_request(vectors, k, filter, rows=True)))
+
+    def nearest(self, vectors: npt.NDArray[Any], k: int, filter: str | None = None) -> Nearest:
+        return nearest_in(self._line.ask(vectors_request(vectors, k, filter, rows=False)))
+
+    def close(self) -> None:
+        self._line.close()
+
+    def _said_by_front(self) -> dict[str, Any]:
+        front = self._line.actor
+        return cast(dict[str, Any], answer_of(front, self._line.what, front.about.remote, patience_s=REPLACING_S))
+
+
+def served_names() -> list[str]:
+    """What indexes are served on the connected Ray."""
+    actors = cast(list[dict[str, str]], ray.util.list_named_actors(all_namespaces=True))
+    return sorted(
+        actor["name"].removeprefix(NAME_PREFIX)
+        for actor in actors
+        if actor["namespace"] == NAMESPACE and actor["name"].startswith(NAME_PREFIX)
+    )
