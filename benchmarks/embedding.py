@@ -1,13 +1,15 @@
 """Embedded texts a second: Gristmill's engine against transformers and sentence-transformers, in one run.
 
-512 texts of 12 to 160 words of the Python language reference, mean pooling, unit length. transformers gets token ids in
-length-sorted batches of 32, padded on the right, and only the decoder's body runs; sentence-transformers' `encode` gets
-texts, as Gristmill does, and sorts and batches them itself. Each contestant runs in its own process, one after the
+Two corpora out of the Python language reference: texts of 12 to 160 words, evenly spread, and its sections as they are,
+short and long ones mixed (up to 512 words of each). Mean pooling, unit length, in float32 and in bfloat16, the format
+that the model is published in. transformers gets token ids in length-sorted batches, padded on the right, of the size
+in --batches at which it is fastest, and only the decoder's body runs; sentence-transformers' `encode` gets texts, as
+Gristmill does, and sorts and batches them itself. Each contestant runs in its own process, one after the
 other, on the same number of threads; the time is that of embedding alone, after loading and a warm-up. Their vectors
 are compared: in float32 every cosine distance is below 1e-4, or the benchmark fails.
 
-    python -m benchmarks.embedding                      # SmolLM2 in float32, all contestants
-    python -m benchmarks.embedding --dtype bfloat16 --texts 64
+    python -m benchmarks.embedding                      # SmolLM2, both corpora, both formats, all contestants
+    python -m benchmarks.embedding --dtypes bfloat16 --corpora spread --texts 64
     python -m benchmarks.embedding --profile            # where Gristmill's time goes
 
 sentence-transformers is left out where it is not installed (`pip install -e '.[benchmarks]'`).
@@ -24,6 +26,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +39,7 @@ from pipeline.tokenizer import load_tokenizer
 from pipeline.tokenizers.export import write_tokenizer
 
 CONTESTANTS = {
-    "transformers": "transformers, sorted batches of 32",
+    "transformers": "transformers, sorted batches",
     "sentence-transformers": "sentence-transformers encode",
     "torch": "Gristmill, torch alone",
     "kernels": "Gristmill, kernels in C",
@@ -43,12 +47,24 @@ CONTESTANTS = {
 PEERS = ("transformers", "sentence-transformers")
 BATCH = 32
 PAD = 2
+DTYPES = ("float32", "bfloat16")
+CORPORA = ("spread", "sections")
+MOST_WORDS = 512
 FARTHEST = 1e-4  # cosine distance in float32
 
 Matrix = npt.NDArray[np.float32]
 
 
-def embed_transformers(path: Path, texts: Sequence[str], dtype: torch.dtype) -> tuple[float, Matrix]:
+def texts_of(corpus: str, count: int) -> list[str]:
+    """`count` texts, or as many as there are."""
+    if corpus == "spread":
+        return prompts(count)
+    sections = sorted(topics.items())
+    step = max(1, len(sections) // count)
+    return [" ".join(text.split()[:MOST_WORDS]) for _, text in sections[::step]][:count]
+
+
+def embed_transformers(path: Path, texts: Sequence[str], dtype: torch.dtype, batch: int) -> tuple[float, Matrix]:
     model = load_transformers(path, dtype).model
     tokens = [load_tokenizer(path).encode(text) for text in texts]
 
@@ -65,8 +81,8 @@ def embed_transformers(path: Path, texts: Sequence[str], dtype: torch.dtype) -> 
     order = sorted(range(len(tokens)), key=lambda place: len(tokens[place]))
     vectors = np.empty((len(texts), model.config.hidden_size), np.float32)
     start = time.perf_counter()
-    for at in range(0, len(order), BATCH):
-        places = order[at : at + BATCH]
+    for at in range(0, len(order), batch):
+        places = order[at : at + batch]
         vectors[places] = embed([tokens[place] for place in places])
     return time.perf_counter() - start, vectors
 
@@ -110,11 +126,11 @@ def embed_gristmill(path: Path, texts: Sequence[str], dtype: str) -> tuple[float
     return seconds, vectors, {name: value - before[name] for name, value in engine.stats.as_dict().items()}
 
 
-def child(contestant: str, count: str, dtype: str, threads: str, file: str) -> None:
+def child(contestant: str, corpus: str, count: str, dtype: str, threads: str, batch: str, file: str) -> None:
     torch.set_num_threads(int(threads))
-    path, texts, stats = resolve_model(MODEL), prompts(int(count)), dict[str, float]()
+    path, texts, stats = resolve_model(MODEL), texts_of(corpus, int(count)), dict[str, float]()
     if contestant == "transformers":
-        seconds, vectors = embed_transformers(path, texts, getattr(torch, dtype))
+        seconds, vectors = embed_transformers(path, texts, getattr(torch, dtype), int(batch))
     elif contestant == "sentence-transformers":
         seconds, vectors = embed_sentence_transformers(path, texts, getattr(torch, dtype))
     else:
@@ -146,31 +162,44 @@ def main() -> None:
     installed = importlib.util.find_spec("sentence_transformers") is not None
     present = [name for name in CONTESTANTS if name != "sentence-transformers" or installed]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=int, default=512)
-    parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float32"])
+    parser.add_argument("--texts", type=int, default=512, help="of each corpus, if it has so many")
+    parser.add_argument("--corpora", nargs="+", default=list(CORPORA), choices=CORPORA)
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--batches", nargs="+", type=int, default=[8, 32, 64], help="sizes transformers is tried with")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--contestants", nargs="+", default=present, choices=list(CONTESTANTS))
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     if options.profile:
-        profile(options.texts, options.dtype, options.threads)
+        profile(options.texts, options.dtypes[0], options.threads)
         return
-    tokens = sum(len(load_tokenizer(resolve_model(MODEL)).encode(text)) for text in prompts(options.texts))
-    print(f"{options.texts} texts of {tokens:,} tokens, {options.dtype}, {options.threads} threads")
+    for corpus in options.corpora:
+        for dtype in options.dtypes:
+            compare(corpus, dtype, options)
+
+
+def compare(corpus: str, dtype: str, options: argparse.Namespace) -> None:
+    """All contestants on one corpus in one number format."""
+    texts, threads = texts_of(corpus, options.texts), options.threads
+    tokens = sum(len(load_tokenizer(resolve_model(MODEL)).encode(text)) for text in texts)
+    print(f"{corpus}: {len(texts)} texts of {tokens:,} tokens, {dtype}, {threads} threads")
     rates: dict[str, float] = {}
     vectors: dict[str, Matrix] = {}
     with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "vectors.npy"
+
+        def run(contestant: str, batch: int) -> dict[str, Any]:
+            arguments = (contestant, corpus, options.texts, dtype, threads, batch, file)
+            return run_one("benchmarks.embedding", *arguments, threads=threads)
+
         for contestant in options.contestants:
-            file = Path(folder) / f"{contestant}.npy"
-            result = run_one(
-                "benchmarks.embedding",
-                contestant,
-                options.texts,
-                options.dtype,
-                options.threads,
-                file,
-                threads=options.threads,
-            )
+            if contestant == "transformers":
+                tried = [(run(contestant, batch), batch) for batch in options.batches]
+                result, batch = min(tried, key=lambda one: float(one[0]["seconds"]))
+                shown = ", ".join(f"{one}: {tokens / timed['seconds']:.1f}" for timed, one in tried)
+                print(f"    transformers' tokens/s by batch: {shown}; {batch} counts")
+            else:
+                result = run(contestant, BATCH)
             vectors[contestant] = np.load(file)
             rates[contestant] = tokens / result["seconds"]
             ratios = "".join(
@@ -185,7 +214,7 @@ def main() -> None:
     for other in others:
         distance = float((1 - (vectors[first] * vectors[other]).sum(axis=1)).max())
         print(f"farthest from {first}'s vectors: {other}'s, by {distance:.1e}")
-        if options.dtype == "float32" and not distance < FARTHEST:
+        if dtype == "float32" and not distance < FARTHEST:
             raise SystemExit(f"{other} and {first} don't embed the same")
 
 
