@@ -77,9 +77,9 @@ def write_index(folder: JobFolder, size: int, dimension: int, kind: str, shards:
 def measure(folder: JobFolder, manifest: IndexManifest, num_queries: int) -> None:
     import ray
 
-    from workers.index_client import IndexClient
-    from workers.index_service import NAME_PREFIX, IndexService, Serving
     from workers.index_shard import NAMESPACE
+    from workers.serving.index_client import IndexClient
+    from workers.serving.index_service import NAME_PREFIX, IndexService, Serving
 
     serving = Serving(name="bench", out=str(folder.root), folder=str(folder.index), manifest=manifest, engine=None)
     service = IndexService(serving)

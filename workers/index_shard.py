@@ -26,10 +26,10 @@ from pipeline.index.search import IndexShard
 from pipeline.index.selection import Mask
 from pipeline.index.versions import versions_present
 from workers import devices
-from workers.actor_calls import Phase
-from workers.query_listener import QueryListener
-from workers.query_messages import Message, respond
-from workers.query_wire import Door
+from workers.serving.actor_calls import Phase
+from workers.serving.query_listener import QueryListener
+from workers.serving.query_messages import Message, respond
+from workers.serving.query_wire import Door
 
 Found = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]  # scores and vector numbers, each [q, up to k]
 

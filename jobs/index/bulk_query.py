@@ -216,10 +216,10 @@ def _search_all(
     on_progress: OnProgress | None,
 ) -> None:
 
-    from workers.actor_calls import STARTING_S, await_ready, end_actors
-    from workers.actor_watch import Watch
     from workers.index_shard import start_shards
-    from workers.shard_group import ShardGroup
+    from workers.serving.actor_calls import STARTING_S, await_ready, end_actors
+    from workers.serving.actor_watch import Watch
+    from workers.serving.shard_group import ShardGroup
 
     queries = JobFolder(queries_out)
     wanted = [commit for split, commit in sorted(latest_commits(queries).items()) if split not in log.commits]

@@ -19,8 +19,8 @@ from workers import devices
 from workers.settings import DEFAULT_ENGINE
 
 if TYPE_CHECKING:
-    from workers.index_client import IndexClient
-    from workers.served_version import Answer
+    from workers.serving.index_client import IndexClient
+    from workers.serving.served_version import Answer
 
 MAX_SEQUENCES: Final = 64  # texts that the model reads together
 LOOK_S: Final = 0.5
@@ -53,8 +53,8 @@ def serving(
     with ray_session(address, num_cpus=0 if joins else devices.num_cpus()):
         import ray
 
-        from workers.index_service import IndexService, Serving
-        from workers.version_follower import VersionFollower
+        from workers.serving.index_service import IndexService, Serving
+        from workers.serving.version_follower import VersionFollower
 
         service = IndexService(
             Serving(
@@ -145,7 +145,7 @@ def connect(index: str | Path, address: str | None = None) -> ServedIndex:
         raise UserError("no cluster to ask: give the address that `gristmill serve-index` says, or set RAY_ADDRESS")
     with ExitStack() as session:
         session.enter_context(ray_session(address, num_cpus=0))
-        from workers.index_client import IndexClient, served_names
+        from workers.serving.index_client import IndexClient, served_names
 
         names = served_names()
         name = str(index)

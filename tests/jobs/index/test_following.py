@@ -22,7 +22,7 @@ from pipeline.index.build import build_index
 from pipeline.index.manifest import MANIFEST_NAME, read_manifest
 from pipeline.indexed_jobs import latest_commits
 from pipeline.job_folder import JobFolder
-from workers.query_wire import Wire
+from workers.serving.query_wire import Wire
 
 pytestmark = pytest.mark.ray
 

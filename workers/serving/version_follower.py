@@ -12,8 +12,8 @@ from ray.exceptions import RayError
 
 from pipeline.errors import JobError, UserError
 from pipeline.index.manifest import MANIFEST_NAME, read_manifest
-from workers.actor_calls import one_line
-from workers.index_service import IndexService
+from workers.serving.actor_calls import one_line
+from workers.serving.index_service import IndexService
 
 LOOK_S: Final = 1.0
 RETRY_S: Final = 60.0  # after a version that could not be served

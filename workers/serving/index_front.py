@@ -15,15 +15,15 @@ from pipeline.errors import JobError, UserError
 from pipeline.found_rows import FoundRow
 from pipeline.index.manifest import IndexManifest
 from pipeline.index.row_map import Place
-from workers.actor_calls import Phase
-from workers.actor_watch import Watch
-from workers.embedder_actor import embedded
 from workers.index_shard import node_address
-from workers.query_line import QueryLine
-from workers.query_listener import QueryListener
-from workers.query_messages import Message, respond
-from workers.query_wire import Door
-from workers.served_version import Answer, ServedVersion
+from workers.serving.actor_calls import Phase
+from workers.serving.actor_watch import Watch
+from workers.serving.embedder_actor import embedded
+from workers.serving.query_line import QueryLine
+from workers.serving.query_listener import QueryListener
+from workers.serving.query_messages import Message, respond
+from workers.serving.query_wire import Door
+from workers.serving.served_version import Answer, ServedVersion
 
 QUERIES_AT_ONCE: Final = 64
 DRAIN_S: Final = 60.0  # for queries of the version before, until it is let go

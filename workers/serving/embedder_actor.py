@@ -13,13 +13,13 @@ import numpy.typing as npt
 from pipeline.errors import JobError, RowError, UserError
 from pipeline.index.manifest import Provenance
 from workers import devices
-from workers.actor_calls import Phase
 from workers.index_shard import LOADING_S, node_address
 from workers.query_embedder import QueryEmbedder, SharedEmbedder
-from workers.query_line import QueryLine
-from workers.query_listener import QueryListener
-from workers.query_messages import Message, respond
-from workers.query_wire import Door
+from workers.serving.actor_calls import Phase
+from workers.serving.query_line import QueryLine
+from workers.serving.query_listener import QueryListener
+from workers.serving.query_messages import Message, respond
+from workers.serving.query_wire import Door
 from workers.settings import EngineSettings
 
 EMBEDDINGS_AT_ONCE: Final = 64  # those that wait are embedded together

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from pipeline.index.selection import Mask
 from workers.index_shard import Found, holding_request, search_request
-from workers.query_line import REPLACING_S, Carrier, QueryLine
+from workers.serving.query_line import REPLACING_S, Carrier, QueryLine
 
 
 class ShardGroup:

@@ -10,12 +10,12 @@ import numpy.typing as npt
 import ray
 
 from pipeline.errors import UserError
-from workers.actor_calls import answer_of
-from workers.index_front import nearest_in, rows_in, texts_request, vectors_request
-from workers.index_service import NAME_PREFIX
 from workers.index_shard import NAMESPACE
-from workers.query_line import REPLACING_S, QueryLine
-from workers.served_version import Answer
+from workers.serving.actor_calls import answer_of
+from workers.serving.index_front import nearest_in, rows_in, texts_request, vectors_request
+from workers.serving.index_service import NAME_PREFIX
+from workers.serving.query_line import REPLACING_S, QueryLine
+from workers.serving.served_version import Answer
 
 Nearest = list[tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]]  # a query's scores and vector numbers, best first
 

@@ -21,7 +21,7 @@ from pipeline.index.search import best, prepare_queries, read_centering
 from pipeline.index.selection import Mask
 from pipeline.index.versions import folder_of_version
 from pipeline.indexed_jobs import IndexedRows, job_folder
-from workers.shard_group import ShardGroup
+from workers.serving.shard_group import ShardGroup
 
 FILTERS_KEPT: Final = 8
 CACHE_BYTES: Final = 256 << 20  # of the parts that hold what was found

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import JobError, UserError
-from workers.query_messages import Message, answer_in, respond
+from workers.serving.query_messages import Message, answer_in, respond
 
 
 def test_values_and_arrays_come_back_as_they_were() -> None:

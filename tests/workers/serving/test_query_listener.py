@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from workers.query_listener import QueryListener
-from workers.query_wire import Door, Wire
+from workers.serving.query_listener import QueryListener
+from workers.serving.query_wire import Door, Wire
 
 BIG = 3 << 20
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from workers.query_wire import KEY_BYTES, Door, Wire
+from workers.serving.query_wire import KEY_BYTES, Door, Wire
 
 MAX_CONNECTIONS: Final = 1024  # at once, each with a thread that mostly sleeps
 _RETRY_S: Final = 0.1

@@ -10,7 +10,7 @@ from typing import Any, Final
 import ray
 from ray.exceptions import RayError
 
-from workers.actor_calls import STARTING_S, Phase
+from workers.serving.actor_calls import STARTING_S, Phase
 
 SILENCE_S: Final = 5.0  # of an actor, until it is taken for stopped or cut off
 LOOK_S: Final = 0.5  # between two looks at each

@@ -4,8 +4,8 @@ A call of Ray's passes through several threads and an event loop on either side;
 of the two it is, is settled once for each process that the actor has been, and `carrier` says it.
 
 A process that died is known of at once, and Ray starts another in its place. One that is stopped or cut off is known by
-its silence, and ended so that it is replaced too (`workers.actor_watch`). What it was asked is asked once more of its
-replacement, and fails with a line that says so if that is not ready within seconds.
+its silence, and ended so that it is replaced too (`workers.serving.actor_watch`). What it was asked is asked once more
+of its replacement, and fails with a line that says so if that is not ready within seconds.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any, Final, Literal, cast
 from ray.exceptions import RayActorError
 
 from pipeline.errors import JobError
-from workers.actor_calls import await_replacement, get, one_line
-from workers.query_messages import Message, answer_in
-from workers.query_wire import Door, Wire
+from workers.serving.actor_calls import await_replacement, get, one_line
+from workers.serving.query_messages import Message, answer_in
+from workers.serving.query_wire import Door, Wire
 
 REPLACING_S: Final = 10.0  # that a query waits for the replacement of what died under it
 

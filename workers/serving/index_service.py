@@ -18,11 +18,11 @@ import ray
 
 from pipeline.errors import UserError
 from pipeline.index.manifest import IndexManifest
-from workers.actor_calls import PLACING_S, Phase, await_ready, end_actors, get
-from workers.actor_watch import Watch
-from workers.embedder_actor import EMBEDDINGS_AT_ONCE, EmbedderActor
-from workers.index_front import QUERIES_AT_ONCE, FrontActor
 from workers.index_shard import NAMESPACE, start_shards
+from workers.serving.actor_calls import PLACING_S, Phase, await_ready, end_actors, get
+from workers.serving.actor_watch import Watch
+from workers.serving.embedder_actor import EMBEDDINGS_AT_ONCE, EmbedderActor
+from workers.serving.index_front import QUERIES_AT_ONCE, FrontActor
 from workers.settings import EngineSettings
 
 NAME_PREFIX: Final = "index:"
