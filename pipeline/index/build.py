@@ -23,7 +23,6 @@ from typing import Any, Final
 import faiss
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from pipeline.commits import Commit
 from pipeline.durable import removed_on_failure, storage_errors
@@ -255,8 +254,6 @@ class _Build:
             faiss_files.train(template, sample, budget.kind)
         write_queries(self.scratch, Queries(numbers=asked, matrix=queries))
         faiss.write_index(template, str(self.scratch / TEMPLATE_NAME))
-        del sample
-        pa.default_memory_pool().release_unused()  # what reading the parts left, before shards take theirs
 
     def _draw(
         self, first: npt.NDArray[np.int64], second: npt.NDArray[np.int64], budget: BuildBudget
