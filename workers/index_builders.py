@@ -13,7 +13,12 @@ from workers import devices
 
 
 class RayBuilders:
-    """A shard a task of one processor, in the Ray that is connected. A task whose process dies is done again."""
+    """A shard a task of one processor, in the Ray that is connected. A task whose process dies is done again.
+
+    When one fails, those under way are waited for, so that nobody writes any more: `ray.cancel` of a task that is just
+    being handed to a worker ends the whole process that asks for it (Ray 2.60, "Tried to complete task that was not
+    pending").
+    """
 
     def __init__(
         self,
@@ -41,16 +46,17 @@ class RayBuilders:
                     running[build.remote(task)] = task.number
                 for reference in ray.wait(list(running))[0]:
                     results[running.pop(reference)] = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
+        except ray.exceptions.RayError as error:
+            if running:
+                ray.wait(list(running), num_returns=len(running))
+            if not isinstance(error, ray.exceptions.RayTaskError):
+                reason = str(error).splitlines()[0]
+                raise JobError(
+                    f"a process that built a shard of the index was lost again and again: {reason}"
+                ) from error
             if isinstance(error.cause, JobError | UserError):
                 raise error.cause from None
             raise JobError(f"building a shard of the index failed: {error.cause!r}") from error
-        except ray.exceptions.RayError as error:
-            reason = str(error).splitlines()[0]
-            raise JobError(f"a process that built a shard of the index was lost again and again: {reason}") from error
-        finally:
-            for reference in running:
-                ray.cancel(reference, force=True)
         return [results[task.number] for task in tasks]
 
 
