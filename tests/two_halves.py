@@ -24,6 +24,9 @@ def main() -> int:
         statuses = [ended(with_ray), ended(others)]
         said.seek(0)
         sys.stdout.buffer.write(said.read())
+        for half, status in zip(("that start Ray", "that do not"), statuses, strict=True):
+            how = "passed" if status == 0 else f"failed (exit status {status}; a negative one is the signal it died of)"
+            print(f"The tests {half} {how}.")
         sys.stdout.flush()
     return next((status for status in statuses if status), 0)
 
