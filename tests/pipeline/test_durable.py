@@ -89,6 +89,21 @@ def test_a_hashed_file_that_fails_is_removed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_disk_begins_with_a_hashed_file_while_more_of_it_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = list[tuple[int, int]]()
+    real = durable._begin_writing
+    monkeypatch.setattr(durable, "_FLUSHED_BYTES", 4)
+    monkeypatch.setattr(durable, "_begin_writing", lambda handle, *span: (begun.append(span), real(handle, *span)))
+    with HashedFile(tmp_path / "file") as file:
+        for piece in (b"abc", b"def", b"g", b"hijklmnop", b"q"):
+            file.write(piece)
+    assert begun == [(0, 6), (6, 10)]
+    assert (tmp_path / "file").read_bytes() == b"abcdefghijklmnopq"
+    assert file.sha256 == file_sha256(tmp_path / "file")
+
+
 def test_writes_that_the_system_cuts_short_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda handle, content: write(handle, content[:3]))
