@@ -299,7 +299,7 @@ def _spread(num_vectors: int, count: int, without: npt.NDArray[np.int64]) -> npt
     [1, 3, 7]
     """
     left = num_vectors - len(without)
-    places = np.unique(np.linspace(0, left - 1, min(count, left)).astype(np.int64))
+    places = np.linspace(0, left - 1, min(count, left)).astype(np.int64)  # apart, since they are at least 1 apart
     return places + np.searchsorted(without - np.arange(len(without)), places, side="right")
 
 

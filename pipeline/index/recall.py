@@ -126,11 +126,16 @@ def recall_of(found: Found, exact: Found) -> tuple[float | None, int]:
     tells = (wanted > 0) & ~((exact.numbers.shape[1] >= KEPT) & is_right[:, KEPT - 1 :].any(axis=1))
     if not tells.any():
         return None, 0
-    hits = [
-        min(np.isin(found.numbers[query], exact.numbers[query][is_right[query]]).sum(), wanted[query])
-        for query in np.flatnonzero(tells)
-    ]
-    return round(float(np.sum(hits) / wanted[tells].sum()), 6), int(tells.sum())
+    right = np.where(is_right, exact.numbers, -1)[tells]
+    hits = np.minimum(_in_common(found.numbers[tells], right), wanted[tells])
+    return round(float(hits.sum() / wanted[tells].sum()), 6), int(tells.sum())
+
+
+def _in_common(found: Numbers, right: Numbers) -> Numbers:
+    """Of each query [q, ...] how many numbers, -1 aside, are in both; each is there once at most."""
+    both = np.sort(np.concatenate([found, right], axis=1), axis=1)
+    twice: Numbers = ((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0)).sum(axis=1)
+    return twice
 
 
 def tune(index: Any, queries: Queries, exact: Found, target: float, *, more_than: int = 0) -> Tuned:

@@ -117,6 +117,23 @@ def test_any_of_the_vectors_that_score_as_the_last_does_counts(monkeypatch: pyte
     assert recall_of(found([[7, 8]], [[0.9, 0.9]]), found([[1, 2, 3, 4]], [[0.9] * 4])) == (None, 0)
 
 
+def test_recall_counts_what_each_query_found_of_its_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recall, "K", 3)
+    monkeypatch.setattr(recall, "KEPT", 6)
+    chance = np.random.default_rng(0)
+    numbers = np.stack([chance.permutation(20)[:6] for _ in range(50)])
+    numbers[:10, 2:] = -1  # in a small shard there may be fewer than K
+    scores = np.where(numbers >= 0, -np.arange(6.0), -np.inf)
+    guesses = np.stack([chance.permutation(20)[:3] for _ in range(50)])
+    guesses[::4, 1:] = -1
+    hits = [len(set(numbers[q, :3].tolist()) & set(guesses[q].tolist()) - {-1}) for q in range(50)]
+    expected = sum(hits) / (10 * 2 + 40 * 3), 50
+    assert recall_of(Found(scores=np.zeros((50, 3)), numbers=guesses), Found(scores=scores, numbers=numbers)) == (
+        pytest.approx(expected[0], abs=1e-6),
+        expected[1],
+    )
+
+
 @pytest.mark.parametrize("kind", ["IVF2,Flat", "HNSW4", "SQ8"])
 @pytest.mark.parametrize("num_vectors", [2, 3, 4, 9])
 def test_few_vectors_and_vectors_that_are_all_alike_make_an_index_too(
