@@ -35,7 +35,7 @@ Matrix = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
 
-_EXTRA_CANDIDATES: Final = (8, 64)  # in turn, the second of queries that the first leaves in doubt
+_EXTRA_CANDIDATES: Final = (2, 64)  # in turn, the second of queries that the first leaves in doubt
 _VECTORS_AT_ONCE: Final = 1 << 14
 _SCORED_VALUES: Final = 1 << 18
 _SKIPPING_SHARE: Final = 0.5
