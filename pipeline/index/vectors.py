@@ -20,7 +20,7 @@ from pipeline.errors import JobError
 from pipeline.job_folder import JobFolder
 from pipeline.records import EmbedField, embedded_fields
 
-BATCH_BYTES: Final = 16 << 20
+BATCH_BYTES: Final = 4 << 20
 FIELDS: Final[tuple[EmbedField, ...]] = ("prompt", "generation")
 
 
