@@ -21,6 +21,7 @@ from pipeline.job_folder import JobFolder
 from pipeline.records import EmbedField, embedded_fields
 
 BATCH_BYTES: Final = 4 << 20
+_READ_BYTES: Final = 1 << 20  # of a column at a time, which would be read by whole row groups
 FIELDS: Final[tuple[EmbedField, ...]] = ("prompt", "generation")
 
 
@@ -111,7 +112,7 @@ def part_vectors(folder: JobFolder, commit: Commit, *, batch_bytes: int = BATCH_
     if not columns:
         return
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as file:
             width = file.schema_arrow.field(next(iter(columns))).type.list_size
             batch_rows = max(batch_bytes // (4 * width * len(columns)), 1)
             for batch in file.iter_batches(batch_rows, columns=["row", "sample", *columns]):

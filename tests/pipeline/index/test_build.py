@@ -135,6 +135,16 @@ def test_small_batches_and_row_groups_change_nothing(
     assert [place.row for place in places] == [39, 0, 17, 39]
 
 
+def test_of_a_part_only_what_is_looked_at_is_in_memory(committed: Committed) -> None:
+    vectors = unit(7, 1 << 18)  # 7 MiB in one row group
+    folder, log = committed(vectors)
+    before, most = pa.total_allocated_bytes(), 0
+    for batch in committed_vectors(folder, log.commits, batch_bytes=1 << 20):
+        most = max(most, pa.total_allocated_bytes() - before)
+        np.testing.assert_array_equal(batch.matrix, vectors[batch.rows])
+    assert 0 < most < vectors.nbytes
+
+
 @pytest.mark.parametrize("kind", ["Flat", "IVF4,Flat", "IVF4,PQ4x4"])
 def test_built_twice_the_files_are_the_same(committed: Committed, provenance: Provenance, kind: str) -> None:
     folder, log = committed(unit(200))
