@@ -3,14 +3,17 @@
 Vectors are a mixture: clusters of unequal size, spread in few of 384 dimensions with a little noise in all; seeded.
 Both sides read the same Parquet files with as many threads, train on as many vectors and write what they built. Plain
 FAISS is what a person would write: read batches, train, add, write_index. Ours also hashes and flushes its files, maps
-rows, measures recall against exact search and tunes the effort. Each build is a process of its own, whose peak memory
-(all of the process) is compared. Searches of both sides take turns in one process over the same file, with the effort
-that ours found; the best of three counts.
+rows, measures recall against exact search and tunes the effort; how long the last two took is told apart, and counts.
+Each build is a process of its own, whose peak memory (all of the process) is compared; before its clock starts it has
+built a few vectors, so that neither side's imports count, and nothing of an earlier build is there. Searches of both
+sides take turns in one process over the same file, with the effort that ours found; the best of three counts.
 
     python -m benchmarks.index --sizes 10000 100000
-    python -m benchmarks.index --plot docs/index.svg --json index.json      # also 1,000,000: see below
+    python -m benchmarks.index --sizes 1000000 --kinds HNSW32 --json index.json     # parts of a run, one by one
+    python -m benchmarks.index --sizes --json index.json --plot docs/index.svg      # draws what the file holds
 
-With one thread a million vectors take about 10 minutes without HNSW, whose share is 1 to 2 ms a vector for each side.
+With one thread a million vectors take about 10 minutes without HNSW, whose share is about half a millisecond a vector
+for each side.
 """
 
 from __future__ import annotations
@@ -19,13 +22,16 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import faiss
 import numpy as np
@@ -34,6 +40,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.svg import Chart, draw
 from pipeline.commits import CommitLog
+from pipeline.index import recall, shard_build
 from pipeline.index.budget import build_budget
 from pipeline.index.build import build_index
 from pipeline.index.effort import search_parameters
@@ -54,6 +61,9 @@ BATCH_ROWS = 8192
 QUERIES = 1000
 K = 10
 TURNS = 3
+WARMING_VECTORS = 400
+WARMING_KIND = "IVF4,Flat"
+KINDS = {"Flat": "Flat", "IVF,Flat": "IVF", "IVF,SQ8": "IVF, 8 bits", "HNSW32": "HNSW"}  # and what the plot calls them
 PROVENANCE = Provenance(model="none", model_files={}, tokenizer="", pooling="mean")
 
 
@@ -88,13 +98,41 @@ def build_ours(root: Path, kind: str, threads: int) -> dict[str, Any]:
     folder = JobFolder(root)
     log = CommitLog(folder, fingerprint="benchmark")
     log.recover()
-    start = time.perf_counter()
-    manifest = build_index(
-        folder, log.commits, job="benchmark", provenance=PROVENANCE, kind=kind, shards=1, threads=threads
-    )
-    seconds = time.perf_counter() - start
+    with measuring_timed() as measuring:
+        start = time.perf_counter()
+        manifest = build_index(
+            folder, log.commits, job="benchmark", provenance=PROVENANCE, kind=kind, shards=1, threads=threads
+        )
+        seconds = time.perf_counter() - start
     (shard,) = manifest.shards
-    return {"seconds": seconds, "recall": manifest.recall.reached, "effort": shard.effort, "bytes": shard.size_bytes}
+    return {
+        "seconds": seconds,
+        "measuring_seconds": sum(measuring),
+        "recall": manifest.recall.reached,
+        "effort": shard.effort,
+        "bytes": shard.size_bytes,
+    }
+
+
+@contextmanager
+def measuring_timed() -> Iterator[list[float]]:
+    """How long each exact search of a batch and each tuning took that was done in the block, in seconds."""
+    taken = list[float]()
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            found = function(*arguments, **named)
+            taken.append(time.perf_counter() - start)
+            return found
+
+        return run
+
+    with (
+        mock.patch.object(shard_build, "tune", timed(recall.tune)),
+        mock.patch.object(recall.ExactSearch, "add", timed(recall.ExactSearch.add)),
+    ):
+        yield taken
 
 
 def build_plain(root: Path, kind: str, threads: int) -> dict[str, Any]:
@@ -161,36 +199,56 @@ def step(name: str, root: Path, kind: str, size: int, threads: int) -> dict[str,
     match name:
         case "parts":
             write_parts(root, size)
+            write_parts(warm(root), WARMING_VECTORS)
             return {}
         case "ours" | "plain":
-            found = (build_ours if name == "ours" else build_plain)(root, kind, threads)
-            return found | {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+            build = build_ours if name == "ours" else build_plain
+            build(warm(root), WARMING_KIND, threads)
+            before = time.process_time()
+            found = build(root, kind, threads)
+            cpu_seconds = time.process_time() - before
+            peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            return found | {"cpu_seconds": cpu_seconds, "peak_bytes": peak_bytes}
         case _:
             return search(root, threads)
 
 
-def kinds_of(size: int, most_hnsw: int) -> dict[str, str]:
-    kinds = {"Flat": "Flat", "IVF": f"IVF{num_lists(size)},Flat", "IVF, 8 bits": f"IVF{num_lists(size)},SQ8"}
-    return kinds | ({"HNSW": "HNSW32"} if size <= most_hnsw else {})
+def warm(root: Path) -> Path:
+    """The job directory of a few vectors."""
+    return root.with_name("warm")
 
 
-def measure(size: int, threads: int, most_hnsw: int, scratch: Path | None) -> list[dict[str, Any]]:
-    results = []
+def clear(root: Path) -> None:
+    """Takes what was built there away."""
+    (root / "plain.faiss").unlink(missing_ok=True)
+    for folder in (root / "index", root / "index-versions"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def measure(size: int, names: Sequence[str], threads: int, scratch: Path | None) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         root = Path(folder) / "out"
         in_a_process("parts", root, "-", size, threads)
-        for name, kind in kinds_of(size, most_hnsw).items():
-            plain, ours = (in_a_process(who, root, kind, size, threads) for who in ("plain", "ours"))
+        for name in names:
+            kind = name.replace("IVF", f"IVF{num_lists(size)}")
+            for path in (root, warm(root)):
+                clear(path)
+            plain = in_a_process("plain", root, kind, size, threads)
+            (root / "plain.faiss").unlink()
+            shutil.rmtree(warm(root) / "index", ignore_errors=True)
+            ours = in_a_process("ours", root, kind, size, threads)
             found = in_a_process("search", root, kind, size, threads)
-            result = {
+            yield {
                 "vectors": size,
-                "name": name,
+                "name": KINDS[name],
                 "kind": kind,
                 "recall": ours["recall"],
                 "effort": ours["effort"],
                 "build_s": ours["seconds"],
+                "measuring_s": ours["measuring_seconds"],
                 "plain_build_s": plain["seconds"],
                 "build_ratio": plain["seconds"] / ours["seconds"],
+                "cpu_ratio": plain["cpu_seconds"] / ours["cpu_seconds"],  # for a machine that others use, too
                 "memory_ratio": ours["peak_bytes"] / plain["peak_bytes"],
                 "peak_bytes": ours["peak_bytes"],
                 "plain_queries_per_s": QUERIES / found["plain"],
@@ -198,13 +256,29 @@ def measure(size: int, threads: int, most_hnsw: int, scratch: Path | None) -> li
                 "search_ratio": found["plain"] / found["shards"],
                 "hits_ratio": found["plain"] / found["hits"],
             }
-            results.append(result)
-            row(
-                f"{size:,}", kind, f"{ours['seconds']:.1f}", result["build_ratio"],
-                f"{ours['peak_bytes'] / 2**20:,.0f}", result["memory_ratio"], f"{ours['recall']:.3f}", ours["effort"],
-                f"{result['queries_per_s']:,.0f}", result["search_ratio"], result["hits_ratio"],
-            )  # fmt: skip
-    return results
+
+
+COLUMNS = (
+    "vectors", "kind", "build, s", "of it recall", "speed", "peak, MiB", "memory", "recall@10", "effort",
+    "queries a second", "speed", "with rows",
+)  # fmt: skip
+
+
+def show(result: dict[str, Any]) -> None:
+    row(
+        f"{result['vectors']:,}",
+        result["kind"],
+        f"{result['build_s']:.2f}",
+        f"{result['measuring_s']:.2f}",
+        result["build_ratio"],
+        f"{result['peak_bytes'] / 2**20:,.0f}",
+        result["memory_ratio"],
+        f"{result['recall']:.3f}",
+        result["effort"],
+        f"{result['queries_per_s']:,.0f}",
+        result["search_ratio"],
+        result["hits_ratio"],
+    )
 
 
 def row(*values: object) -> None:
@@ -232,31 +306,42 @@ def plot(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="numbers of vectors")
-    parser.add_argument("--hnsw", type=int, default=100_000, help="HNSW up to so many vectors; slow beyond")
+    parser.add_argument(
+        "--sizes", type=int, nargs="*", default=[10_000, 100_000, 1_000_000], help="numbers of vectors; none: only draw"
+    )
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="these alone, HNSW32 at any size")
+    parser.add_argument("--hnsw", type=int, default=100_000, help="without --kinds: HNSW up to so many vectors")
     parser.add_argument("--threads", type=int, default=1, help="of both sides")
     parser.add_argument("--scratch", type=Path, help="folder for some gigabytes, instead of the system's")
     parser.add_argument("--plot", type=Path, help="write a plot, as SVG")
-    parser.add_argument("--json", type=Path, help="write the numbers")
+    parser.add_argument("--json", type=Path, help="keep the numbers there, beside those of other runs")
     parser.add_argument("--step", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:
         name, root, kind, size, threads = options.step
         print(json.dumps(step(name, Path(root), kind, int(size), int(threads))))
         return
+    known = json.loads(options.json.read_text()) if options.json is not None and options.json.exists() else []
+    results = {(result["vectors"], result["name"]): result for result in known}
     print(f"{DIMENSION} dimensions, {options.threads} threads; ratios are speed and memory over plain FAISS's\n")
-    columns = (
-        "vectors", "kind", "build, s", "speed", "peak, MiB", "memory", "recall@10", "effort", "queries a second",
-        "speed", "with rows",
-    )  # fmt: skip
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
-    results = [
-        result for size in options.sizes for result in measure(size, options.threads, options.hnsw, options.scratch)
-    ]
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    for size in options.sizes:
+        names = options.kinds or [name for name in KINDS if name != "HNSW32" or size <= options.hnsw]
+        for result in measure(size, names, options.threads, options.scratch):
+            show(result)
+            results[size, result["name"]] = result
+            if options.json is not None:
+                options.json.write_text(json.dumps(in_order(results), indent=1) + "\n")
+    if not options.sizes:
+        for result in in_order(results):
+            show(result)
     if options.plot is not None:
-        options.plot.write_text(plot(results))
-    if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        options.plot.write_text(plot(in_order(results)))
+
+
+def in_order(results: Mapping[tuple[int, str], dict[str, Any]]) -> list[dict[str, Any]]:
+    names = list(KINDS.values())
+    return [results[key] for key in sorted(results, key=lambda key: (key[0], names.index(key[1])))]
 
 
 if __name__ == "__main__":
