@@ -112,12 +112,12 @@ def build_shard(task: ShardTask, *, is_stopped: Callable[[], bool] = lambda: Fal
     draft = task.path.with_suffix(f".{uuid.uuid4().hex}")
     with storage_errors("writing", draft), faiss_files.faiss_threads(task.threads):
         batches = _recorded(task, task.batches())
-        matrices = _cut(b.matrix if centering is None else centering.apply(b.matrix) for b in batches)
-        matrices = _watched(matrices, is_stopped)
+        vectors = (batch.matrix if centering is None else centering.apply(batch.matrix) for batch in batches)
+        matrices = _watched(vectors, is_stopped)
         if task.kind == FLAT:
             result = _build_flat(task, draft, matrices)
         else:
-            result = _build_held(task, draft, matrices)
+            result = _build_held(task, draft, _cut(matrices))
         os.rename(draft, task.path)
     return result
 
