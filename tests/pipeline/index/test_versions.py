@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.audit import audit
 from pipeline.errors import JobError, UserError
-from pipeline.index.build import index_is_current
+from pipeline.index.build import build_index, index_is_current
 from pipeline.index.deletions import delete_vectors
 from pipeline.index.expression import Filter
 from pipeline.index.manifest import Provenance, read_manifest
@@ -137,6 +137,17 @@ def test_a_reader_of_the_old_version_is_not_disturbed(job: Make) -> None:
     folder = folder_of_version(one.folder.index, manifest)
     assert folder.name == "000003"
     assert [IndexShard.load(folder, manifest, number).num_vectors for number in range(2)] == [30, 7]
+
+
+def test_an_index_that_is_built_again_of_more_rows_is_its_next_version(job: Make) -> None:
+    one = job("one", unit(40, seed=1))
+    build_index(one.folder, {0: one.log.commits[0]}, **one.arguments)  # as after a run that a limit cut short
+    before = read_manifest(one.folder.index)
+    manifest = one.build(change=kept_changes(one.folder))
+    assert (before.version, before.num_vectors, manifest.version, manifest.num_vectors) == (1, 32, 2, 40)
+    assert [note.change for note in manifest.history] == ["built", "built again, as Flat"]
+    kept = folder_of_version(one.folder.index, before)
+    assert (kept.name, read_manifest(kept)) == ("000001", before)
 
 
 def test_unchanged_files_are_not_copied(job: Make) -> None:
