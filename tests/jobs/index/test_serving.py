@@ -103,6 +103,24 @@ def test_three_shards_answer_as_one_index_in_this_process(served: Served, querie
     ] == [[(hit.vector, hit.score) for hit in hits] for hits in expected]
 
 
+def test_many_queries_go_in_messages_of_a_bounded_size_and_come_back_in_order(
+    served: Served, queries: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = rows_of(served.client.search_vectors(queries, 3)), served.client.nearest(queries, 3)
+    texts = rows_of(served.client.search(TEXTS[:17], 2))
+    sent: list[int] = []
+    send = QueryLine.send
+    monkeypatch.setattr(QueryLine, "send", lambda line, request: sent.append(len(request)) or send(line, request))
+    monkeypatch.setattr("workers.serving.index_client.QUERIES_A_MESSAGE", 8)
+    assert rows_of(served.client.search_vectors(queries, 3)) == whole[0]
+    assert str(served.client.nearest(queries, 3)) == str(whole[1])
+    assert rows_of(served.client.search(TEXTS[:17], 2)) == texts
+    assert len(sent) == 9
+    assert served.client.search_vectors(queries[:0], 3) == []
+    with pytest.raises(UserError, match="has shape 0 x 3"):
+        served.client.search_vectors(queries[:0, :3], 3)
+
+
 def test_a_filter_reaches_every_shard(served: Served, queries: np.ndarray) -> None:
     for _ in range(2):  # the second time the mask is known
         found = rows_of(served.client.search_vectors(queries, 100, filter="row in (3, 30, 50) or id == 'key-7'"))
