@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +217,16 @@ def test_a_dashboard_is_no_ray_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
         ray_session("http://head:8265", num_cpus=1),
     ):
         pass
+
+
+def test_an_address_where_no_ray_is_any_more_is_one_line_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("jobs.ray_session.REACH_S", 0.3)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        with (
+            pytest.raises(UserError, match=rf"cluster.address {address}: nobody answers there \(.*refused\)"),
+            ray_session(address, num_cpus=1),
+        ):
+            pass
