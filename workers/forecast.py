@@ -58,7 +58,8 @@ def model_cost(config: DecoderConfig) -> ModelCost:
     specs = [layer.attention.spec for layer in config.layers]
     output = vocab * width
     return ModelCost(
-        weights=sum(held for held, _ in layers) + output * (1 if config.tied_embeddings else 2),
+        weights=sum(held for held, _ in layers)
+        + output * (1 if config.tied_embeddings or not config.has_output else 2),
         weights_a_token=sum(met for _, met in layers),
         output_weights=output,
         cache_values_a_token=sum(spec.cached_width for spec in specs),
