@@ -150,6 +150,12 @@ def expert_layers(model: Path) -> tuple[tuple[int, ...], int]:
     return tuple(found), max(found.values(), default=0)
 
 
+def model_widths(model: Path) -> tuple[int, int]:
+    """Of a checkpoint's hidden states, and of what its routers say together. UserError for what is no model."""
+    config = load_checkpoint(model).config
+    return config.hidden_width, router_width(config)
+
+
 def _experts_by_layer(config: DecoderConfig) -> dict[int, int]:
     return {
         i: layer.feed_forward.router.num_experts
