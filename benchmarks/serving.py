@@ -1,6 +1,6 @@
 """One query at a time: a served index against FAISS in this process, on the same vectors, turn by turn in one run.
 
-"nearest" is a vector in, vector numbers and scores out; "search" is a vector in, rows with their ids and columns out.
+"nearest" is a vector in, vector numbers and scores out; "search" is a vector in, rows with their ids and texts out.
 Both ask the front actor, and that the shards, over connections of their own; "an actor's call" is one of Ray's that
 does nothing. FAISS searches with the effort that the index was tuned to.
 
@@ -20,6 +20,7 @@ from typing import Any
 import faiss
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from jobs.ray_session import ray_session
 from pipeline.commits import CommitLog
@@ -33,6 +34,7 @@ from pipeline.records import RecordLayout
 from workers import devices
 
 ROWS_PER_SPLIT = 4096
+TEXT_REPEATS = 20  # some 500 characters a row
 K = 10
 PAUSE_S = 0.01  # until the threads of the last search, which wait for more by spinning, have gone to sleep
 
@@ -53,22 +55,29 @@ def main() -> None:
 
 
 def write_index(folder: JobFolder, size: int, dimension: int, kind: str, shards: int) -> IndexManifest:
-    """A job directory of random vectors, and its index."""
+    """A job directory of random vectors, each of a row with a text that is carried along, and its index."""
     log = CommitLog(folder, fingerprint="benchmark")
     log.recover()
-    layout = RecordLayout.of(samples=0, embeds="prompt", dimension=dimension)
+    carried = pa.schema([pa.field("body", pa.string())])
+    layout = RecordLayout.of(samples=0, embeds="prompt", dimension=dimension, carried=carried)
     random = np.random.default_rng(0)
     splits = []
     for split, first in enumerate(range(0, size, ROWS_PER_SPLIT)):
         count = min(ROWS_PER_SPLIT, size - first)
         vectors = unit(random.standard_normal((count, dimension)))
         builder = PartBuilder(layout, split=split, first_row=first, num_rows=count)
+        texts = [f"the text of row {row}, " * TEXT_REPEATS for row in range(first, first + count)]
+        builder.carry(first, pa.record_batch({"body": texts}))
         for row in range(count):
             builder.add_vector(first + row, "prompt", vectors[row], prompt_tokens=1)
         log.publish(log.commit(builder.write(folder)))
         splits.append({"index": split, "first_row": first, "num_rows": count})
     write_plan(folder, fingerprint="benchmark", splits=splits, document={})
-    spec: dict[str, Any] = {"output": {"columns": []}, "embed": None, "prompt": {"template": None, "column": None}}
+    spec: dict[str, Any] = {
+        "output": {"columns": ["body"]},
+        "embed": None,
+        "prompt": {"template": None, "column": "body"},
+    }
     write_job(folder, fingerprint="benchmark", document={"spec": spec})
     made = Provenance(model="none", model_files={}, tokenizer="none", pooling="mean")
     return build_index(folder, log.commits, job="benchmark", provenance=made, kind=kind, shards=shards)

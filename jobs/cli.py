@@ -202,6 +202,8 @@ def serve_index(
             )
             context.obj.answer(about, words)
             sys.stdout.flush()
+            if about["shards_asked_by"] == "ray":
+                say("some shards' own ports can't be reached: they are asked through Ray, which takes longer")
             while True:
                 time.sleep(3600)
     except (KeyboardInterrupt, SystemExit) as stop:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,8 @@ from pipeline.errors import JobError, UserError
 OBJECT_STORE_BYTES = 128 << 20  # only reports and orders travel through it
 UNNEEDED_STARTS = ("start_api_server", "start_monitor", "start_log_monitor")
 NUM_STARTS = 2  # Ray gives a node 30 seconds to come up, which a machine at its limit does not always manage
+REACH_S = 5.0  # for a Ray that is about to start to take connections
+REACH_POLL_S = 0.2
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +62,8 @@ def _join(address: str) -> None:
             f"cluster.address {address}: that is a dashboard, where jobs are submitted (gristmill submit); "
             "to join a Ray, name its own address, such as HEAD:6379, or auto"
         )
+    if address != "auto":
+        _await_door(address)
     try:
         # A Ray that was started where a token is, or by us, asks for it; ray.init takes it along only when told to.
         tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
@@ -66,6 +72,25 @@ def _join(address: str) -> None:
         raise UserError(f"cluster.address {address}: {_one_line(error)}") from error
     except Exception as error:
         raise JobError(f"joining Ray at {address} failed: {_one_line(error)}") from error
+
+
+def _await_door(address: str) -> None:
+    """Returns when somebody listens at HOST:PORT. UserError where nobody does, which Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not (port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise UserError(f"cluster.address {address}: an address of Ray's head is HOST:PORT, such as HEAD:6379, or auto")
+    deadline = time.monotonic() + REACH_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
+            return
+        except (OSError, UnicodeError) as error:  # the latter of a name that can't be one
+            if not isinstance(error, ConnectionRefusedError) or time.monotonic() > deadline:
+                raise UserError(
+                    f"cluster.address {address}: nobody answers there ({error}); is Ray's head up, and can its port be "
+                    "reached from here?"
+                ) from error
+            time.sleep(REACH_POLL_S)
 
 
 def _start(num_cpus: int) -> None:

@@ -6,7 +6,7 @@ import base64
 import bisect
 import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -47,7 +47,7 @@ class FoundRows:
     def __init__(self, out: Path, *, cache_bytes: int = 0) -> None:
         self._folder = JobFolder(out)
         self._cache_bytes = cache_bytes
-        self._tables: OrderedDict[int, pa.Table] = OrderedDict()  # split -> its part; what was used last comes last
+        self._parts: OrderedDict[int, _Part] = OrderedDict()  # by split; what was used last comes last
         self._id_columns: OrderedDict[int, tuple[npt.NDArray[np.int64], pa.ChunkedArray[Any]]] = OrderedDict()
         self._form: tuple[pa.Schema, RowText | None] | None = None
         spec = read_job(self._folder)["spec"]
@@ -103,18 +103,19 @@ class FoundRows:
 
     def _records(self, wanted: Mapping[int, list[int]]) -> list[FoundRow]:
         """All records of the rows of each split; a row that is in no part has none."""
-        taken = [self._taken(self._part(split), np.unique(np.asarray(rows))) for split, rows in wanted.items()]
+        taken = [batch for split, rows in wanted.items() for batch in self._part(split).records_of(sorted(set(rows)))]
         if not taken:
             return []
         try:
-            table = pa.concat_tables(taken)
+            table = pa.Table.from_batches(taken).combine_chunks()
         except pa.ArrowException as error:
             raise JobError(f"{self._folder.parts}: its parts differ in their columns; run verify") from error
+        columns = _columns(table)
         passages = self.passages(table)
-        carried = {name: _plain_values(table[column]) for name, column in self.carried.items()}
+        carried = {name: _plain_values(columns[column]) for name, column in self.carried.items()}
         records = zip(
-            *(table[name].to_pylist() for name in ("row", "sample")),
-            *(_plain_values(table[name]) for name in ("id", "text")),
+            *(columns[name].to_pylist() for name in ("row", "sample")),
+            *(_plain_values(columns[name]) for name in ("id", "text")),
             passages,
             strict=True,
         )
@@ -130,25 +131,15 @@ class FoundRows:
             for number, (row, sample, id, text, passage) in enumerate(records)
         ]
 
-    @staticmethod
-    def _taken(part: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
-        """The records of `rows`, ascending, as a part's are."""
-        at = part["row"].to_numpy()
-        firsts, ends = np.searchsorted(at, rows), np.searchsorted(at, rows, side="right")
-        if len(rows) > _FEW_ROWS:
-            return part.take(np.concatenate([np.arange(*run) for run in zip(firsts, ends, strict=True)]))
-        runs = zip(firsts.tolist(), ends.tolist(), strict=True)
-        return pa.concat_tables([part.slice(first, end - first) for first, end in runs])
-
-    def _part(self, split: int) -> pa.Table:
-        if split in self._tables:
-            self._tables.move_to_end(split)
-            return self._tables[split]
-        table = self._read(split, ["row", "id", "sample", "text", *self.carried.values()])
-        self._tables[split] = table
-        while self._tables and sum(one.nbytes for one in self._tables.values()) > self._cache_bytes:
-            self._tables.popitem(last=False)
-        return table
+    def _part(self, split: int) -> _Part:
+        if split in self._parts:
+            self._parts.move_to_end(split)
+            return self._parts[split]
+        part = _Part(self._read(split, ["row", "id", "sample", "text", *self.carried.values()]))
+        self._parts[split] = part
+        while self._parts and sum(one.num_bytes for one in self._parts.values()) > self._cache_bytes:
+            self._parts.popitem(last=False)
+        return part
 
     def _read(self, split: int, columns: list[str]) -> pa.Table:
         path = self._folder.part(split)
@@ -159,7 +150,8 @@ class FoundRows:
 
     def passages(self, table: pa.Table) -> list[str | None]:
         """For records of a part, with its carried columns, the text that was embedded; None where it is lost."""
-        inputs = pa.table({name: table[column] for name, column in self.carried.items()})
+        columns = _columns(table)
+        inputs = pa.table({name: columns[column] for name, column in self.carried.items()})
         if inputs.num_columns == 0 or table.num_rows == 0:
             return [None] * table.num_rows
         form = self._row_text(inputs.schema)
@@ -178,6 +170,30 @@ class FoundRows:
             else:
                 self._form = (schema, form)
         return self._form[1]
+
+
+class _Part:
+    """What was read of one part."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+        batches = table.to_batches()
+        self._batch = batches[0] if len(batches) == 1 else None  # several where one is too small for so long a text
+        self._rows = table["row"].to_numpy()  # ascending
+        self.num_bytes = table.nbytes
+
+    def records_of(self, rows: Sequence[int]) -> list[pa.RecordBatch]:
+        """Those of `rows`, ascending and each once; none of a row that is not there."""
+        bounds = self._rows.searchsorted([*rows, *(row + 1 for row in rows)]).tolist()
+        runs = zip(bounds[: len(rows)], bounds[len(rows) :], strict=True)
+        if self._batch is not None and len(rows) <= _FEW_ROWS:
+            return [self._batch.slice(first, end - first) for first, end in runs]
+        return self._table.take(np.concatenate([np.arange(*run) for run in runs])).to_batches()
+
+
+def _columns(table: pa.Table) -> dict[str, pa.ChunkedArray[Any]]:
+    """By name, all at once: to ask a table for one by its name takes Arrow longer than to read a few values of it."""
+    return dict(zip(table.column_names, table.columns, strict=True))
 
 
 def _plain_values(column: pa.ChunkedArray[Any]) -> list[Any]:

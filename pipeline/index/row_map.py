@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.durable import HashedFile
@@ -29,8 +30,6 @@ SCHEMA: Final = pa.schema(_FIELDS)
 _WORDS: Final = pa.dictionary(pa.int32(), pa.string())
 _READ_SCHEMA: Final = pa.schema([field.with_type(_WORDS) if field.type == pa.string() else field for field in _FIELDS])
 GROUP_ROWS: Final = 1 << 16
-PLACE_COLUMNS: Final = ("job", "row", "sample", "field")
-_FEW_RECORDS: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +123,7 @@ class RowMapWriter:
 
 
 class RowMap:
-    """Finds what vectors belong to. Holds the row groups that were asked for, about 25 bytes a vector in them.
+    """Finds what vectors belong to. Holds the row groups that were asked for, about 30 bytes a vector in them.
 
     The file stays open: what takes its name later, when another index is built, is not read.
     """
@@ -132,34 +131,33 @@ class RowMap:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = path.open("rb")
-        self._groups: dict[int, pa.Table] = {}
+        self._groups: dict[int, _Group] = {}
 
     def places(self, vectors: Sequence[int] | npt.NDArray[np.int64]) -> list[Place]:
         """One place a vector number, in their order. JobError if the file has none of one, or can't be read."""
         numbers = np.asarray(vectors, np.int64)
-        found: list[Place | None] = [None] * len(numbers)
         groups = numbers // GROUP_ROWS
-        for group in np.unique(groups).tolist():
+        named = set(groups.tolist())
+        if len(named) == 1:
+            return self._places_in(named.pop(), numbers)
+        found: list[Place | None] = [None] * len(numbers)
+        for group in sorted(named):
             at = np.flatnonzero(groups == group)
-            wanted = numbers[at]
-            try:
-                values = _values(self._group(group), wanted - group * GROUP_ROWS)
-            except (pa.ArrowException, OSError, UnicodeDecodeError, IndexError) as error:
-                raise JobError(f"{self._path} can't be read: {' '.join(str(error).split())[:200]}") from error
-            if values["vector"] != wanted.tolist() or any(None in values[name] for name in PLACE_COLUMNS):
-                raise self._silent(wanted, values)
-            for i, place in zip(at.tolist(), map(Place, *(values[name] for name in PLACE_COLUMNS)), strict=True):
+            for i, place in zip(at.tolist(), self._places_in(group, numbers[at]), strict=True):
                 found[i] = place
         return [place for place in found if place is not None]
 
-    def _silent(self, wanted: npt.NDArray[np.int64], values: dict[str, list[Any]]) -> JobError:
-        """What to say of the first of the vectors `wanted` whose record is another's or is not whole."""
-        for number, *record in zip(wanted.tolist(), *values.values(), strict=True):
-            if None in record or number != dict(zip(values, record, strict=True))["vector"]:
-                return JobError(
-                    f"{self._path} does not say what vector {number} belongs to; remove index/ and run again"
-                )
-        raise AssertionError("every record is whole and in its place")
+    def _places_in(self, number: int, vectors: npt.NDArray[np.int64]) -> list[Place]:
+        try:
+            group = self._group(number)
+            offsets = vectors - number * GROUP_ROWS
+            is_whole = group.is_whole[offsets]
+        except (pa.ArrowException, OSError, UnicodeDecodeError, IndexError) as error:
+            raise JobError(f"{self._path} can't be read: {' '.join(str(error).split())[:200]}") from error
+        if not is_whole.all():
+            silent = vectors[~is_whole][0]
+            raise JobError(f"{self._path} does not say what vector {silent} belongs to; remove index/ and run again")
+        return group.places(offsets)
 
     def table(self, vectors: npt.NDArray[np.int64]) -> pa.Table:
         """The records of these vectors, in their order: SCHEMA."""
@@ -168,38 +166,58 @@ class RowMap:
         taken = [SCHEMA.empty_table()]
         for group in np.unique(groups).tolist():
             offsets = vectors[order[groups[order] == group]] - group * GROUP_ROWS
-            taken.append(self._group(group).take(pa.array(offsets)).cast(SCHEMA))
+            taken.append(self._group(group).records.take(pa.array(offsets)).cast(SCHEMA))
         back = np.empty(len(order), np.int64)
         back[order] = np.arange(len(order))
         return pa.concat_tables(taken).take(back).combine_chunks()
 
-    def _group(self, number: int) -> pa.Table:
+    def _group(self, number: int) -> _Group:
         if number not in self._groups:
             file = pq.ParquetFile(self._file, read_dictionary=["job", "field"])
             if not file.schema_arrow.equals(_READ_SCHEMA):
                 raise pa.ArrowInvalid("its columns are not those of a map of rows")
             if not 0 <= number < file.num_row_groups or file.metadata.row_group(number).num_rows > GROUP_ROWS:
                 raise IndexError(f"it has no row group {number} of at most {GROUP_ROWS} records")
-            self._groups[number] = file.read_row_group(number)
+            self._groups[number] = _Group(file.read_row_group(number).combine_chunks(), number * GROUP_ROWS)
         return self._groups[number]
 
 
-def _values(group: pa.Table, offsets: npt.NDArray[np.int64]) -> dict[str, list[Any]]:
-    """Column -> its values there. Few, as most queries', are read one by one: Arrow takes longer to begin with many."""
-    if len(offsets) <= _FEW_RECORDS:
-        columns = dict(zip(group.column_names, group.columns, strict=True))
-        return {name: [column[offset].as_py() for offset in offsets.tolist()] for name, column in columns.items()}
-    records = group.take(offsets)
-    return {name: _listed(records[name]) for name in records.column_names}
+class _Group:
+    """A row group in memory, its columns as arrays too: Arrow takes longer to begin with a few records."""
+
+    def __init__(self, records: pa.Table, first_vector: int) -> None:
+        """UnicodeDecodeError where a word is not valid UTF-8."""
+        self.records = records
+        # Of each record whether it is of the vector that has its place in the file, and lacks nothing.
+        self.is_whole = _numbers(records["vector"]) == np.arange(first_vector, first_vector + records.num_rows)
+        for column in records.columns:
+            if column.null_count:
+                self.is_whole &= column.is_valid().to_numpy()
+        self._rows, self._samples = _numbers(records["row"]), _numbers(records["sample"])
+        self._jobs, self._job_words = _coded(records["job"])
+        self._fields, self._field_words = _coded(records["field"])
+
+    def places(self, offsets: npt.NDArray[np.int64]) -> list[Place]:
+        """What the records there say, which are whole."""
+        return [
+            Place(self._job_words[job], row, sample, self._field_words[field])
+            for job, row, sample, field in zip(
+                *(column[offsets].tolist() for column in (self._jobs, self._rows, self._samples, self._fields)),
+                strict=True,
+            )
+        ]
 
 
-def _listed(column: pa.ChunkedArray[Any]) -> list[Any]:
-    """As `to_pylist`, without a scalar of Arrow's for each value in between where all values are there."""
+def _numbers(column: Any) -> npt.NDArray[Any]:
+    """As they lie in Arrow's memory where all are there; 0 for those that are not."""
+    array: Any = pc.fill_null(column, 0) if column.null_count else column
+    if isinstance(array, pa.ChunkedArray):
+        array = array.chunk(0) if array.num_chunks == 1 else array.combine_chunks()
+    numbers: npt.NDArray[Any] = array.to_numpy()
+    return numbers
+
+
+def _coded(column: pa.ChunkedArray[Any]) -> tuple[npt.NDArray[Any], list[str]]:
+    """A column of words as numbers of words, and the words."""
     array: Any = column.combine_chunks()
-    if array.null_count:
-        return [*array.to_pylist()]
-    if isinstance(array, pa.DictionaryArray):
-        words = array.dictionary.to_pylist()
-        return [words[i] for i in array.indices.to_numpy(zero_copy_only=False).tolist()]
-    listed: list[Any] = array.to_numpy(zero_copy_only=False).tolist()
-    return listed
+    return _numbers(array.indices), array.dictionary.to_pylist()

@@ -162,10 +162,10 @@ class IndexShard:
         # A float32 inner product is off by at most d * 2^-24 * |query| * |vector|; twice that is taken.
         slack = 2 * (matrix.shape[1] + 2) * 2.0**-24 * lengths * self._longest
         found = candidates >= 0
+        at = np.maximum(candidates, 0)
         if allowed is not None:
-            found &= allowed[np.maximum(candidates, 0)]
-        exact = np.where(found, _exact_scores(matrix, np.maximum(candidates, 0), queries), -np.inf)
-        scores, places = best([(exact, np.where(found, candidates, -1))], k)
+            found &= allowed[at]
+        scores, places = best([(_exact_scores(matrix, at, queries), np.where(found, candidates, -1))], k)
         complete = (num_candidates == len(matrix)) | (candidates[:, -1] < 0)  # nothing allowed is left out
         # `scores[:, -1]` is what the best k have at least; others could belong to them if FAISS's rounding hid it.
         in_doubt = (found.sum(axis=1) < k) | (~complete & (scores[:, -1] <= rough[:, -1] + slack))
@@ -278,12 +278,15 @@ def best(found: Sequence[tuple[Scores, Numbers]], k: int) -> tuple[Scores, Numbe
 
     Number -1 stands for nothing found and comes last.
     """
-    scores = np.concatenate([scores for scores, _ in found], axis=1)
-    numbers = np.concatenate([numbers for _, numbers in found], axis=1)
-    numbers = np.where(np.isnan(scores), -1, numbers)
-    scores = np.where(numbers < 0, -np.inf, scores)
+    scores, numbers = (
+        found[0] if len(found) == 1 else (np.concatenate(each, axis=1) for each in zip(*found, strict=True))
+    )
+    nothing = (numbers < 0) | np.isnan(scores)
+    if nothing.any():
+        scores, numbers = np.where(nothing, -np.inf, scores), np.where(nothing, -1, numbers)
     order = np.lexsort((numbers, -scores), axis=1)[:, :k]
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(numbers, order, axis=1)
+    queries = np.arange(len(order))[:, None]
+    return scores[queries, order], numbers[queries, order]
 
 
 def _exact_scores(matrix: Matrix, places: Numbers, queries: Matrix) -> Scores:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ from workers.serving.query_line import REPLACING_S, QueryLine
 from workers.serving.served_version import Answer
 
 Nearest = list[tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]]  # a query's scores and vector numbers, best first
+
+QUERIES_A_MESSAGE: Final = 512  # so that many need no more memory in the front than few, and nobody waits behind them
 
 
 class IndexClient:
@@ -41,13 +43,16 @@ class IndexClient:
         return str(self._said_by_front()["output"])
 
     def search_texts(self, texts: Sequence[str], k: int, filter: str | None = None) -> Answer:
-        return rows_in(self._line.ask(texts_request(texts, k, filter)))
+        requests = (texts_request(texts[some], k, filter) for some in _messages(len(texts)))
+        return [hits for request in requests for hits in rows_in(self._line.ask(request))]
 
     def search_vectors(self, vectors: npt.NDArray[Any], k: int, filter: str | None = None) -> Answer:
-        return rows_in(self._line.ask(vectors_request(vectors, k, filter, rows=True)))
+        requests = (vectors_request(vectors[some], k, filter, rows=True) for some in _messages(len(vectors)))
+        return [hits for request in requests for hits in rows_in(self._line.ask(request))]
 
     def nearest(self, vectors: npt.NDArray[Any], k: int, filter: str | None = None) -> Nearest:
-        return nearest_in(self._line.ask(vectors_request(vectors, k, filter, rows=False)))
+        requests = (vectors_request(vectors[some], k, filter, rows=False) for some in _messages(len(vectors)))
+        return [found for request in requests for found in nearest_in(self._line.ask(request))]
 
     def close(self) -> None:
         self._line.close()
@@ -55,6 +60,11 @@ class IndexClient:
     def _said_by_front(self) -> dict[str, Any]:
         front = self._line.actor
         return cast(dict[str, Any], answer_of(front, self._line.what, front.about.remote, patience_s=REPLACING_S))
+
+
+def _messages(num_queries: int) -> Iterator[slice]:
+    """Which queries go together. One goes without any, which is checked as others are."""
+    return (slice(first, first + QUERIES_A_MESSAGE) for first in range(0, max(num_queries, 1), QUERIES_A_MESSAGE))
 
 
 def served_names() -> list[str]:

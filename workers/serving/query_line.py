@@ -38,8 +38,9 @@ class QueryLine:
         self.actor = actor
         self.what = what
         self._patience_s = patience_s
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the free connections
         self._free: list[Wire] = []
+        self._settling = threading.Lock()  # of what follows
         self._door: Door | None = None
         self._carrier: Carrier | None = None
 
@@ -78,7 +79,7 @@ class QueryLine:
     def await_replacement(self, error: Exception) -> None:
         """JobError if the actor, which was lost with `error`, is not there again within seconds."""
         self.close()
-        with self._lock:
+        with self._settling:
             self._door = self._carrier = None
         await_replacement(self.actor, self.what, error, self._patience_s)
 
@@ -87,31 +88,33 @@ class QueryLine:
         with self._lock:
             if self._free:
                 return self._free.pop()
-            if self._carrier is None:
-                self._door = cast(Door | None, get(self.actor.door.options(concurrency_group="health").remote()))
-                self._carrier = "ray" if self._door is None else "socket"
-                is_new = True
-            else:
-                is_new = False
-            door = self._door
-        if self._carrier == "ray" or door is None:
-            return None
-        try:
-            return Wire.to(door)
-        except OSError as error:
-            if not is_new:
-                raise
-            get(self.actor.door.options(concurrency_group="health").remote())  # if it has died, that is why
-            log.warning(
-                "%s can't be reached at %s:%d (%s): asking through Ray, which takes longer",
-                self.what,
-                door.host,
-                door.port,
-                error,
-            )
-            with self._lock:
-                self._carrier = "ray"
-            return None
+        with self._settling:
+            carrier, door = self._carrier, self._door
+            if carrier is None:
+                return self._settle()
+        return None if carrier == "ray" or door is None else Wire.to(door)
+
+    def _settle(self) -> Wire | None:
+        """As `_take`. Others who ask wait meanwhile, so that none takes a port that nobody reaches for a death."""
+        door = cast(Door | None, self._ask_door())
+        wire = None
+        if door is not None:
+            try:
+                wire = Wire.to(door)
+            except OSError as error:
+                self._ask_door()  # if it has died, that is why
+                log.warning(
+                    "%s can't be reached at %s:%d (%s): asking through Ray, which takes longer",
+                    self.what,
+                    door.host,
+                    door.port,
+                    error,
+                )
+        self._door, self._carrier = door, "ray" if wire is None else "socket"
+        return wire
+
+    def _ask_door(self) -> Any:
+        return get(self.actor.door.options(concurrency_group="health").remote())
 
     def _give_back(self, wire: Wire | None) -> None:
         if wire is not None:

@@ -51,10 +51,15 @@ class QueryListener:
             except OSError:  # too many open files, for one
                 time.sleep(_RETRY_S)
                 continue
-            if self._places.acquire(blocking=False):
-                threading.Thread(target=self._serve, args=(connection,), name="queries", daemon=True).start()
-            else:
+            if not self._places.acquire(blocking=False):
                 connection.close()
+                continue
+            try:
+                threading.Thread(target=self._serve, args=(connection,), name="queries", daemon=True).start()
+            except RuntimeError as error:  # the system gives no more threads for now
+                log.warning("a connection is turned away: %s", error)
+                connection.close()
+                self._places.release()
 
     def _serve(self, connection: socket.socket) -> None:
         try:

@@ -24,6 +24,7 @@ from pipeline.errors import JobError, UserError
 Array = npt.NDArray[Any]
 
 _LENGTH: Final = struct.Struct("<Q")
+_COMPACT: Final = json.JSONEncoder(separators=(",", ":"))  # `json.dumps` would make one for each message
 _KINDS: Final = "biuf"  # of arrays: Booleans and numbers
 _ERRORS: Final[dict[str, type[UserError] | type[JobError]]] = {"UserError": UserError, "JobError": JobError}
 
@@ -36,7 +37,7 @@ class Message:
     def to_bytes(self) -> bytes:
         arrays = [np.ascontiguousarray(array) for array in self.arrays]
         described = [[array.dtype.str, list(array.shape)] for array in arrays]
-        head = json.dumps({"values": self.values, "arrays": described}, separators=(",", ":")).encode()
+        head = _COMPACT.encode({"values": self.values, "arrays": described}).encode()
         head += b" " * _filling(len(head))
         pieces: list[Any] = [_LENGTH.pack(len(head)), head]
         for array in arrays:
@@ -48,7 +49,7 @@ class Message:
         """Its arrays lie in `content`. ValueError where that is no message."""
         try:
             (length,) = _LENGTH.unpack_from(content)
-            document = json.loads(bytes(content[_LENGTH.size : _LENGTH.size + length]))
+            document = json.loads(content[_LENGTH.size : _LENGTH.size + length])
             start, arrays = _LENGTH.size + length, []
             for name, shape in document["arrays"]:
                 kind = np.dtype(name)

@@ -10,6 +10,7 @@ import hmac
 import secrets
 import socket
 import struct
+import time
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -22,6 +23,7 @@ _LENGTH: Final = struct.Struct("<Q")
 _NONCE_BYTES: Final = 32
 _DIGEST: Final = "sha256"
 _PROOF_BYTES: Final = 32
+_LEAST_S: Final = 1e-3  # a socket takes 0 for something else
 _JOINED_BYTES: Final = 1 << 16  # a message up to this size goes out with its length in one piece
 
 
@@ -55,11 +57,10 @@ class Wire:
         """OSError where nobody is reached there within seconds, or it is not who has the key."""
         connection = socket.create_connection((door.host, door.port), CONNECT_S)
         try:
-            connection.settimeout(HANDSHAKE_S)
-            wire = Wire(connection)
-            theirs, ours = wire._read(_NONCE_BYTES), secrets.token_bytes(_NONCE_BYTES)
+            wire, until = Wire(connection), time.monotonic() + HANDSHAKE_S
+            theirs, ours = wire._read(_NONCE_BYTES, until), secrets.token_bytes(_NONCE_BYTES)
             connection.sendall(ours + _proof(door.key, b"asks", theirs, ours))
-            if not hmac.compare_digest(wire._read(_PROOF_BYTES), _proof(door.key, b"answers", theirs, ours)):
+            if not hmac.compare_digest(wire._read(_PROOF_BYTES, until), _proof(door.key, b"answers", theirs, ours)):
                 raise ConnectionError(f"{door.host}:{door.port} is not who it should be")
             connection.settimeout(None)
         except BaseException:
@@ -70,10 +71,9 @@ class Wire:
     @staticmethod
     def of(connection: socket.socket, key: bytes) -> Wire:
         """The other side of `to`. OSError where who has connected does not know the key."""
-        connection.settimeout(HANDSHAKE_S)
-        wire, ours = Wire(connection), secrets.token_bytes(_NONCE_BYTES)
+        wire, until, ours = Wire(connection), time.monotonic() + HANDSHAKE_S, secrets.token_bytes(_NONCE_BYTES)
         connection.sendall(ours)
-        theirs, proof = bytes(wire._read(_NONCE_BYTES)), wire._read(_PROOF_BYTES)
+        theirs, proof = bytes(wire._read(_NONCE_BYTES, until)), wire._read(_PROOF_BYTES, until)
         if not hmac.compare_digest(proof, _proof(key, b"asks", ours, theirs)):
             raise ConnectionError("someone without the key")
         connection.sendall(_proof(key, b"answers", ours, theirs))
@@ -95,10 +95,13 @@ class Wire:
     def close(self) -> None:
         self._socket.close()
 
-    def _read(self, length: int) -> bytearray:
+    def _read(self, length: int, until: float | None = None) -> bytearray:
+        """`until`: of time.monotonic, when it is given up, however little comes at a time."""
         content = bytearray(length)
         view, done = memoryview(content), 0
         while done < length:
+            if until is not None:
+                self._socket.settimeout(max(until - time.monotonic(), _LEAST_S))
             count = self._socket.recv_into(view[done:])
             if count == 0:
                 raise ConnectionResetError("the other side has closed the connection")

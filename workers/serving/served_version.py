@@ -74,7 +74,8 @@ class ServedVersion:
     def nearest(self, vectors: npt.NDArray[Any], k: int, filter: str | None) -> Found:
         """Among the rows that `filter` means. UserError where it is not understood, or a vector is no query."""
         queries = prepare_queries(vectors, self.manifest, self._centering)
-        return best(self.shards.search(queries, k, None if filter is None else self._allowed(filter)), k)
+        found = self.shards.search(queries, k, None if filter is None else self._allowed(filter))
+        return found[0] if len(found) == 1 else best(found, k)
 
     def search(self, vectors: npt.NDArray[Any], k: int, filter: str | None) -> Answer:
         """As `nearest`, with the rows that were found."""

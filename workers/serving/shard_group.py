@@ -6,7 +6,8 @@ q: queries; k: hits a query; d: width of a vector.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,8 @@ import numpy.typing as npt
 from pipeline.index.selection import Mask
 from workers.index_shard import Found, holding_request, search_request
 from workers.serving.query_line import REPLACING_S, Carrier, QueryLine
+
+_HOLDERS: Final = 64  # asked at once
 
 
 class ShardGroup:
@@ -48,8 +51,8 @@ class ShardGroup:
 
     def hold(self) -> None:
         """Returns when every shard can answer by this version. JobError where one can't."""
-        for line in self._lines:
-            line.ask(holding_request(self._version))
+        with ThreadPoolExecutor(_HOLDERS) as threads:  # a port may take seconds to be given up
+            list(threads.map(lambda line: line.ask(holding_request(self._version)), self._lines))
 
     @property
     def carrier(self) -> Carrier:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -32,6 +33,9 @@ from pipeline.index.search import VectorIndex
 from pipeline.indexed_jobs import latest_commits
 from pipeline.job_folder import JobFolder
 from workers.index_shard import IndexShardActor
+from workers.serving.query_line import QueryLine
+from workers.serving.query_messages import Message, respond
+from workers.serving.query_wire import Door, Wire
 
 pytestmark = pytest.mark.ray
 
@@ -97,6 +101,24 @@ def test_three_shards_answer_as_one_index_in_this_process(served: Served, querie
         list(zip(numbers.tolist(), scores.tolist(), strict=True))
         for scores, numbers in served.client.nearest(queries, 7)
     ] == [[(hit.vector, hit.score) for hit in hits] for hits in expected]
+
+
+def test_many_queries_go_in_messages_of_a_bounded_size_and_come_back_in_order(
+    served: Served, queries: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = rows_of(served.client.search_vectors(queries, 3)), served.client.nearest(queries, 3)
+    texts = rows_of(served.client.search(TEXTS[:17], 2))
+    sent: list[int] = []
+    send = QueryLine.send
+    monkeypatch.setattr(QueryLine, "send", lambda line, request: sent.append(len(request)) or send(line, request))
+    monkeypatch.setattr("workers.serving.index_client.QUERIES_A_MESSAGE", 8)
+    assert rows_of(served.client.search_vectors(queries, 3)) == whole[0]
+    assert str(served.client.nearest(queries, 3)) == str(whole[1])
+    assert rows_of(served.client.search(TEXTS[:17], 2)) == texts
+    assert len(sent) == 9
+    assert served.client.search_vectors(queries[:0], 3) == []
+    with pytest.raises(UserError, match="has shape 0 x 3"):
+        served.client.search_vectors(queries[:0, :3], 3)
 
 
 def test_a_filter_reaches_every_shard(served: Served, queries: np.ndarray) -> None:
@@ -224,6 +246,38 @@ def test_a_shard_that_is_stopped_is_replaced_too(served: Served, queries: np.nda
     assert heard[-1] == before or isinstance(heard[-1], JobError)
     assert not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE
     served.client.search_vectors(queries, 5)
+
+
+def test_where_a_port_is_not_reached_all_who_ask_at_first_are_answered_through_ray_after_one_warning(
+    ray_cluster: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray
+
+    class Behind:
+        def door(self) -> Door:
+            return Door("192.0.2.1", 1, b"key")
+
+        def ping(self) -> tuple[str, str]:
+            return "ready", ""
+
+        def answer(self, request: bytes) -> bytes:
+            return respond({"double": lambda message: Message(message.values["n"] * 2)}, request)
+
+    def give_up(door: Door) -> Wire:
+        time.sleep(0.2)
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(Wire, "to", give_up)
+    actor: Any = ray.remote(num_cpus=0, max_concurrency=4, concurrency_groups={"health": 1})(Behind)
+    line = QueryLine(actor.remote(), "the actor")
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda n: line.ask(Message({"ask": "double", "n": n})).values, range(8)))
+    assert answers == [2 * n for n in range(8)]
+    assert line.carrier == "ray"
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        "the actor can't be reached at 192.0.2.1:1 (timed out): asking through Ray, which takes longer"
+    ]
+    ray.kill(line.actor)
 
 
 def test_a_model_that_changed_is_refused_with_what_changed(out: Path, tmp_path: Path) -> None:

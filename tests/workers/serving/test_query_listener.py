@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -53,6 +54,31 @@ def test_who_does_not_know_the_key_is_not_answered(listener: QueryListener) -> N
             pass  # its nonce; then it hangs up
     assert asked(listener.door, b"abc") == b"cba"
     assert "key" not in repr(listener.door)
+
+
+def test_who_shows_the_key_too_slowly_is_hung_up_on(listener: QueryListener, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.serving.query_wire.HANDSHAKE_S", 0.3)
+    begun = time.monotonic()
+
+    def send_slowly(connection: socket.socket) -> None:
+        while time.monotonic() - begun < 3.0:
+            connection.sendall(b"x")
+            time.sleep(0.1)
+
+    with socket.create_connection((listener.door.host, listener.door.port), 5.0) as stranger, pytest.raises(OSError):
+        send_slowly(stranger)
+    assert time.monotonic() - begun < 2.0
+    assert asked(listener.door, b"abc") == b"cba"
+
+
+def test_where_no_thread_is_to_be_had_the_next_who_asks_is_answered(
+    listener: QueryListener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as short:
+        short.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("no thread")))
+        with pytest.raises(OSError):
+            asked(listener.door, b"abc")
+    assert asked(listener.door, b"abc") == b"cba"
 
 
 def test_a_listener_without_the_key_is_not_asked() -> None:
