@@ -100,6 +100,7 @@ class Controller:
             else:
                 for event in self._listen():
                     self._handle(event)
+                self._tally.show()  # once what was handed over is committed: before, its rows are in neither count
         assert self._state.outcome is not None
         return self._state.outcome
 
@@ -132,7 +133,6 @@ class Controller:
                 events.append(news)
             else:
                 events += self._take(news)
-        self._tally.show()
         return events
 
     def _take(self, heard: Heard) -> list[Event]:

@@ -62,7 +62,8 @@ def _join(address: str) -> None:
             f"cluster.address {address}: that is a dashboard, where jobs are submitted (gristmill submit); "
             "to join a Ray, name its own address, such as HEAD:6379, or auto"
         )
-    _await_door(address)
+    if address != "auto":
+        _await_door(address)
     try:
         # A Ray that was started where a token is, or by us, asks for it; ray.init takes it along only when told to.
         tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
@@ -74,19 +75,20 @@ def _join(address: str) -> None:
 
 
 def _await_door(address: str) -> None:
-    """Returns when somebody listens at HOST:PORT. UserError where nobody does: Ray would try for minutes."""
+    """Returns when somebody listens at HOST:PORT. UserError where nobody does, which Ray would try for minutes."""
     host, _, port = address.rpartition(":")
-    if not (host and port.isdecimal() and int(port) < 1 << 16) or "/" in host:  # auto, ray://...: Ray knows
-        return
+    if not host or "/" in host or not (port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise UserError(f"cluster.address {address}: an address of Ray's head is HOST:PORT, such as HEAD:6379, or auto")
     deadline = time.monotonic() + REACH_S
     while True:
         try:
             socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
             return
-        except OSError as error:
-            if isinstance(error, socket.gaierror) or time.monotonic() > deadline:
+        except (OSError, UnicodeError) as error:  # the latter of a name that can't be one
+            if not isinstance(error, ConnectionRefusedError) or time.monotonic() > deadline:
                 raise UserError(
-                    f"cluster.address {address}: nobody answers there ({error}); has that Ray ended?"
+                    f"cluster.address {address}: nobody answers there ({error}); is Ray's head up, and can its port be "
+                    "reached from here?"
                 ) from error
             time.sleep(REACH_POLL_S)
 

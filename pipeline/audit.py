@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,16 @@ class Auditor:
         self._parts(latest, older)
         index = self._index(latest, wanted=_wants_index(job, latest), parts_are_whole=len(self._problems) == num_before)
         self._extensions(index)
+        return self._found(splits, latest, index=index)
+
+    def _found(
+        self,
+        splits: Sequence[PlannedSplit] | None,
+        latest: Mapping[int, Commit],
+        *,
+        index: IndexManifest | None = None,
+        neighbours: int | None = None,
+    ) -> Audit:
         codes: Counter[str] = Counter()
         for commit in latest.values():
             codes.update(commit.error_codes)
@@ -115,6 +125,7 @@ class Auditor:
             splits=len(latest),
             indexed_vectors=None if index is None else index.num_vectors,
             deleted_vectors=0 if index is None else index.num_deleted,
+            neighbours=neighbours,
         )
 
     def _note_holder(self) -> None:
@@ -124,21 +135,7 @@ class Auditor:
 
     def run_index(self) -> Audit:
         """Of a directory that holds nothing but an index, which others were merged into."""
-        index = self._index({}, wanted=True, parts_are_whole=True)
-        return Audit(
-            problems=tuple(self._problems),
-            pending=tuple(self._pending),
-            rows_planned=0,
-            rows=0,
-            errors=0,
-            error_codes={},
-            records=0,
-            vectors=0,
-            splits_planned=0,
-            splits=0,
-            indexed_vectors=None if index is None else index.num_vectors,
-            deleted_vectors=0 if index is None else index.num_deleted,
-        )
+        return self._found(None, {}, index=self._index({}, wanted=True, parts_are_whole=True))
 
     def _extensions(self, index: IndexManifest | None) -> None:
         """Jobs over files that came later belong to this one, and are whole or not with it."""

@@ -31,23 +31,7 @@ class SearchAuditor(Auditor):
         self._k = asked.get("k") if asked is not None else None
         self._neighbours = 0
         self._parts(latest, older)
-        codes: Counter[str] = Counter()
-        for commit in latest.values():
-            codes.update(commit.error_codes)
-        return Audit(
-            problems=tuple(self._problems),
-            pending=tuple(self._pending),
-            rows_planned=sum(split.num_rows for split in splits or ()),
-            rows=sum(commit.rows for commit in latest.values()),
-            errors=sum(commit.errors for commit in latest.values()),
-            error_codes=dict(sorted(codes.items())),
-            records=sum(commit.records for commit in latest.values()),
-            vectors=0,
-            splits_planned=len(splits or ()),
-            splits=len(latest),
-            indexed_vectors=None,
-            neighbours=self._neighbours,
-        )
+        return self._found(splits, latest, neighbours=self._neighbours)
 
     def _asked(self) -> dict[str, Any] | None:
         try:

@@ -80,9 +80,10 @@ class RowRunner:
         self._experts_told_at = float("-inf")
         self._idle_s = IDLE_S if lock_step is None else GANG_IDLE_S
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="parts")
-        self._writing: deque[tuple[Work, Future[FinishedAssignment]]] = deque()
+        self._writing: deque[Future[None]] = deque()
 
         self._changed = threading.Condition()  # guards what several threads use: down to `_stopped`
+        self._unwritten: list[Work] = []  # complete, and not in `_finished` nor in an earlier report
         self._received = 0
         self._told_wanted = 0
         self._news = False
@@ -91,7 +92,7 @@ class RowRunner:
         self._failure: Failure | None = None
         self._stopping = self._stopped = False
 
-        self._open: list[Work] = []  # whose rows have begun to come, not yet being written
+        self._open: list[Work] = []  # whose rows have begun to come
         self._first_step_at: float | None = None
         self._ahead = ReadAhead(
             self._preparation.read,
@@ -157,9 +158,8 @@ class RowRunner:
         return 0 if self._stopping else max(0, MAX_UNREAD - self._ahead.num_unread)
 
     def _counts(self) -> Counts:
-        unreported = [*self._open, *(work for work, _ in self._writing)]
         return Counts(
-            unreported_rows=sum(work.num_done for work in unreported),
+            unreported_rows=sum(work.num_done for work in (*self._open, *self._unwritten)),
             error_rows=self._flights.num_errors,
             prompt_tokens=self._flights.prompt_tokens,
             completion_tokens=self._flights.completion_tokens,
@@ -222,21 +222,21 @@ class RowRunner:
     def _hand_over(self) -> None:
         """Complete works go to the writer. Raises what writing raised."""
         for work in [work for work in self._open if work.is_complete]:
-            self._open.remove(work)
-            future = self._writer.submit(work.write)
-            self._writing.append((work, future))
-            future.add_done_callback(self._written)
-        while self._writing and (self._writing[0][1].done() or len(self._writing) > MAX_PARTS_IN_WRITING):
-            self._writing[0][1].result()
-            self._writing.popleft()
-
-    def _written(self, future: Future[FinishedAssignment]) -> None:
-        """In the writer's thread."""
-        if future.exception() is None:
             with self._changed:
-                self._finished.append(future.result())
-                self._news = True
-                self._changed.notify_all()
+                self._open.remove(work)
+                self._unwritten.append(work)
+            self._writing.append(self._writer.submit(self._write, work))
+        while self._writing and (self._writing[0].done() or len(self._writing) > MAX_PARTS_IN_WRITING):
+            self._writing.popleft().result()
+
+    def _write(self, work: Work) -> None:
+        """In the writer's thread."""
+        finished = work.write()
+        with self._changed:
+            self._unwritten.remove(work)
+            self._finished.append(finished)
+            self._news = True
+            self._changed.notify_all()
 
     def _forget_revoked(self) -> None:
         if not self._revoked:

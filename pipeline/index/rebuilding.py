@@ -33,14 +33,12 @@ def kept_changes(
 ) -> Change | None:
     """What was added to `index/` and deleted from it, as a change to an index that is to take its place.
 
-    None where there is nothing of the kind, or no index that can be read. JobError where a job that was added is gone.
-    `memory_bytes` and `builders` as `add_job` has them.
+    That becomes the version after it. None where there is no index that can be read. JobError where a job that was
+    added is gone. `memory_bytes` and `builders` as `add_job` has them.
     """
     try:
         before = read_manifest(folder.index)
     except (UserError, JobError):
-        return None
-    if len(before.jobs) == 1 and before.deleted is None:
         return None
     deleted = read_deleted(folder.index, before)
     added = [

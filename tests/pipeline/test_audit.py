@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
@@ -17,57 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import audit as audit_module
-from pipeline.attempt import records_to_keep
 from pipeline.audit import Audit, audit
 from pipeline.commits import CommitLog
 from pipeline.durable import file_sha256, read_sealed, seal, unseal
-from pipeline.errors import RowError, UserError
-from pipeline.index.build import build_index
-from pipeline.index.manifest import Provenance
-from pipeline.job_folder import JobFolder, write_job, write_plan
-from pipeline.lock import lock
-from pipeline.parts import PartBuilder
-from pipeline.records import RecordLayout
-
-ROWS = [4, 4, 3]  # of each split
-FAILED_ROW = 5
-SAMPLES = 2
-LAYOUT = RecordLayout.of(samples=SAMPLES, embeds="both", dimension=4)
-PROVENANCE = Provenance(model="tiny", model_files={}, tokenizer="t", pooling="mean")
-
-
-def planned(folder: JobFolder) -> CommitLog:
-    folder.create()
-    write_job(folder, fingerprint="this job", document={"spec": {"name": "mine", "index": {"kind": "auto"}}})
-    splits = [{"index": i, "first_row": sum(ROWS[:i]), "num_rows": rows} for i, rows in enumerate(ROWS)]
-    write_plan(folder, fingerprint="this job", splits=splits, document={})
-    log = CommitLog(folder, fingerprint="this job")
-    log.recover()
-    return log
-
-
-def part_of(folder: JobFolder, split: int, *, rows: int | None = None, revision: int = 0, kept: Any = None) -> Any:
-    first_row = sum(ROWS[:split])
-    num_rows = ROWS[split] if rows is None else rows
-    builder = PartBuilder(LAYOUT, split=split, first_row=first_row, num_rows=num_rows, revision=revision, kept=kept)
-    for row in range(first_row, first_row + num_rows):
-        if row == FAILED_ROW:
-            builder.fail(row, RowError("prompt_too_long", "far"))
-        elif builder.needs(row):
-            builder.add_vector(row, "prompt", np.random.default_rng(row).normal(size=4).astype(np.float32))
-            for sample in range(SAMPLES):
-                builder.add(row, sample=sample, text="t", finish_reason="stop", prompt_tokens=1, completion_tokens=1)
-                vector = np.random.default_rng([row, sample]).normal(size=4).astype(np.float32)
-                builder.add_vector(row, "generation", vector, sample=sample)
-    return builder.write(folder)
-
-
-def finish(folder: JobFolder, log: CommitLog, *, shards: int = 2, kind: str = "Flat") -> None:
-    for split in range(len(ROWS)):
-        if split not in log.commits:
-            log.publish(log.commit(part_of(folder, split)))
-    build_index(folder, log.commits, job="mine", provenance=PROVENANCE, shards=shards, kind=kind)
+from pipeline.errors import UserError
+from pipeline.job_folder import JobFolder, write_job
+from tests.pipeline.audited_job import finish, part_of, planned
 
 
 @pytest.fixture(scope="module")
@@ -320,89 +274,6 @@ def test_a_record_of_rows_parquet_that_stands_for_another_row_is_seen(folder: Jo
 def test_a_damaged_part_does_not_make_the_index_a_second_problem(folder: JobFolder) -> None:
     os.truncate(folder.part(2), 50)
     assert "part-000002.parquet is damaged" in only_problem(audit(folder.root))
-
-
-def test_a_job_under_way_is_not_damaged(tmp_path: Path) -> None:
-    """Every state that a kill can leave: nothing of it is called damage, nothing of it is called whole."""
-    folder = JobFolder(tmp_path / "out")
-    log = planned(folder)
-
-    def pending() -> str:
-        found = audit(folder.root)
-        assert found.problems == ()
-        assert not found.ok
-        return " | ".join(found.pending)
-
-    assert "3 of 3 splits, 11 rows, are not done yet" in pending()
-    limited = part_of(folder, 0, rows=2)
-    log.commit(limited)
-    assert "split 0 is committed and its part not yet published" in pending()
-    assert "split 0 was cut short by a limit: 2 of its rows are not done yet" in pending()
-    log.publish(log.commits[0])
-    kept = records_to_keep(folder.part(0), log.commits[0].sha256, retry_errors=False)
-    log.commit(part_of(folder, 0, revision=1, kept=kept))
-    assert "000000.json was replaced by revision 1" in pending()
-    assert "split 0 is committed and its part not yet published" in pending()
-    log.publish(log.commits[0])
-    log.publish(log.commit(part_of(folder, 1)))
-    build_index(folder, log.commits, job="mine", provenance=PROVENANCE)
-    assert pending() == "1 of 3 splits, 3 rows, are not done yet"
-    log.publish(log.commit(part_of(folder, 2)))
-    assert pending() == "the index was built from other parts than those that are committed now"
-    shutil.rmtree(folder.index)
-    assert pending() == "the index is not built yet, or was removed"
-    build_index(folder, log.commits, job="mine", provenance=PROVENANCE)
-    assert audit(folder.root).ok
-    with lock(folder):
-        assert "is running this job just now" in pending()
-
-
-def test_nothing_that_a_kill_leaves_is_called_damage(tmp_path: Path, filesystem: Any) -> None:
-    for step in itertools.count(0, 2):
-        folder = JobFolder(tmp_path / str(step))
-        with filesystem.dies_at(step):
-            finish(folder, planned(folder))
-        finished = not filesystem.died
-        if folder.commits.exists():
-            found = audit(folder.root)
-            assert found.problems == ()
-            assert found.ok or not finished
-        finish(folder, planned(folder))
-        assert audit(folder.root).ok
-        if finished:
-            break
-    assert step > 60
-
-
-def test_a_run_that_goes_on_meanwhile_is_not_called_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the audit looks at split 0 the controller commits it anew, and another split for the first time."""
-    folder = JobFolder(tmp_path / "out")
-    log = planned(folder)
-    log.publish(log.commit(part_of(folder, 0, rows=2)))
-    look = audit_module.file_sha256
-
-    def look_late(path: Path) -> str:
-        if log.commits[0].revision == 0:
-            kept = records_to_keep(folder.part(0), log.commits[0].sha256, retry_errors=False)
-            log.publish(log.commit(part_of(folder, 0, revision=1, kept=kept)))
-            log.publish(log.commit(part_of(folder, 1)))
-        return look(path)
-
-    monkeypatch.setattr(audit_module, "file_sha256", look_late)
-    found = audit(folder.root)
-    assert found.problems == ()
-    assert "split 0 was committed again while it was looked at" in found.pending
-
-    listed = os.listdir
-
-    def list_early(path: Any) -> list[str]:
-        names = listed(path)
-        if path == folder.commits and 2 not in log.commits:
-            log.publish(log.commit(part_of(folder, 2)))
-        return names
-
-    monkeypatch.setattr(os, "listdir", list_early)
-    assert audit(folder.root).problems == ()
 
 
 def test_a_job_that_embeds_nothing_or_wants_no_index_needs_none(tmp_path: Path) -> None:

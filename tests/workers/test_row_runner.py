@@ -168,6 +168,29 @@ def test_a_revoked_assignment_is_forgotten(desk):
     assert not shard.runner._flights
 
 
+def test_no_report_counts_a_row_twice_or_takes_one_back(desk, monkeypatch):
+    """Parts are written and handed over while a step goes on."""
+    shard = desk(TEXTS)
+    engine = shard.runner._engine
+    engine.rows_a_step, step = 4, engine.step
+
+    def slow_step():
+        time.sleep(0.03)
+        return step()
+
+    monkeypatch.setattr(engine, "step", slow_step)
+    shard.start()
+    shard.runner.grant([shard.assignment(split) for split in range(5)])
+    handed_over, seen = 0, [0]
+    deadline = time.monotonic() + 10
+    while handed_over < len(TEXTS) and time.monotonic() < deadline:
+        report = shard.runner.report(0.01)
+        handed_over += sum(finished.attempt["rows"] for finished in report.finished)
+        seen.append(handed_over + report.counts.unreported_rows)
+    assert seen == sorted(seen)
+    assert seen[-1] == handed_over == len(TEXTS)
+
+
 def test_a_shard_asks_for_more_before_it_runs_dry(desk):
     shard = desk(TEXTS)
     report = shard.runner.report(0)

@@ -210,12 +210,21 @@ def test_the_reason_of_a_failure_is_found_in_the_log_that_ray_quotes() -> None:
     assert _failure(None, "") == "it does not say why"
 
 
-def test_a_dashboard_is_no_ray_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("http://head:8265", "that is a dashboard"),
+        ("ray://head:10001", "an address of Ray's head is HOST:PORT"),
+        ("head", "an address of Ray's head is HOST:PORT"),
+        ("head:70000", "an address of Ray's head is HOST:PORT"),
+        ("nowhere.invalid:6379", "nobody answers there"),
+    ],
+)
+def test_what_is_no_ray_to_join_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, address: str, expected: str
+) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests' Ray may be connected
-    with (
-        pytest.raises(UserError, match=r"cluster.address http://head:8265: that is a dashboard"),
-        ray_session("http://head:8265", num_cpus=1),
-    ):
+    with pytest.raises(UserError, match=rf"cluster.address {address}: {expected}"), ray_session(address, num_cpus=1):
         pass
 
 

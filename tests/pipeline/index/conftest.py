@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pipeline.index.manifest import Provenance
 from pipeline.job_folder import JobFolder
 from pipeline.parts import PartBuilder
 from pipeline.records import RecordLayout
+from tests.pipeline.index.indexed_job import Make, finished_job
 
 ROWS_A_SPLIT = 7
 
@@ -30,6 +32,12 @@ def one_faiss_thread() -> Iterator[None]:
 @pytest.fixture
 def provenance() -> Provenance:
     return Provenance(model="tiny", model_files={"model.safetensors": "aa"}, tokenizer="bb", pooling="mean")
+
+
+@pytest.fixture
+def job(tmp_path: Path, provenance: Provenance) -> Make:
+    """`job(name, vectors, **arguments)` -> a finished job with an index."""
+    return functools.partial(finished_job, tmp_path, provenance=provenance)
 
 
 @pytest.fixture

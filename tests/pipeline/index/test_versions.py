@@ -1,134 +1,29 @@
-"""An index that grows, loses rows and is merged: what it answers, who is not disturbed, and where a crash leaves it."""
+"""An index that grows and loses rows: what it answers, who is not disturbed, and where a crash leaves it."""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
 import os
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import pytest
 
-import pipeline.index.shard_build
 from pipeline.audit import audit
-from pipeline.commits import CommitLog
-from pipeline.durable import seal
 from pipeline.errors import JobError, UserError
 from pipeline.index.build import build_index, index_is_current
-from pipeline.index.check import IndexedParts
-from pipeline.index.compaction import compact, planned_ranges
-from pipeline.index.deletions import delete_vectors, write_deleted
+from pipeline.index.deletions import delete_vectors
 from pipeline.index.expression import Filter
-from pipeline.index.growth import Addition, add_job
-from pipeline.index.manifest import IndexManifest, Provenance, read_manifest
+from pipeline.index.manifest import Provenance, read_manifest
 from pipeline.index.matching import matching_vectors
-from pipeline.index.merging import merge_indexes
 from pipeline.index.rebuilding import kept_changes
 from pipeline.index.search import IndexShard, VectorIndex
 from pipeline.index.versions import change_index, folder_of_version
 from pipeline.indexed_jobs import IndexedRows, job_folder
-from pipeline.job_folder import JobFolder, write_job, write_plan
-from pipeline.parts import PartBuilder
-from pipeline.records import RecordLayout
-
-KINDS = ["Flat", "SQ8", "IVF4,Flat", "HNSW8", "PCA7,SQ8", "PCA7,IVF4,Flat", "SQ8,RFlat", "PCA7,HNSW8"]
-SPLIT_ROWS = 32
-
-Matrix = npt.NDArray[np.float32]
-
-
-def unit(num_vectors: int, *, seed: int, dimension: int = 8) -> Matrix:
-    vectors = np.random.default_rng(seed).normal(size=(num_vectors, dimension)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    folder: JobFolder
-    log: CommitLog
-    name: str
-    vectors: Matrix
-    arguments: Mapping[str, Any]
-
-    def build(self, **changes: Any) -> IndexManifest:
-        return build_index(self.folder, self.log.commits, **{**self.arguments, **changes})
-
-    def add(self, other: Job, *, provenance: Provenance | None = None) -> IndexManifest:
-        addition = Addition(
-            folder=other.folder,
-            path=os.path.relpath(other.folder.root, self.folder.root),
-            job=other.name,
-            commits=other.log.commits,
-            provenance=provenance or other.arguments["provenance"],
-        )
-        return change_index(self.folder, lambda draft, manifest: add_job(draft, manifest, addition))
-
-    def delete(self, *numbers: int) -> IndexManifest:
-        gone = np.array(numbers, np.int64)
-        return change_index(self.folder, lambda draft, manifest: delete_vectors(draft, manifest, gone))
-
-    def compact(self, others: Sequence[Job] = (), **options: Any) -> IndexManifest:
-        parts = [IndexedParts(job.folder, job.log.commits) for job in (self, *others)]
-        return change_index(self.folder, lambda draft, manifest: compact(draft, manifest, parts, **options))
-
-    def found(self, queries: Matrix, k: int = 5) -> list[list[tuple[str, int]]]:
-        return found_in(self.folder, queries, k)
-
-
-def found_in(folder: JobFolder, queries: Matrix, k: int = 5) -> list[list[tuple[str, int]]]:
-    hits = VectorIndex.open(folder.index).search(queries, k)
-    return [[(hit.place.job, hit.place.row) for hit in one] for one in hits]
-
-
-@pytest.fixture
-def job(tmp_path: Path, provenance: Provenance) -> Callable[..., Job]:
-    """`job(name, vectors)` -> a finished job that embeds prompts and carries `key`, indexed as `build` is told."""
-
-    def make(
-        name: str, vectors: Matrix, *, center: bool = False, keys: list[Any] | None = None, **arguments: Any
-    ) -> Job:
-        folder = JobFolder(tmp_path / name)
-        log = CommitLog(folder, fingerprint=f"of {name}")
-        log.recover()
-        carried = pa.record_batch({"key": keys or [f"{name}-{row}" for row in range(len(vectors))]})
-        layout = RecordLayout.of(samples=0, embeds="prompt", dimension=vectors.shape[1], carried=carried.schema)
-        splits = []
-        for split, first in enumerate(range(0, len(vectors), SPLIT_ROWS)):
-            count = min(SPLIT_ROWS, len(vectors) - first)
-            splits.append({"index": split, "first_row": first, "num_rows": count})
-            builder = PartBuilder(layout, split=split, first_row=first, num_rows=count)
-            builder.carry(first, carried.slice(first, count))
-            for row in range(first, first + count):
-                builder.add_vector(row, "prompt", vectors[row], prompt_tokens=1)
-            log.publish(log.commit(builder.write(folder)))
-        spec = {
-            "output": {"columns": ["key"]},
-            "generate": None,
-            "embed": {"template": None},
-            "prompt": {"template": None, "column": "key"},
-            "index": {},
-        }
-        write_job(folder, fingerprint=f"of {name}", document={"spec": spec})
-        write_plan(folder, fingerprint=f"of {name}", splits=splits, document={})
-        made = Job(folder, log, name, vectors, {"job": name, "provenance": provenance, "center": center, **arguments})
-        made.build()
-        return made
-
-    return make
-
-
-Make = Callable[..., Job]
-
-
-def assert_whole(folder: JobFolder) -> None:
-    found = audit(folder.root)
-    assert (found.problems, found.pending) == ((), ())
+from tests.pipeline.index.indexed_job import KINDS, Make, assert_whole, unit
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -244,6 +139,17 @@ def test_a_reader_of_the_old_version_is_not_disturbed(job: Make) -> None:
     assert [IndexShard.load(folder, manifest, number).num_vectors for number in range(2)] == [30, 7]
 
 
+def test_an_index_that_is_built_again_of_more_rows_is_its_next_version(job: Make) -> None:
+    one = job("one", unit(40, seed=1))
+    build_index(one.folder, {0: one.log.commits[0]}, **one.arguments)  # as after a run that a limit cut short
+    before = read_manifest(one.folder.index)
+    manifest = one.build(change=kept_changes(one.folder))
+    assert (before.version, before.num_vectors, manifest.version, manifest.num_vectors) == (1, 32, 2, 40)
+    assert [note.change for note in manifest.history] == ["built", "built again, as Flat"]
+    kept = folder_of_version(one.folder.index, before)
+    assert (kept.name, read_manifest(kept)) == ("000001", before)
+
+
 def test_unchanged_files_are_not_copied(job: Make) -> None:
     one = job("one", unit(30, seed=1))
     before = os.stat(one.folder.index / "shard-000.faiss").st_ino
@@ -353,163 +259,6 @@ def test_a_damaged_list_of_deletions_is_never_read_as_none(job: Make) -> None:
     assert any("deleted.parquet" in problem for problem in audit(one.folder.root).problems)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_compacted_index_answers_as_before_under_the_same_numbers(job: Make, tmp_path: Path, kind: str) -> None:
-    one = job("one", unit(80, seed=1), kind=kind, recall=0.1, shards=2)
-    two, three = (job(f"of {count}", unit(count, seed=count), kind=kind, recall=0.1) for count in (20, 12))
-    one.add(two)
-    one.add(three)
-    gone = {0, *range(3, 30, 2), 41, *range(80, 95), 111}
-    one.delete(*gone)
-    before = VectorIndex.open(one.folder.index)
-    size_bytes = read_manifest(one.folder.index).shards[0].size_bytes
-    standing = set(range(112)) - gone
-    assert all_found(before) == standing
-    manifest = one.compact([two, three])
-    assert (manifest.num_vectors, manifest.num_deleted, manifest.num_absent) == (112, len(gone), len(gone))
-    assert [(shard.first_vector, shard.num_vectors, shard.num_held) for shard in manifest.shards] == [
-        (0, 40, 25),
-        (40, 40, 39),
-        (80, 32, 16),  # two shards that were added, joined
-    ]
-    assert kind != "HNSW8" or manifest.shards[0].size_bytes < size_bytes * 0.8
-    assert sorted(path.name for path in one.folder.index.glob("*.faiss")) == [f"shard-00{n}.faiss" for n in range(3)]
-    after = VectorIndex.open(one.folder.index)
-    assert all_found(after) == standing
-    queries = unit(9, seed=3)
-    if kind == "Flat":
-        assert after.search(queries, 7) == before.search(queries, 7)
-    allowed = np.zeros(112, np.bool_)
-    allowed[[0, 1, 2, 3, 60, 61, 95, 96, 111]] = True
-    for hits in after.search(queries, 20, allowed=allowed):
-        assert {hit.vector for hit in hits} == {1, 2, 60, 61, 95, 96}
-        assert all(hit.place.row == (hit.vector if hit.vector < 80 else hit.vector - 80) for hit in hits)
-    index: Any = faiss.read_index(str(one.folder.index / "shard-002.faiss"))
-    assert (index.ntotal, set(index.search(queries, 16)[1].ravel()) - {-1} <= {*range(95, 111)}) == (16, True)
-    assert_whole(one.folder)
-
-    # It goes on as an index does: more deleted, added, merged, built again.
-    one.delete(1, 96)
-    assert all_found(VectorIndex.open(one.folder.index)) == standing - {1, 96}
-    one.add(job("four", unit(9, seed=5), kind=kind, recall=0.1))
-    standing = standing - {1, 96} | set(range(112, 121))
-    assert all_found(VectorIndex.open(one.folder.index)) == standing
-    assert_whole(one.folder)
-    five = job("five", unit(30, seed=6), kind=kind, recall=0.1)
-    for order in ((one, five), (five, one)):
-        merged = JobFolder(tmp_path / f"merged-{order[0].name}")
-        manifest = merge_indexes(merged, [each.folder for each in order])
-        assert (manifest.num_vectors, manifest.num_deleted, manifest.num_absent) == (151, len(gone) + 2, len(gone))
-        assert_whole(merged)
-        assert len(all_found(VectorIndex.open(merged.index))) == len(standing) + 30
-    one.build(change=kept_changes(one.folder))
-    assert all_found(VectorIndex.open(one.folder.index)) == standing
-    assert_whole(one.folder)
-
-
-def all_found(index: VectorIndex) -> set[int]:
-    """Every vector that can be found: among half of them an approximate kind looks until it has found all."""
-    even = np.arange(index.manifest.num_vectors) % 2 == 0
-    query = unit(1, seed=3)
-    return {hit.vector for half in (even, ~even) for hit in index.search(query, 500, allowed=half)[0]}
-
-
-def test_a_job_of_which_nothing_is_left_takes_no_space_and_is_not_read(job: Make) -> None:
-    for kind in ("Flat", "HNSW8", "IVF4,Flat"):
-        one = job(f"one {kind}", unit(40, seed=1), kind=kind, recall=0.1)
-        two = job(f"two {kind}", unit(20, seed=2), kind=kind, recall=0.1)
-        one.add(two)
-        one.delete(*range(40))
-        parts = [IndexedParts(one.folder, None), IndexedParts(two.folder, two.log.commits)]
-        manifest = change_index(one.folder, lambda draft, before, parts=parts: compact(draft, before, parts))
-        assert [shard.num_held for shard in manifest.shards] == [0, 20]
-        assert all_found(VectorIndex.open(one.folder.index)) == {*range(40, 60)}
-        one.delete(*range(40, 60))
-        parts[1] = IndexedParts(two.folder, None)
-        change_index(one.folder, lambda draft, before, parts=parts: compact(draft, before, parts))
-        assert one.found(unit(1, seed=3), 100) == [[]]
-
-
-def test_what_holds_nothing_deleted_is_left_as_it_is(job: Make) -> None:
-    one = job("one", unit(60, seed=1), shards=3)
-    assert all(part.kept for part in planned_ranges(read_manifest(one.folder.index), None, memory_bytes=1 << 28))
-    one.delete(25)
-    before = [os.stat(one.folder.index / f"shard-00{n}.faiss").st_ino for n in range(3)]
-    one.compact()
-    after = [os.stat(one.folder.index / f"shard-00{n}.faiss").st_ino for n in range(3)]
-    assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
-    assert index_is_current(one.folder, one.log.commits, **one.arguments), "a job that is done does nothing"
-
-
-def test_a_compacted_index_that_misses_its_recall_is_refused_and_left(
-    job: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = job("one", unit(60, seed=1), kind="SQ8", recall=0.5)
-    one.delete(*range(20))
-    before = read_manifest(one.folder.index)
-    monkeypatch.setattr(pipeline.index.shard_build, "recall_of", lambda found, exact: (0.4, 10))
-    with pytest.raises(JobError, match=r"would be found with a recall of 0\.400, and promises 0\.5"):
-        one.compact()
-    assert read_manifest(one.folder.index) == before
-    assert not list(one.folder.attempts.iterdir())
-
-
-def test_a_shard_that_lacks_what_was_not_deleted_is_refused(job: Make) -> None:
-    one = job("one", unit(60, seed=1))
-    one.delete(7, 9)
-    one.compact()
-    manifest = read_manifest(one.folder.index)
-    deleted = write_deleted(one.folder.index / "other.parquet", np.array([8, 9]))
-    write_manifest_over(one.folder, dataclasses.replace(manifest, deleted=deleted))
-    with pytest.raises(JobError, match="it lacks vector 7, which was not deleted"):
-        VectorIndex.open(one.folder.index)
-    assert any("it lacks vector 7" in problem for problem in audit(one.folder.root).problems)
-
-
-def write_manifest_over(folder: JobFolder, manifest: IndexManifest) -> None:
-    (folder.index / "index.json").write_bytes(seal(manifest.to_json()))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_merged_indexes_answer_as_each_did(job: Make, tmp_path: Path, kind: str) -> None:
-    one = job("one", unit(60, seed=1), kind=kind, recall=0.1)
-    two = job("two", unit(50, seed=2), kind=kind, recall=0.1, shards=2)
-    one.delete(7)
-    two.delete(9)
-    merged = JobFolder(tmp_path / "merged")
-    manifest = merge_indexes(merged, [one.folder, two.folder])
-    assert [(entry.job, entry.path) for entry in manifest.jobs] == [("one", "../one"), ("two", "../two")]
-    assert (manifest.num_vectors, manifest.num_deleted, len(manifest.shards)) == (110, 2, 3)
-    (hits,) = VectorIndex.open(merged.index).search(unit(1, seed=3), 200, allowed=np.ones(110, np.bool_))
-    every = [(hit.place.job, hit.place.row) for hit in hits]
-    assert len(every) == 108
-    assert not {("one", 7), ("two", 9)} & set(every)
-    k = 1 if kind == "Flat" else 30
-    assert all(("two", row) in hits for row, hits in enumerate(found_in(merged, two.vectors, k)) if row != 9)
-    assert_whole(merged)
-
-
-def test_a_merge_that_dies_at_any_step_leaves_no_index_or_the_whole(job: Make, tmp_path: Path, filesystem: Any) -> None:
-    one, two = job("one", unit(20, seed=1)), job("two", unit(7, seed=2))
-    one.delete(4)
-    sources = [one.folder, two.folder]
-    with filesystem.dies_at(None):
-        merge_indexes(JobFolder(tmp_path / "merged"), sources)
-    num_steps = len(filesystem.trace)
-    assert num_steps > 5
-    for step in range(num_steps):
-        merged = JobFolder(tmp_path / f"merged-{step}")
-        with filesystem.dies_at(step):
-            merge_indexes(merged, sources)
-        assert filesystem.died
-        if not merged.index.exists():
-            merge_indexes(merged, sources)  # what was left of it is in nobody's way
-        assert_whole(merged)
-        assert len(found_in(merged, unit(1, seed=3), 100)[0]) == 26
-        assert not list(merged.attempts.iterdir())
-    assert_whole(one.folder)
-
-
 def test_storage_that_is_full_leaves_the_version_that_was_there(job: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = (
         job("one", unit(40, seed=1), kind="HNSW8", recall=0.1),
@@ -540,28 +289,3 @@ def test_storage_that_is_full_leaves_the_version_that_was_there(job: Make, monke
             assert read_manifest(one.folder.index) == before
             assert {path.name: path.read_bytes() for path in one.folder.index.iterdir()} == files
             assert not list(one.folder.attempts.iterdir())
-
-
-def test_indexes_that_do_not_belong_together_are_not_merged(job: Make, tmp_path: Path, provenance: Provenance) -> None:
-    one, two, other = (job(name, unit(20, seed=number)) for number, name in enumerate(("one", "two", "other")))
-    out = JobFolder(tmp_path / "merged")
-    one.add(two)
-    with pytest.raises(UserError, match="two is in the index already, as 'two'"):
-        merge_indexes(out, [one.folder, two.folder])
-    other.build(provenance=dataclasses.replace(provenance, tokenizer="cc"))
-    with pytest.raises(UserError, match=r"can't be merged with .*one: its vectors were made with another tokenizer"):
-        merge_indexes(out, [one.folder, other.folder])
-    other.build(kind="SQ8", recall=0.1)
-    with pytest.raises(UserError, match=r"give both the same index\.kind"):
-        merge_indexes(out, [one.folder, other.folder])
-    other.build(center=True)
-    with pytest.raises(UserError, match="centred on different means"):
-        merge_indexes(out, [one.folder, other.folder])
-    other.build()
-    with pytest.raises(UserError, match="is not empty"):
-        merge_indexes(two.folder, [one.folder, other.folder])
-    assert not out.index.exists()
-    other.build(recall=0.5)
-    manifest = merge_indexes(out, [one.folder, other.folder])
-    assert manifest.recall.target == 0.5, "what both have promised"
-    assert_whole(out)
