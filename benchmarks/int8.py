@@ -66,6 +66,7 @@ def perplexity(decoder: Decoder, ids: Tensor) -> float:
 def weight_bytes(decoder: Decoder) -> int:
     """Of embedding, output and linear layers; SmolLM2's norms, which are float32 in any format, are 0.1 MB."""
     weights = [decoder.embedding.tokens]
+    assert decoder.head is not None
     if decoder.head.weight is not decoder.embedding.tokens:
         weights.append(decoder.head.weight)
     for block in decoder.blocks:

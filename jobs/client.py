@@ -17,6 +17,7 @@ from jobs.controller import Controller
 from jobs.finishing import Finisher
 from jobs.fleet import Fleet
 from jobs.history import RunRecords
+from jobs.planned_index import refuse_unbuildable
 from jobs.spec import JobSpec, JsonObject
 from jobs.specfile import load_spec, parse_spec
 from jobs.state import JobState
@@ -140,6 +141,8 @@ def _run(
     report = store.report()
     if not state.num_open and report is not None and finisher.index_is_current():
         return JobResult(out=store.folder.root, report=report)
+    if engine_factory == DEFAULT_ENGINE:
+        refuse_unbuildable(store.job)
     rows_to_do = state.total_rows - sum(split.rows for split in committed.values())
     settings = worker_settings(store, engine_factory, rows_to_do=rows_to_do)
     with _stopping() as stopping, Fleet(settings, spec.cluster, model=store.job.covers["model"], warm=warm) as fleet:

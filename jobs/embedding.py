@@ -8,6 +8,7 @@ from typing import Any
 
 from jobs.spec import EmbedSpec, JobSpec
 from pipeline.embedding import TextForm, VectorForm, form_settings
+from pipeline.errors import UserError
 from pipeline.index.manifest import Provenance
 from pipeline.tokenizer import load_tokenizer
 
@@ -16,9 +17,21 @@ def embedding_forms(embed: EmbedSpec) -> tuple[VectorForm, TextForm]:
     """How the vector is made, and how the text of a passage is put to the model."""
     assert embed.include_prompt != "auto"
     assert embed.echo != "auto"
-    vector = VectorForm(pooling=embed.pooling, dimensions=embed.dimensions, routing_weight=embed.routing_weight)
+    vector = _vector_form(embed, embed.pooling)
     text = TextForm(prompt=embed.passage_prompt, include_prompt=embed.include_prompt, echo=embed.echo)
     return vector, text
+
+
+def _vector_form(embed: EmbedSpec, pooling: str) -> VectorForm:
+    return VectorForm(pooling=pooling, dimensions=embed.dimensions, routing_weight=embed.routing_weight)
+
+
+def vector_width(embed: EmbedSpec, hidden_width: int, router_width: int) -> int:
+    """Whatever the pooling. UserError where a model of these widths has no such vectors."""
+    try:
+        return _vector_form(embed, "mean").width(hidden_width, router_width)
+    except ValueError as error:
+        raise UserError(f"embed.{error}") from None
 
 
 def provenance_settings(spec: JobSpec) -> dict[str, Any]:

@@ -13,19 +13,19 @@ from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
 
-from jobs.embedding import embedding_forms
+from jobs.embedding import embedding_forms, vector_width
 from jobs.experts.placement_outlook import placement_outlook
 from jobs.experts.placements import ExpertLayers
 from jobs.fleet import this_machine
 from jobs.layout import Layout, choose_layout
+from jobs.planned_index import most_vectors, planned_index
 from jobs.resolve import ResolvedJob, resolve
-from jobs.spec import EmbedSpec, JobSpec, JsonObject
+from jobs.spec import JobSpec, JsonObject
 from jobs.status import job_status
 from jobs.terminal import human_bytes, human_seconds
 from pipeline.embedding import EmbeddedText, TextEncoder, TextForm
-from pipeline.errors import RowError, UserError
-from pipeline.index.budget import build_budget
-from pipeline.index.kinds import DEFAULT_MEMORY_BYTES, FLAT, next_kind, settled_kinds
+from pipeline.errors import RowError
+from pipeline.index.kinds import FLAT, next_kind
 from pipeline.job_folder import JobFolder
 from pipeline.prompts import Example, ModelText, PromptBuilder, PromptSettings, TextBuilder
 from pipeline.row_text import RowText
@@ -125,21 +125,14 @@ class Plan:
         parts = [f"{weights_text})", f"at most {human_bytes(shard.kv_cache_bytes)} of KV cache"]
         text = f"a {'shard' if ranks > 1 else 'replica'}: {', '.join(parts)}"
         if spec.embed is not None and spec.index is not None:
-            samples = spec.generate.n if spec.generate is not None and spec.embed.of != "prompt" else 1
-            vectors = self.job.source.num_rows * (samples + (1 if spec.embed.of == "both" else 0))
-            text += f"; index: {self._index(vectors)}"
+            text += f"; index: {self._index(most_vectors(spec, self.job.source.num_rows))}"
         return text
 
     def _index(self, vectors: int) -> str:
         asked = self.job.spec.index
         if asked is None:
             return "none"
-        memory_bytes = DEFAULT_MEMORY_BYTES if asked.memory_bytes == "auto" else asked.memory_bytes
-        kind, *others = settled_kinds(
-            asked.kind, num_vectors=vectors, dimension=self.dimension, memory_bytes=memory_bytes
-        )
-        shards = None if asked.shards == "auto" else asked.shards
-        budget = build_budget(kind, vectors, self.dimension, memory_bytes=memory_bytes, shards=shards)
+        (kind, *others), budget = planned_index(asked, num_vectors=vectors, dimension=self.dimension)
         text = (
             f"{kind}, {human_bytes(budget.index_bytes)} for {vectors:,} vectors in {budget.shards} "
             f"shard{'s' if budget.shards > 1 else ''}; building it takes up to "
@@ -208,20 +201,13 @@ def make_plan(spec: JobSpec) -> Plan:
         tokens=tokens,
         max_new_tokens=new_tokens,
         embeds_generation=embeds_generation,
-        dimension=_dimension(settled.embed, shard) if settled.embed is not None else 0,
+        dimension=vector_width(settled.embed, shard.hidden_width, shard.router_width) if settled.embed else 0,
         seconds=None
         if layout is None
         else _seconds(job, shard, tokens, new_tokens, embeds_generation, num_shards=layout.num_shards),
         output=_output(job, earlier),
         experts=_experts(job, earlier, layout, shard),
     )
-
-
-def _dimension(embed: EmbedSpec, shard: Forecast) -> int:
-    try:
-        return embedding_forms(embed)[0].width(shard.hidden_width, shard.router_width)
-    except ValueError as error:
-        raise UserError(f"embed.{error}") from None
 
 
 def estimate_tokens(job: ResolvedJob, max_context: int) -> TokenEstimate:

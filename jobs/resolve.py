@@ -1,6 +1,7 @@
 """A JobSpec and what it speaks of -> a job that can be planned: everything settled that the model or the input decides.
 
-Nothing is written, and neither torch nor Ray is loaded, but for torch with cluster.expert_parallel or attention set.
+Nothing is written, and neither torch nor Ray is loaded, but for torch with cluster.expert_parallel, attention,
+embed.dimensions or embed.routing_weight set.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from jobs.embedding import vector_width
 from jobs.output_path import refuse_output_in_input
 from jobs.spec import EmbedSpec, JobSpec, JsonObject, fingerprint, fingerprint_parts
 from pipeline.errors import JobError, UserError
@@ -56,6 +58,7 @@ def resolve(
     model_path = resolve_model(spec.model)
     refuse_spreading(spec, model_path)
     refuse_attention(spec, model_path)
+    refuse_vectors(spec, model_path)
     if planned is not None and planned.spec.input == spec.input:
         source, is_scanned = Source.from_json(planned.source), False
         _refuse_new_files(spec, [path for path in source.new_files() if path not in extended_by])
@@ -119,6 +122,15 @@ def refuse_attention(spec: JobSpec, model_path: Path) -> None:
     from workers.decoder.checkpoint import load_checkpoint
 
     with_attention(load_checkpoint(model_path), spec.attention_rules)
+
+
+def refuse_vectors(spec: JobSpec, model_path: Path) -> None:
+    """UserError where the model has no vectors of these `dimensions`, or nothing for a `routing_weight` to weigh."""
+    if spec.embed is None or not (spec.embed.dimensions or spec.embed.routing_weight):
+        return
+    from workers.forecast import model_widths
+
+    vector_width(spec.embed, *model_widths(model_path))
 
 
 def _settle(spec: JobSpec, source: Source, model_path: Path, planned: PlannedJob | None) -> tuple[JobSpec, int]:

@@ -28,6 +28,7 @@ def answer_prompt(model: str, prompt: str, *, max_new_tokens: int, dtype: str) -
     loaded = load_engine(
         EngineSettings(model_path=str(path), device="auto", dtype=dtype, threads=threads, max_sequences=1)
     )
+    loaded.refuse_generation(model)
     tokenizer = loaded.tokenizer
     batch = pa.record_batch({"text": [prompt]})
     builder = PromptBuilder(

@@ -48,11 +48,18 @@ def scan_files(format: Format, places: Sequence[Place], job: str | None) -> list
 
 def change_among(planned: Sequence[InputFile], places: Sequence[Place]) -> str | None:
     """What is another about files than when the job was planned, in a line: gone or changed."""
+    return next(iter(changes_among(planned, places).values()), None)
+
+
+def changes_among(planned: Sequence[InputFile], places: Sequence[Place]) -> dict[str, str]:
+    """The same of each file about which anything is another, by path; those that are gone first."""
     found = {place.name: place for place in places}
-    for path in sorted({file.path for file in planned} - found.keys()):
-        return f"input {path} is gone since the job was planned"
-    changes = _in_threads(lambda file: change_of(file, found[file.path], thorough=True), planned)
-    return next(filter(None, changes), None)
+    gone = sorted({file.path for file in planned} - found.keys())
+    there = [file for file in planned if file.path in found]
+    changes = _in_threads(lambda file: change_of(file, found[file.path], thorough=True), there)
+    return {path: f"input {path} is gone since the job was planned" for path in gone} | {
+        file.path: change for file, change in zip(there, changes, strict=True) if change is not None
+    }
 
 
 def change_of(file: InputFile, place: Place, *, thorough: bool) -> str | None:
@@ -94,7 +101,7 @@ def _refuse_altered_parts(job: str, files: Sequence[InputFile]) -> None:
 
 def _in_threads(work: Callable[[_In], _Out], items: Sequence[_In]) -> list[_Out]:
     """`work` of each item, in their order; the first exception in that order is raised."""
-    if len(items) == 1:
-        return [work(items[0])]
+    if len(items) < 2:
+        return [work(item) for item in items]
     with ThreadPoolExecutor(min(_NUM_THREADS, len(items))) as threads:
         return list(threads.map(work, items))

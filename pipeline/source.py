@@ -21,7 +21,7 @@ from pipeline.formats.base import Chunk, Cursor, FileScan, Format, InputFile, Po
 from pipeline.formats.plain_text import TEXT_COLUMN
 from pipeline.formats.registry import FORMATS
 from pipeline.input_files import change_among, change_of, list_files, scan_files
-from pipeline.locations import is_uri, locate, one_line
+from pipeline.locations import Place, is_uri, locate, one_line
 from pipeline.schemas import InputSchema, merge_schemas
 
 DEFAULT_BATCH_BYTES = 32 << 20
@@ -191,15 +191,19 @@ class Source:
 
         JobError that names what is gone, or is another than it was then.
         """
-        try:
-            _, places = list_files(self._patterns, self._job, self.format.name)
-        except UserError as error:
-            raise JobError(f"{error}; the input has changed since the job was planned") from error
+        places = self.listed()
         change = change_among(self.files, places)
         if change is not None:
             raise JobError(change)
         known = {file.path for file in self.files}
         return [place.name for place in places if place.name not in known]
+
+    def listed(self) -> list[Place]:
+        """The files that the input means by now, whether they are as they were or not. JobError where it means none."""
+        try:
+            return list_files(self._patterns, self._job, self.format.name)[1]
+        except UserError as error:
+            raise JobError(f"{error}; the input has changed since the job was planned") from error
 
     def check_unchanged(self) -> None:
         """JobError that names what is another than when the job was planned: files added, removed or changed."""

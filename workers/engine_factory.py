@@ -31,8 +31,17 @@ class LoadedEngine:
     max_context: int
     vector_width: int  # of hidden states
     router_width: int = 0  # the experts of all layers that have a router
+    can_generate: bool = True
     lock_step: Any = None
     expert_work: Callable[[], ExpertWork] | None = None
+
+    def refuse_generation(self, model: str) -> None:
+        """UserError, for who wants to generate, where the model only embeds."""
+        if not self.can_generate:
+            raise UserError(
+                f"model: {model} has no output matrix to generate with, its files hold the base model alone; embed "
+                "with it, or name the whole checkpoint"
+            )
 
 
 def load_engine(settings: EngineSettings) -> LoadedEngine:
@@ -85,6 +94,7 @@ def load_engine(settings: EngineSettings) -> LoadedEngine:
         vector_width=engine.decoder.hidden_width,
         lock_step=lock_step,
         router_width=engine.decoder.router_width,
+        can_generate=engine.decoder.config.has_output,
         expert_work=(lambda: engine.decoder.dispatcher.work()) if engine.decoder.router_width else None,
     )
 

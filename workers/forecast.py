@@ -58,7 +58,8 @@ def model_cost(config: DecoderConfig) -> ModelCost:
     specs = [layer.attention.spec for layer in config.layers]
     output = vocab * width
     return ModelCost(
-        weights=sum(held for held, _ in layers) + output * (1 if config.tied_embeddings else 2),
+        weights=sum(held for held, _ in layers)
+        + output * (1 if config.tied_embeddings or not config.has_output else 2),
         weights_a_token=sum(met for _, met in layers),
         output_weights=output,
         cache_values_a_token=sum(spec.cached_width for spec in specs),
@@ -147,6 +148,12 @@ def expert_layers(model: Path) -> tuple[tuple[int, ...], int]:
     if len(set(found.values())) > 1:
         raise UserError(f"{model}: layers with {sorted(set(found.values()))} experts can't be spread over shards")
     return tuple(found), max(found.values(), default=0)
+
+
+def model_widths(model: Path) -> tuple[int, int]:
+    """Of a checkpoint's hidden states, and of what its routers say together. UserError for what is no model."""
+    config = load_checkpoint(model).config
+    return config.hidden_width, router_width(config)
 
 
 def _experts_by_layer(config: DecoderConfig) -> dict[int, int]:

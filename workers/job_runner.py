@@ -38,6 +38,8 @@ def build_runner(
     """
     model_path, embed = Path(engine.model_path), job.embed
     sampling = resolve_sampling(job.sampling, model_path) if job.sampling is not None else None
+    if sampling is not None:
+        loaded.refuse_generation(engine.model_path)
     source = Source.from_json(job.source)
     layout = RecordLayout.of(
         samples=sampling.n if sampling else 0,

@@ -17,6 +17,7 @@ from pipeline.errors import RowError, UserError
 from pipeline.index.manifest import Provenance
 from pipeline.model_path import model_digest
 from pipeline.prompts import QueryText
+from pipeline.sentence_transformers import read_embedder
 from pipeline.tokenizer import load_tokenizer
 from workers.engine.request import EmbedRequest, VectorRequest
 from workers.settings import EngineSettings, load_callable
@@ -37,6 +38,7 @@ class QueryEmbedder:
         except ValueError as error:
             raise UserError(f"query: {error}") from None
         self._query_text = QueryText(made.query_template)
+        self._max_tokens = read_embedder(model_path, pooling_is_given=True).max_tokens
         self._encoder = TextEncoder(tokenizer, text_form)
         self._engine: Any = load_callable(engine.factory)(engine).engine
 
@@ -56,6 +58,11 @@ class QueryEmbedder:
                 found[place] = one
             elif not one.ids:
                 found[place] = RowError("empty_prompt", "the text has no tokens")
+            elif self._max_tokens is not None and len(one.ids) > self._max_tokens:  # as of rows
+                found[place] = RowError(
+                    "prompt_too_long",
+                    f"{len(one.ids):,} tokens with its prompt, and the model's max_seq_length is {self._max_tokens:,}",
+                )
             else:
                 tokens.append((place, one))
         return self._run(found, tokens)

@@ -1,38 +1,37 @@
 """`gristmill index extend OUT`: files that came into a job's input since it was planned become rows of its index.
 
-    list the input again -> files that no job of the index has -> a job of the same settings over them -> `index add`
+    list the input again -> files that no job of the index has (`new_files`) -> a job of the same settings over them
+                         -> `index add`
 
 The job runs in a directory of its own, OUT/extensions/000001 by default, and is written down in OUT/extensions.json
 before it begins. So whatever is cut off, asking again goes on there: the job with its next row, a job that is done with
-adding it. What is known is told by the jobs' own plans; a known file that is gone or another is refused.
+adding it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs.client import run
 from jobs.index.index_commands import BuildOptions, add_to_index
+from jobs.index.new_files import new_files
 from jobs.output_path import refuse_output_in_input
 from jobs.spec import JobSpec
 from jobs.specfile import parse_spec
 from jobs.status import open_job
 from jobs.tally import OnProgress
-from pipeline.errors import JobError, UserError
+from pipeline.errors import UserError
 from pipeline.extensions import Extension, free_path, read_extensions, write_extensions
 from pipeline.index.growth import free_name
-from pipeline.index.manifest import IndexedJob, IndexManifest, read_manifest
-from pipeline.indexed_jobs import job_folder, latest_commits
-from pipeline.input_files import change_of
+from pipeline.index.manifest import IndexManifest, read_manifest
+from pipeline.indexed_jobs import latest_commits
 from pipeline.job_folder import JobFolder, read_job, read_plan
-from pipeline.locations import Place, locate
 from pipeline.lock import lock
 from pipeline.model_path import resolve_model
-from pipeline.source import Source
 from workers.query_embedder import refuse_changed_model
 from workers.settings import DEFAULT_ENGINE
 
@@ -116,9 +115,12 @@ def _next(folder: JobFolder, output: Path | None) -> Extension | None:
         spec = JobSpec.model_validate(read_job(folder)["spec"])
         _refuse_kind_of_job(folder, spec)
         refuse_changed_model(manifest.provenance, resolve_model(spec.model))
-        extensions = [one for one in read_extensions(folder) if one.began(folder)]
-        new = _new_files(folder, manifest, extensions)
+        indexed = {job.path for job in manifest.jobs}
+        extensions = [
+            one for one in read_extensions(folder) if one.began(folder) or os.path.normpath(one.path) in indexed
+        ]
         waiting = [one for one in extensions if _is_waiting(folder, manifest, one)]
+        new = new_files(folder, manifest, extensions, waiting=[os.path.normpath(one.path) for one in waiting])
         if waiting:
             if output is not None and waiting[0].folder(folder).root.resolve() != output.resolve():
                 raise UserError(
@@ -148,32 +150,6 @@ def _refuse_kind_of_job(folder: JobFolder, spec: JobSpec) -> None:
             f"{folder.root}: its input is the job {spec.input.job}, not files; run another job over the new rows and "
             "add it: gristmill index add"
         )
-
-
-def _new_files(folder: JobFolder, manifest: IndexManifest, extensions: Sequence[Extension]) -> list[str]:
-    """What no job of the index, and none that is to be added, has read. JobError where a known file is another."""
-    listed = {name: locate(name) for name in Source.from_json(read_plan(folder)["source"]).new_files()}
-    known = set[str]()
-    for extension in extensions:
-        files = Source.from_json(read_plan(extension.folder(folder))["source"])
-        files.check_unchanged()
-        known |= {file.path for file in files.files}
-    mine = {os.path.normpath(one.path) for one in extensions}
-    for job in manifest.jobs:
-        if job.path != "." and job.path not in mine:
-            known |= _read_by(folder, job, listed)
-    return [name for name in listed if name not in known]
-
-
-def _read_by(folder: JobFolder, job: IndexedJob, listed: Mapping[str, Place]) -> set[str]:
-    """Those of the `listed` files that are rows of a job which somebody added. JobError where one is another by now."""
-    source = Source.from_json(read_plan(job_folder(folder.root, job))["source"])
-    read = [file for file in source.files if file.path in listed]
-    for file in read:
-        change = change_of(file, listed[file.path], thorough=True)
-        if change is not None:
-            raise JobError(change)
-    return {file.path for file in read}
 
 
 def _is_waiting(folder: JobFolder, manifest: IndexManifest, extension: Extension) -> bool:

@@ -21,6 +21,7 @@ from jobs.spec import JobSpec
 from jobs.status import open_index
 from pipeline.errors import RowError, UserError
 from pipeline.found_rows import FoundRow
+from pipeline.index.deletions import is_all_deleted, read_deleted
 from pipeline.index.expression import Filter
 from pipeline.index.manifest import IndexManifest, Provenance
 from pipeline.index.matching import matching_vectors
@@ -73,8 +74,15 @@ def query_texts(out: Path, texts: Sequence[str], k: int, *, filter: str | None =
 
 
 def embedding_spec(out: Path, manifest: IndexManifest) -> JobSpec:
-    """Of the first of the index's jobs: it says on which device and in which number format queries are embedded."""
-    return JobSpec.model_validate(read_job(job_folder(out, manifest.jobs[0]))["spec"])
+    """Of the first of the index's jobs that has rows left, since the directory of another may be gone: it says on which
+    device and in which number format queries are embedded."""
+    deleted = read_deleted(out / "index", manifest)
+    standing = (
+        job
+        for job, first in zip(manifest.jobs, manifest.first_vectors, strict=True)
+        if not is_all_deleted(deleted, first, job.num_vectors)
+    )
+    return JobSpec.model_validate(read_job(job_folder(out, next(standing, manifest.jobs[0])))["spec"])
 
 
 def allowed_vectors(out: Path, manifest: IndexManifest, filter: str | None) -> Mask | None:

@@ -16,6 +16,7 @@ import ast
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import time
 from typing import Any, Final, NoReturn
 
 import pyarrow as pa
@@ -38,7 +39,7 @@ _ARITHMETIC: Final[Mapping[type, Callable[[Any, Any], pc.Expression]]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
+    ast.Div: lambda one, other: pc.divide(one * pc.scalar(1.0), other),  # of whole numbers too as in Python
 }
 _WITH_TEXT: Final[Mapping[str, Callable[[Any, str], pc.Expression]]] = {
     "startswith": lambda value, text: pc.starts_with(value, pattern=text),
@@ -92,6 +93,10 @@ class Filter:
             _refuse_other_than_truth(self.text, schema, expression)
         except RecursionError:
             raise UserError(f"--filter {_shown(self.text)}: not an expression (it is nested too deeply)") from None
+        except OverflowError:
+            raise UserError(f"--filter {_shown(self.text)}: a number in it is too large") from None
+        except UnicodeEncodeError:
+            raise UserError(f"--filter {self.text!a}: it holds half of a surrogate pair") from None
         return expression
 
     def _names(self) -> set[str]:
@@ -189,6 +194,8 @@ class _Translation:
 
     def _array(self, values: list[Any], left: ast.expr, right: ast.expr) -> pa.Array[Any]:
         kind = self._kind(left)
+        if kind is not None and pa.types.is_integer(kind):  # Arrow would take 1.5 for 1
+            values = [value for value in values if not isinstance(value, float) or value.is_integer()]
         try:
             return pa.array(values, kind)
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
@@ -205,18 +212,15 @@ class _Translation:
         if not isinstance(value, str) or kind is None or not pa.types.is_temporal(kind):
             return value
         try:
-            scalar = pa.scalar(value).cast(pa.timestamp("us")) if pa.types.is_date(kind) else pa.scalar(value)
-            return scalar.cast(kind)
+            return _moment(value, kind)
         except (pa.ArrowException, ValueError):
-            self._refuse(other, f"is of type {kind}, and {value!r} is none; write it like '2024-05-31'")
+            like = "13:05:00" if pa.types.is_time(kind) else "2024-05-31"
+            self._refuse(other, f"is of type {kind}, and {value!r} is none; write it like '{like}'")
 
     def _kind(self, node: ast.expr) -> pa.DataType | None:
         """The type of a column; None of anything else."""
         name = node.id if isinstance(node, ast.Name) else _called_column(node)
-        if name in self._schema.names:
-            kind: pa.DataType = self._schema.field(name).type
-            return kind
-        return None
+        return _compared_as(self._schema.field(name).type) if name in self._schema.names else None
 
     def _column(self, name: str) -> pc.Expression:
         if name not in self._schema.names:
@@ -225,7 +229,9 @@ class _Translation:
                 f"--filter {_shown(self._text)}: there is no column {name!r}{near}; "
                 f"there are {', '.join(self._schema.names)}"
             )
-        return pc.field(name)
+        kind: pa.DataType = self._schema.field(name).type
+        compared = _compared_as(kind)
+        return pc.field(name) if compared.equals(kind) else pc.field(name).cast(compared)
 
     def _nested(self, node: ast.Attribute) -> pc.Expression:
         path: list[str] = []
@@ -285,6 +291,31 @@ def _refuse_other_than_truth(text: str, schema: pa.Schema, expression: pc.Expres
         raise UserError(f"--filter {_shown(text)}: {' '.join(str(error).split())[:300]}") from None
     if not pa.types.is_boolean(kind):
         raise UserError(f"--filter {_shown(text)}: it is of type {kind}, and is to say yes or no of a row")
+
+
+def _compared_as(kind: pa.DataType) -> pa.DataType:
+    """Categories are compared as what they stand for, decimals as numbers."""
+    if pa.types.is_dictionary(kind):
+        value: pa.DataType = kind.value_type
+        return value
+    if pa.types.is_decimal(kind):
+        return pa.float64()
+    return kind
+
+
+def _moment(text: str, kind: pa.DataType) -> Any:
+    """`text` as a scalar of a type of dates or times; without an offset it is of the column's own zone."""
+    scalar: Any = pa.scalar(text)
+    if pa.types.is_time(kind):
+        return pa.scalar(time.fromisoformat(text), kind)
+    if pa.types.is_date(kind):
+        return scalar.cast(pa.timestamp("us")).cast(kind)
+    if pa.types.is_timestamp(kind) and kind.tz is not None:
+        try:
+            return pc.assume_timezone(scalar.cast(pa.timestamp(kind.unit)), kind.tz)
+        except pa.ArrowInvalid:  # it has an offset
+            pass
+    return scalar.cast(kind)
 
 
 def _called_column(node: ast.AST) -> str | None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from pipeline.durable import HashedFile, file_sha256, storage_errors
 from pipeline.errors import JobError, UserError
-from pipeline.index.kinds import faiss_reason
+from pipeline.index.kinds import SMALLER, faiss_reason
 from pipeline.index.manifest import Contents, Shard
 
 _faiss: Final[Any] = faiss  # its type stubs leave PyCallbackIOWriter out
@@ -46,7 +46,7 @@ def train(index: Any, sample: npt.NDArray[np.float32], kind: str) -> None:
         index.train(sample)
     except RuntimeError as error:
         raise UserError(
-            f"index.kind {kind!r} can't be trained on {len(sample)} vectors: {faiss_reason(error)}"
+            f"index.kind {kind!r} can't be trained on {len(sample)} vectors: {faiss_reason(error)}; {SMALLER}"
         ) from error
 
 
@@ -99,8 +99,14 @@ def add_numbered(index: Any, matrix: npt.NDArray[np.float32], numbers: npt.NDArr
 
 
 def write_template(folder: Path, shard: Shard, path: Path, *, dimension: int) -> None:
-    """What `shard` was trained to, without its vectors and their numbers. JobError as `read_shard`."""
+    """What `shard` was trained to, without its vectors and their numbers. JobError as `read_shard`, UserError where it
+    was never trained."""
     index = read_shard(folder, shard, dimension=dimension)
+    if not index.is_trained:
+        raise UserError(
+            "the index holds no vectors, and its kind was trained on none, so that nothing can be added to it; index "
+            "both jobs as one"
+        )
     index.reset()
     inner: Any = faiss.downcast_index(index)
     faiss.write_index(inner.index if isinstance(inner, faiss.IndexIDMap) else inner, str(path))

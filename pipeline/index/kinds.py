@@ -22,6 +22,7 @@ import faiss
 from pipeline.errors import UserError
 
 AUTO: Final = "auto"
+SMALLER: Final = "leave index.kind to auto, or name one of fewer lists or codes"
 FLAT: Final = "Flat"
 DEFAULT_MEMORY_BYTES: Final = 8 << 30
 FLAT_VECTORS: Final = 50_000
@@ -78,6 +79,27 @@ def refuse_unknown(kind: str) -> None:
     except UserError as error:
         if "could not parse" in str(error):
             raise UserError(f"index.kind {kind!r} is neither auto nor a FAISS factory string") from None
+
+
+def refuse_untrainable(kind: str, *, num_vectors: int, dimension: int) -> None:
+    """UserError where so few vectors can't train this kind, which FAISS says only when they are all there."""
+    least = _least_training(make_index(kind, dimension))
+    if 0 < num_vectors < least:
+        raise UserError(
+            f"index.kind {kind!r} is trained on {least:,} vectors or more, and there are {num_vectors:,}; {SMALLER}"
+        )
+
+
+def _least_training(index: Any) -> int:
+    inner: Any = faiss.downcast_index(index)
+    if inner.is_trained:
+        return 0
+    if isinstance(inner, faiss.IndexPreTransform | faiss.IndexIDMap):
+        return _least_training(inner.index)
+    if isinstance(inner, faiss.IndexRefine):
+        return _least_training(inner.base_index)
+    lists = inner.nlist if isinstance(inner, faiss.IndexIVF) else 0
+    return max(lists, 1 << inner.pq.nbits if hasattr(inner, "pq") else 0)
 
 
 def make_index(kind: str, dimension: int) -> Any:

@@ -158,7 +158,7 @@ class _JobTable:
         for path in self._paths:
             with _reading(path), pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(columns=columns):
-                    found = self._table(batch, schema).filter(meant)
+                    found = _filtered(self._table(batch, schema), wanted, meant)
                     matches[found[_ROW].to_numpy(), found[_SAMPLE].to_numpy()] = True
         return matches
 
@@ -173,6 +173,15 @@ class _JobTable:
             else:
                 columns.append(pa.nulls(batch.num_rows, field.type))
         return pa.table([*columns, batch["row"], batch["sample"]], names=[*schema.names, _ROW, _SAMPLE])
+
+
+def _filtered(table: pa.Table, wanted: Wanted, meant: pc.Expression) -> pa.Table:
+    """The rows that are meant. UserError where the values don't let it be said, as where a sum is too large."""
+    try:
+        return table.filter(meant)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise UserError(f"--filter {wanted.text!r}: can't be told of the rows there are ({why})") from None
 
 
 @contextmanager

@@ -33,6 +33,8 @@ def refuse_unsound_shard(index: Any, path: Path, shard: Shard, *, exact: bool, d
     `deleted` are the numbers that it may lack, ascending. Looks at every number that it keeps, at every value of a Flat
     one, and asks it one query. Memory: two bytes a vector.
     """
+    if not shard.num_held and not index.is_trained:
+        return  # there was nothing to train it on, and there is nothing to find in it
     problem = _shard_problem(index, shard, exact)
     if problem is None and shard.absent:
         problem = _lost_problem(index, shard, deleted)

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.output_path import refuse_output_in_input
+from jobs.planned_index import refuse_unbuildable
 from jobs.resolve import resolve
 from jobs.specfile import parse_spec
 from jobs.store import differences, open_store
@@ -225,6 +226,30 @@ def test_differences_are_named_by_their_dotted_keys():
     before = {"generate": {"n": 1, "seed": 0}, "embed": None, "rows_per_split": 8}
     now = {"generate": {"n": 2, "seed": 0}, "embed": {"of": "both"}, "rows_per_split": 8}
     assert differences(before, now) == ["generate.n", "embed"]
+
+
+def test_vectors_that_the_model_has_not_are_refused_before_anything_is_written(job, tiny_model):
+    for embed, expected in (({"dimensions": 61}, "have 60"), ({"routing_weight": 1.0}, "no experts")):
+        settings = job(TEXTS, embed=embed) | {"model": str(tiny_model("llama"))}
+        with pytest.raises(UserError, match=expected), open_store(parse_spec(settings)):
+            pytest.fail("the job is taken")
+        assert not Path(settings["output"]["path"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        ({"kind": "PQ7"}, "no FAISS factory string for 60 dimensions"),
+        ({"kind": "IVF8,Flat"}, "trained on 8 vectors or more, and there are 6"),
+        ({"memory_bytes": 1000}, "building SQ8 over 6 vectors"),
+        ({"kind": "HNSW8", "memory_bytes": "10MiB"}, "building HNSW8 over 6 vectors"),
+    ],
+)
+def test_an_index_that_cannot_be_built_is_refused_before_its_rows_are_run(job, tiny_model, index, expected):
+    settings = job(TEXTS, embed={"of": "both"}, index=index) | {"model": str(tiny_model("llama"))}
+    with pytest.raises(UserError, match=expected):
+        refuse_unbuildable(resolve(parse_spec(settings)))
+    refuse_unbuildable(resolve(parse_spec(settings | {"index": {"kind": "IVF4,Flat"}})))
 
 
 def test_attention_rules_for_layers_that_the_model_has_not_are_refused_before_anything_is_written(job, tiny_model):

@@ -69,7 +69,7 @@ def test_a_model_without_such_files_says_nothing(tmp_path):
         ({"web_search_query": "Instruct: "}, None, ("", "")),
     ],
 )
-def test_prompts_are_chosen_as_encode_query_and_encode_document_choose_them(tmp_path, prompts, default, expected):
+def test_prompts_are_those_named_for_queries_and_rows_else_the_default_one(tmp_path, prompts, default, expected):
     write(tmp_path, *WHOLE, pooling=LAST, config={"prompts": prompts, "default_prompt_name": default})
     found = read_embedder(tmp_path)
     assert (found.query_prompt, found.passage_prompt) == expected

@@ -6,6 +6,7 @@ Directories in Hugging Face layout with safetensors, and GGUF files. Nothing is 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -88,6 +89,8 @@ def read_document(folder: Path) -> Document:
 
 
 def _read_config(family: Family, document: Document) -> DecoderConfig:
+    # Embedders made of decoders that attend to what comes later as well (EmbeddingGemma, gte-Qwen2) are others.
+    document.refuse({"is_causal": True, "use_bidirectional_attention": False})
     try:
         return family.read_config(document)
     except UserError:
@@ -116,7 +119,29 @@ def _open_folder(folder: Path) -> Checkpoint:
             )
         raise UserError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json; fetch the weights")
     storage = SafetensorsFiles(folder)
-    return Checkpoint(folder, config, storage, family.sources(config, storage.names))
+    return Checkpoint(folder, *_placed(family, config, storage))
+
+
+def _placed(
+    family: Family, config: DecoderConfig, storage: SafetensorsFiles
+) -> tuple[DecoderConfig, SafetensorsFiles, dict[str, Source]]:
+    """Where the tensors are. Files of the base model alone, as published embedders have them, lack the "model." before
+    every name, and the output matrix: what is read of those embeds, and can't continue a text unless it is tied."""
+    sources = family.sources(config, storage.names)
+    embedding = sources["embedding.weight"].name
+    prefix = embedding[: embedding.find(".") + 1]
+    if embedding in storage.names or embedding.removeprefix(prefix) not in storage.names:
+        return config, storage, sources
+    sources = {
+        ours: replace(
+            source,
+            name=source.name.removeprefix(prefix),
+            scales=None if source.scales is None else source.scales.removeprefix(prefix),
+        )
+        for ours, source in family.sources(config, {prefix + name for name in storage.names}).items()
+    }
+    lacks_output = not config.tied_embeddings and sources["output.weight"].name not in storage.names
+    return replace(config, has_output=not lacks_output), storage, sources
 
 
 def _open_gguf(path: Path) -> Checkpoint:

@@ -199,7 +199,8 @@ class DecoderConfig:
     """`architecture` is the model_type of a Hugging Face configuration; `max_context` counts positions.
 
     Embeddings are multiplied by `embedding_scale`, then positions added, then normed. Logits are multiplied by
-    `logit_scale`; with `logit_softcap` c a logit l then becomes c * tanh(l / c) (Gemma 2).
+    `logit_scale`; with `logit_softcap` c a logit l then becomes c * tanh(l / c) (Gemma 2). Without `has_output`
+    there are no logits: the checkpoint holds the base model alone, which embeds.
     """
 
     architecture: str
@@ -212,6 +213,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     embedding_norm: NormConfig | None = None
     positions: PositionTableConfig | None = None
+    has_output: bool = True
     output_bias: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None

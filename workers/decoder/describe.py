@@ -149,5 +149,6 @@ def _around(config: DecoderConfig) -> str:
         (config.logit_scale != 1.0, "scaled logits"),
         (config.logit_softcap is not None, "logit soft-cap"),
         (config.tied_embeddings, "tied output"),
+        (not config.has_output, "no output"),
     )
     return _listed(*(words for there, words in parts if there))

@@ -63,7 +63,7 @@ class Decoder:
         embedding: Embedding,
         blocks: Sequence[Block],
         norm: Norm,
-        head: Head,
+        head: Head | None,
         precision: Precision,
         device: torch.device,
         dispatcher: Dispatcher,
@@ -120,7 +120,7 @@ class Decoder:
                 for i in range(len(config.layers))
             ]
             norm = Norm.load(config.norm, config.hidden_width, tensors.under("norm"))
-            head = Head.load(config, embedding.tokens, tensors)
+            head = Head.load(config, embedding.tokens, tensors) if config.has_output else None
         return cls(
             config,
             embedding=embedding,
@@ -190,5 +190,6 @@ class Decoder:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [S, C] after the final norm -> [S, V] float32."""
+        """hidden [S, C] after the final norm -> [S, V] float32. Only where the configuration `has_output`."""
+        assert self.head is not None, "who asks for logits was to be refused"
         return self.head(hidden)

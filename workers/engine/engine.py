@@ -32,7 +32,7 @@ from workers.decoder.model import Decoder
 from workers.engine import offline
 from workers.engine.answer import Answer, failed
 from workers.engine.block_tables import BlockTables
-from workers.engine.endings import Endings, read_vocabulary
+from workers.engine.endings import Ending, Endings, read_vocabulary
 from workers.engine.kv_cache import CacheShape, GroupNeed, KVCache, auto_budget_bytes, split_budget
 from workers.engine.request import EmbedRequest, Finished, GenerateRequest, Output, Request, SamplingParams
 from workers.engine.runner import Runner
@@ -160,11 +160,11 @@ class Engine:
         """Take a request; `step` answers it, also if it can't be served.
 
         ValueError for what is wrong with the call rather than with the row: an id that is in use already, stop strings
-        without a tokenizer, or a vector that the model does not have.
+        without a tokenizer, a vector that the model does not have, or a text to continue where it only embeds.
         """
         if request.request_id in self._answers:
             raise ValueError(f"request_id {request.request_id} is in use")
-        ending = self._endings.of(request.params) if isinstance(request, GenerateRequest) else None
+        ending = self._ending(request.params) if isinstance(request, GenerateRequest) else None
         if request.vector is not None:
             request.vector.form.width(self.decoder.hidden_width, self.decoder.router_width)
         error = self._scheduler.refuse(request) or self._strange_token(request.token_ids)
@@ -180,8 +180,13 @@ class Engine:
         )
 
     def check(self, params: SamplingParams) -> None:
-        """ValueError if this engine can't follow `params`: stop strings without a tokenizer."""
-        self._endings.of(params)
+        """ValueError if this engine can't follow `params`: stop strings without a tokenizer, or a model that embeds."""
+        self._ending(params)
+
+    def _ending(self, params: SamplingParams) -> Ending:
+        if not self.decoder.config.has_output:
+            raise ValueError("the model has no output matrix to generate with; its files hold the base model alone")
+        return self._endings.of(params)
 
     def abort(self, request_id: int) -> None:
         """Forget a request; it gets no answer. Unknown ids (it may have finished just now) are no error."""

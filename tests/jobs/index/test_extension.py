@@ -187,6 +187,36 @@ def test_known_files_that_are_others_or_gone_are_refused(out: Path, tmp_path: Pa
     assert len(extend(out)) == 1
 
 
+def test_a_file_whose_rows_were_deleted_may_be_gone_and_is_new_where_it_changed(out: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    drop(corpus, "second", 5)
+    extend(out)
+    drop(corpus, "first", 3)
+    mend = r'delete .*out --filter "job == .docs. and 0 <= row < 12"'
+    with pytest.raises(JobError, match=rf"first\.parquet has changed .*; put it back, or .*{mend}$"):
+        extend(out)
+    delete_from_index(out, filter="job == 'docs' and 0 <= row < 11")
+    with pytest.raises(JobError, match="has changed"):
+        extend(out)
+    delete_from_index(out, filter="job == 'docs'")
+    (done,) = extend(out)
+    assert [Path(file).name for file in done.files] == ["first.parquet"]
+    assert texts_found(out) == [("docs-2", f"second text {row}") for row in range(5)] + [
+        ("docs-3", f"first text {row}") for row in range(3)
+    ]
+    (corpus / "second.parquet").unlink()
+    with pytest.raises(JobError, match=r"second\.parquet is gone .* and 0 <= row < 5"):
+        extend(out)
+    delete_from_index(out, filter="job == 'docs-2'")
+    assert extend(out) == []
+    shutil.rmtree(out / "extensions" / "000001")
+    drop(corpus, "third", 2)
+    assert [one.job for one in extend(out)] == ["docs-4"]
+    drop(corpus, "second", 5)
+    assert extend(out) == [], "its rows were deleted, and their job's directory too"
+    assert len(texts_found(out)) == 5
+
+
 def test_rows_that_somebody_added_or_deleted_are_known(
     out: Path, settings: dict[str, Any], run_job: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -14,6 +14,8 @@ import pytest
 
 from jobs.cli import execute
 from jobs.index.bulk_query import bulk_query, neighbours
+from jobs.index.query import embedding_spec
+from pipeline.index.manifest import read_manifest
 from pipeline.job_folder import JobFolder
 from pipeline.lock import lock
 
@@ -150,6 +152,15 @@ def test_an_index_grows_forgets_and_is_merged(
         == sum(path.stat().st_size for path in (tmp_path / "first" / "index").iterdir())
         - (tmp_path / "first" / "index" / "index.json").stat().st_size
     )
+
+    # Of a job whose rows are all deleted nothing is needed any more.
+    assert answer("index", "delete", "both", "--filter", "job == 'first'")[1]["num_deleted"] == 12
+    (tmp_path / "first").rename(tmp_path / "away")
+    assert embedding_spec(tmp_path / "both", read_manifest(tmp_path / "both" / "index")).name == "second"
+    assert len(hits("both", "--filter", "size >= 0")) == 5
+    assert answer("index", "compact", "both")[0] == 0
+    assert answer("verify", "both")[0] == 0
+    assert len(hits("both")) == 5
 
 
 def test_what_can_not_be_is_one_line(

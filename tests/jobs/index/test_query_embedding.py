@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,15 @@ def test_a_query_is_embedded_as_the_index_says(spec: JobSpec, embed: dict[str, A
     vectors = embed_queries(TEXTS, made(spec, **embed), spec)
     engine = Engine.from_checkpoint(spec.model, dtype="float32")
     np.testing.assert_allclose(vectors, engine.embed(TEXTS, **asked), atol=1e-6)
+
+
+def test_a_query_longer_than_the_models_authors_allow_is_refused(spec: JobSpec, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(spec.model, tmp_path / "model"))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 16}')
+    limited = spec.model_copy(update={"model": str(folder)})
+    assert len(embed_queries(TEXTS, made(limited, pooling="mean"), limited)) == 2
+    with pytest.raises(UserError, match=r"query 'a fox .*tokens with its prompt, and the model's max_seq_length is 16"):
+        embed_queries(["a fox " * 20], made(limited, pooling="mean"), limited)
 
 
 def test_a_query_template_stands_around_the_query(spec: JobSpec) -> None:

@@ -177,9 +177,12 @@ def test_a_kind_that_cannot_be_made_is_one_line(
     assert os.listdir(folder.attempts) == []
 
 
-def test_an_index_of_no_vectors_can_be_built_and_searched(committed: Committed, provenance: Provenance) -> None:
+@pytest.mark.parametrize("kind", ["auto", "IVF2,Flat", "OPQ2,IVF2,PQ2", "SQ8", "HNSW4"])
+def test_an_index_of_no_vectors_can_be_built_and_searched(
+    committed: Committed, provenance: Provenance, kind: str
+) -> None:
     folder, log = committed(np.full((3, 4), np.nan, np.float32))
-    build_index(folder, log.commits, job="mine", provenance=provenance, shards=2)
+    build_index(folder, log.commits, job="mine", provenance=provenance, shards=2, kind=kind)
     assert faiss.read_index(str(folder.index / "shard-000.faiss")).ntotal == 0
     assert VectorIndex.open(folder.index).search(np.ones(4), 3) == [[]]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from decimal import Decimal
 
 import pyarrow as pa
 import pytest
@@ -20,6 +21,10 @@ ROWS = pa.table(
         "title": ["Fox one", "fox two", "Three", None],
         "odd name": [1.5, 2.5, 3.5, 4.5],
         "ok": [True, False, None, True],
+        "kind": pa.array(["a", "b", None, "a"]).dictionary_encode(),
+        "price": pa.array([Decimal("1.50"), Decimal("2.25"), None, Decimal("3.00")]),
+        "seen": pa.array([dt.datetime(2024, 1, day, 23) for day in range(1, 5)], pa.timestamp("us", "Europe/Lisbon")),
+        "at": pa.array([dt.time(day) for day in (1, 2, 3, 4)]),
     }
 )
 
@@ -51,6 +56,12 @@ ROWS = pa.table(
         ("year - 1 == 2019 or year * 2 == 4038", [0, 1]),
         ("column('odd name') > 2.5", [2, 3]),
         ("year == -1", []),
+        ("year in (2019.5, 2020.0)", [1]),
+        ("kind in ('a', 'c') and startswith(kind, 'a') and kind != 'b'", [0, 3]),
+        ("price in (1.5, 3) and price / 2 > 1", [3]),
+        ("seen >= '2024-01-02' and seen < '2024-01-04T02:00:00Z'", [1, 2]),
+        ("at > '02:00:00'", [2, 3]),
+        ("(year - 2019) / 2 == 0.5 or 1 / (year - 2019) > 1", [0, 1]),
         ("ok", [0, 3]),
     ],
 )
@@ -68,6 +79,9 @@ def test_an_expression_means_these_rows(text: str, rows: list[int]) -> None:
         ("1 == 1", "it names no column"),
         ("langg == 'en'", r"no column 'langg'; did you mean 'lang'\?; there are lang, year, when"),
         ("year == 'x'", "int64, string"),
+        ("at > '2'", "'2' is none; write it like '13:05:00'"),
+        ("lang == '\\ud800'", "half of a surrogate pair"),
+        ("year > 99999999999999999999", "a number in it is too large"),
         ("year in ('a',)", "can't be compared with year, which is of type int64"),
         ("year", "it is of type int64, and is to say yes or no of a row"),
         ("lang == None", "write `is None`"),

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.index.budget import SHARD_VECTORS, build_budget
-from pipeline.index.kinds import index_bytes, make_index, next_kind, refuse_unknown, settled_kinds
+from pipeline.index.kinds import index_bytes, make_index, next_kind, refuse_unknown, refuse_untrainable, settled_kinds
 
 GIB = 1 << 30
 
@@ -41,6 +41,17 @@ def test_auto_is_exact_while_small_and_quantized_where_memory_demands_it(
 ) -> None:
     assert kinds_of_auto(num_vectors, memory_bytes)[0] == kind
     assert index_bytes(kind, num_vectors, 384) <= memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("kind", "least"),
+    [("IVF64,Flat", 64), ("PCA4,IVF8,PQ4", 256), ("PQ4x4", 16), ("PQ4,RFlat", 256), ("Flat", 0), ("HNSW32", 0)],
+)
+def test_too_few_vectors_to_train_a_kind_on_are_told_beforehand(kind: str, least: int) -> None:
+    refuse_untrainable(kind, num_vectors=max(least, 1), dimension=16)
+    if least:
+        with pytest.raises(UserError, match=f"is trained on {least} vectors or more, and there are {least - 1}; leave"):
+            refuse_untrainable(kind, num_vectors=least - 1, dimension=16)
 
 
 def test_a_factory_string_is_taken_as_it_is_and_any_spelling_of_flat_is_flat() -> None:

@@ -120,6 +120,11 @@ def test_an_unknown_column_names_those_there_are(found: Found) -> None:
         found("years == 3")
 
 
+def test_what_the_values_make_impossible_is_told_of_the_filter(found: Found) -> None:
+    with pytest.raises(UserError, match=r"^--filter 'year \* .*can't be told of the rows there are \(overflow\)"):
+        found("year * 9223372036854775807 > 1")
+
+
 def test_a_column_that_only_another_job_has_is_missing_here(job: JobFolder, tmp_path: Path) -> None:
     manifest: Any = read_manifest(job.index)
     bare = JobFolder(tmp_path / "bare")

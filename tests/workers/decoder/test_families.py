@@ -19,6 +19,8 @@ from workers.decoder.families.layer_norm import alibi_slopes
 from workers.decoder.families.registry import family_of, gguf_family_of
 from workers.decoder.model import Decoder
 from workers.engine import Engine, SamplingParams
+from workers.engine_factory import load_engine
+from workers.settings import EngineSettings
 
 PROMPT = torch.randint(3, 603, (30,), generator=torch.Generator().manual_seed(4)).tolist()
 ABSENT = object()
@@ -51,6 +53,28 @@ def test_tensors_are_found_without_the_prefix_that_transformers_writes(
     folder = altered(model_type, settings, {}, lambda name: name.removeprefix("transformer."))
     whole = tiny_model(model_type, tokenizer=False, **settings)
     assert torch.equal(paged(folder).logits(PROMPT), paged(whole).logits(PROMPT))
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "gemma3_text", "mixtral"])
+def test_a_base_model_saved_alone_embeds_and_does_not_generate(
+    model_type: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As E5-Mistral and Qwen3-Embedding are published."""
+    whole = tiny_model(model_type)
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(whole / "model.safetensors").items()}
+    tensors.pop("lm_head.weight", None)
+    save_file(tensors, folder / "model.safetensors")
+    engine, texts = Engine.from_checkpoint(folder, dtype="float32"), ["a fox", "éclair"]
+    assert (engine.embed(texts) == Engine.from_checkpoint(whole, dtype="float32").embed(texts)).all()
+    if engine.decoder.config.tied_embeddings:
+        assert engine.generate(texts)
+    else:
+        with pytest.raises(ValueError, match="no output matrix to generate with"):
+            engine.generate(texts)
+        engine.embed(texts)
+        with pytest.raises(UserError, match="no output matrix to generate with, its files hold the base model alone"):
+            load_engine(EngineSettings(model_path=str(folder), dtype="float32")).refuse_generation("the model")
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
@@ -143,6 +167,8 @@ def test_an_engine_tells_the_decoder_how_long_its_contexts_are(tiny_model: Calla
         ("mpt", {"no_bias": False}, "no_bias False is not supported"),
         ("xglm", {"pad_token_id": 2}, "pad_token_id must be below 2"),
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
+        ("qwen2", {"is_causal": False}, "is_causal False is not supported"),
         ("gemma2", {"final_logit_softcapping": 0.0}, "final_logit_softcapping must be a number above 0"),
         ("gemma2", {"layer_types": ["full_attention"]}, "layer_types must be 4 times"),
         ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be"),

@@ -1,0 +1,95 @@
+"""Which files of a job's input are rows of no job of its index yet: what `gristmill index extend` takes in.
+
+Known files must be as they were, but those that the index finds no row of any more: who deleted a file's rows is done
+with it. It may be gone, and where it is another by now it is new.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import JobError
+from pipeline.extensions import Extension
+from pipeline.index import faiss_files
+from pipeline.index.deletions import is_all_deleted, read_deleted
+from pipeline.index.manifest import IndexManifest
+from pipeline.index.row_map import RowMap
+from pipeline.indexed_jobs import job_folder
+from pipeline.input_files import changes_among
+from pipeline.job_folder import JobFolder, read_plan
+from pipeline.source import Source
+
+
+def new_files(
+    folder: JobFolder, manifest: IndexManifest, extensions: Sequence[Extension], *, waiting: Collection[str]
+) -> list[str]:
+    """What no job of the index, and none of `extensions`, has read, by path. JobError where a known file is another.
+
+    `waiting`: paths of the extensions that are not whole in the index yet, whose files are all to be as they were.
+    """
+    ours = {os.path.normpath(one.path): one for one in extensions}
+    known = set[str]()
+    jobs = {".": _source(folder)}
+    jobs |= {path: _source(one.folder(folder)) for path, one in ours.items() if one.began(folder)}
+    deleted = read_deleted(folder.index, manifest)
+    for job, first in zip(manifest.jobs, manifest.first_vectors, strict=True):
+        if is_all_deleted(deleted, first, job.num_vectors) and not (folder.root / job.path).is_dir():
+            known |= set(ours[job.path].files) if job.path in ours else set()
+        elif job.path not in jobs:
+            jobs[job.path] = _source(job_folder(folder.root, job))
+    places = jobs["."].listed()
+    listed = {place.name for place in places}
+    for path, source in jobs.items():
+        mine = source.files if path == "." or path in ours else [file for file in source.files if file.path in listed]
+        changes = changes_among(mine, places)
+        known |= {file.path for file in mine if file.path not in changes}
+        if changes:
+            _refuse(folder, manifest, path, source, changes, is_waiting=path in waiting)
+    return [place.name for place in places if place.name not in known]
+
+
+def _source(folder: JobFolder) -> Source:
+    return Source.from_json(read_plan(folder)["source"])
+
+
+def _refuse(
+    folder: JobFolder,
+    manifest: IndexManifest,
+    path: str,
+    source: Source,
+    changes: Mapping[str, str],
+    *,
+    is_waiting: bool,
+) -> None:
+    """JobError for the first of the job's changed files that the index still finds a row of."""
+    job = next((job for job in manifest.jobs if job.path == path), None)
+    if job is None:
+        if is_waiting or path == ".":
+            raise JobError(next(iter(changes.values())))
+        return  # its job is done and had no vectors
+    rows = _standing_rows(folder, manifest, path)
+    end = 0
+    for file in source.files:
+        first, end = end, end + file.num_rows
+        if file.path in changes and ((first <= rows) & (rows < end)).any():
+            raise JobError(
+                f"{changes[file.path]}; put it back, or to go on without its rows: gristmill index delete "
+                f"{folder.root} --filter \"job == '{job.job}' and {first} <= row < {end}\""
+            )
+
+
+def _standing_rows(folder: JobFolder, manifest: IndexManifest, path: str) -> npt.NDArray[np.int64]:
+    """The rows of the job at `path` that the index finds, once for each of their vectors."""
+    deleted = read_deleted(folder.index, manifest)
+    rows = RowMap(faiss_files.check_file(folder.index, manifest.rows))
+    for job, first in zip(manifest.jobs, manifest.first_vectors, strict=True):
+        if job.path == path:
+            numbers = np.arange(first, first + job.num_vectors)
+            standing = numbers if deleted is None else np.setdiff1d(numbers, deleted, assume_unique=True)
+            found: npt.NDArray[np.int64] = rows.table(standing)["row"].to_numpy()
+            return found
+    return np.empty(0, np.int64)
