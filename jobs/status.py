@@ -25,7 +25,9 @@ def open_job(out: Path) -> JobFolder:
     if not out.is_dir():
         raise UserError(f"{out}: no such job directory")
     if not folder.job_file.is_file():
-        raise UserError(f"{out}: not a job directory: it has no job.json")
+        merged = (folder.index / MANIFEST_NAME).is_file()
+        hint = f"; it holds a merged index, whose jobs `gristmill index show {out}` names" if merged else ""
+        raise UserError(f"{out}: not a job directory: it has no job.json{hint}")
     return folder
 
 

@@ -107,11 +107,10 @@ class FoundRows:
         if not taken:
             return []
         try:
-            table = pa.Table.from_batches(taken).combine_chunks()
+            columns = _columns(pa.Table.from_batches(taken))
         except pa.ArrowException as error:
             raise JobError(f"{self._folder.parts}: its parts differ in their columns; run verify") from error
-        columns = _columns(table)
-        passages = self.passages(table)
+        passages = self._passages(columns)
         carried = {name: _plain_values(columns[column]) for name, column in self.carried.items()}
         records = zip(
             *(columns[name].to_pylist() for name in ("row", "sample")),
@@ -150,13 +149,13 @@ class FoundRows:
 
     def passages(self, table: pa.Table) -> list[str | None]:
         """For records of a part, with its carried columns, the text that was embedded; None where it is lost."""
-        columns = _columns(table)
+        return self._passages(_columns(table))
+
+    def _passages(self, columns: Mapping[str, pa.ChunkedArray[Any]]) -> list[str | None]:
         inputs = pa.table({name: columns[column] for name, column in self.carried.items()})
-        if inputs.num_columns == 0 or table.num_rows == 0:
-            return [None] * table.num_rows
-        form = self._row_text(inputs.schema)
+        form = self._row_text(inputs.schema) if inputs.num_columns and inputs.num_rows else None
         if form is None:
-            return [None] * table.num_rows
+            return [None] * len(columns["row"])
         (batch,) = inputs.combine_chunks().to_batches()
         return [text if isinstance(text, str) else None for text in form.texts(batch)]
 

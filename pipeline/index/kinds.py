@@ -14,6 +14,7 @@ n: vectors; d: width of a vector; k: lists.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -45,7 +46,7 @@ def settled_kinds(kind: str, *, num_vectors: int, dimension: int, memory_bytes: 
     >>> settled_kinds("auto", num_vectors=1_000_000, dimension=384, memory_bytes=1 << 30)[0]
     'IVF2048,SQ8'
     """
-    asked = kind.strip()
+    asked = re.sub("^(IDMap2?,)+", "", kind.strip())  # vectors get their numbers from us
     if asked.lower() != AUTO:
         return (FLAT if asked.lower() == FLAT.lower() else asked,)
     kinds = _candidates(num_vectors, dimension)

@@ -121,19 +121,26 @@ class IndexShard:
             ]
             return np.concatenate([scores for scores, _ in found]), np.concatenate([numbers for _, numbers in found])
         if allowed is not None:
-            scores, numbers = search_allowed(
-                self._index,
-                queries,
-                k,
-                allowed,
-                first_vector=self.first_vector,
-                effort=self._contents.effort,
-                numbers=self._numbers,
-                num_held=self._contents.num_held,
-            )
-            return best([(scores, numbers)], k)
-        scores, numbers = self._index.search(queries, k, params=search_parameters(self._index, self._contents.effort))
-        return best([(scores.astype(np.float64), numbers)], k)
+            return best([self._search_allowed(queries, k, allowed)], k)
+        rough, numbers = self._index.search(queries, k, params=search_parameters(self._index, self._contents.effort))
+        scores = rough.astype(np.float64)
+        short = (numbers < 0).any(axis=1)
+        if short.any():  # where it looks there are fewer than k, and elsewhere there are more
+            every = np.ones(self.num_vectors, np.bool_) if self._standing is None else self._standing
+            scores[short], numbers[short] = self._search_allowed(queries[short], k, every)
+        return best([(scores, numbers)], k)
+
+    def _search_allowed(self, queries: Matrix, k: int, allowed: Mask) -> tuple[Scores, Numbers]:
+        return search_allowed(
+            self._index,
+            queries,
+            k,
+            allowed,
+            first_vector=self.first_vector,
+            effort=self._contents.effort,
+            numbers=self._numbers,
+            num_held=self._contents.num_held,
+        )
 
     def _findable(self, allowed: Mask | None) -> Mask | None:
         """[n] of `allowed` those that are held and not deleted; None where nobody asked for fewer than are held."""

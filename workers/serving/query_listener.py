@@ -63,7 +63,7 @@ class QueryListener:
 
     def _serve(self, connection: socket.socket) -> None:
         try:
-            with connection, contextlib.suppress(OSError):
+            with connection, contextlib.suppress(OSError, MemoryError, OverflowError):  # or a length that can't be
                 wire = Wire.of(connection, self.door.key)
                 while True:
                     message = wire.receive()

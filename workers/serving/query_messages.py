@@ -41,7 +41,7 @@ class Message:
         head += b" " * _filling(len(head))
         pieces: list[Any] = [_LENGTH.pack(len(head)), head]
         for array in arrays:
-            pieces += [array.reshape(-1).view(np.uint8).data, bytes(_filling(array.nbytes))]
+            pieces += [array, bytes(_filling(array.nbytes))]
         return b"".join(pieces)
 
     @staticmethod

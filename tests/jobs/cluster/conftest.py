@@ -118,7 +118,7 @@ def all_nodes(ray_cluster: str) -> Iterator[Nodes]:
         yield nodes
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def beside() -> Callable[[str], ModuleType]:
     """A module that lies beside these tests, by its name."""
 

@@ -103,7 +103,10 @@ class Bridge:
         command("ip", "-n", space, "link", "set", "eth0", "up")
         command("ip", "-n", space, "link", "set", "lo", "up")
         command("ip", "-n", space, "route", "add", self._head, "via", f"{self._subnet}.{HOST}")
-        return ["ip", "netns", "exec", space]
+        return self.within(name)
+
+    def within(self, name: str) -> list[str]:
+        return ["ip", "netns", "exec", self._space(name)]
 
     def address(self, name: str) -> str:
         return f"{self._subnet}.{self._numbers[name]}"

@@ -80,6 +80,7 @@ def test_an_index_grows_forgets_and_is_merged(
     assert len(hits("first")) == 12
     assert answer("index", "merge", "both", "first", "second")[1]["vectors"] == 17
     assert answer("verify", "both")[0] == 0
+    assert "whose jobs `gristmill index show both` names" in answer("index", "extend", "both")[1]["error"]
     assert hits("both")[0] == ("second", 3)
 
     status, shown = answer("index", "add", "first", "second")

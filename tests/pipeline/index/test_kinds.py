@@ -55,7 +55,8 @@ def test_too_few_vectors_to_train_a_kind_on_are_told_beforehand(kind: str, least
 
 
 def test_a_factory_string_is_taken_as_it_is_and_any_spelling_of_flat_is_flat() -> None:
-    for asked, kind in [("flat", "Flat"), (" FLAT ", "Flat"), ("IVF7,SQ6", "IVF7,SQ6")]:
+    asked_for = {"flat": "Flat", " FLAT ": "Flat", "IVF7,SQ6": "IVF7,SQ6", "IDMap,SQ8": "SQ8", "IDMap2,Flat": "Flat"}
+    for asked, kind in asked_for.items():
         assert settled_kinds(asked, num_vectors=9, dimension=8, memory_bytes=1) == (kind,)
 
 

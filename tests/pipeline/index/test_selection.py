@@ -86,6 +86,18 @@ def test_no_kind_finds_a_forbidden_vector_or_fewer_than_are_allowed(kind: str, f
             assert (np.diff(scores, axis=1) <= 0).all()
 
 
+@pytest.mark.parametrize("deleted", [None, np.arange(1000, 1100)])
+@pytest.mark.parametrize("kind", ["IVF8,Flat", "OPQ4,IVF8,PQ4x4", "PCA8,IVF8,PQ4x4,RFlat", "HNSW8"])
+def test_as_many_are_found_as_are_asked_for_also_where_the_lists_looked_at_hold_fewer(kind: str, deleted: Any) -> None:
+    shard = shard_of(unit(NUM_VECTORS), kind=kind, first=1000, effort=1, deleted=deleted)
+    left = 1000 + np.arange(0 if deleted is None else 100, NUM_VECTORS)
+    for k in (10, 300, NUM_VECTORS):
+        scores, numbers = shard.search(unit(6, seed=1), k)
+        assert all(len(set(line)) == min(k, len(left)) for line in numbers.tolist())
+        assert np.isin(numbers, left).all()
+        assert (np.diff(scores, axis=1) <= 0).all()
+
+
 @pytest.mark.parametrize("kind", ["HNSW8", "PCA8,HNSW8", "IVF8,Flat", "HNSW8,SQ8,RFlat"])
 def test_where_few_are_allowed_an_approximate_kind_is_as_good_as_what_it_keeps(kind: str) -> None:
     vectors, queries = unit(NUM_VECTORS), unit(20, seed=1)

@@ -71,6 +71,16 @@ def test_who_shows_the_key_too_slowly_is_hung_up_on(listener: QueryListener, mon
     assert asked(listener.door, b"abc") == b"cba"
 
 
+@pytest.mark.parametrize("length", [1 << 62, (1 << 64) - 1])
+def test_a_length_that_can_not_be_costs_its_sender_the_connection(listener: QueryListener, length: int) -> None:
+    wire = Wire.to(listener.door)
+    wire._socket.sendall(length.to_bytes(8, "little"))
+    with pytest.raises(OSError, match="closed the connection"):
+        wire.receive()
+    wire.close()
+    assert asked(listener.door, b"abc") == b"cba"
+
+
 def test_where_no_thread_is_to_be_had_the_next_who_asks_is_answered(
     listener: QueryListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
