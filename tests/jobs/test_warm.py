@@ -44,8 +44,10 @@ def test_a_gang_runs_a_second_job_as_if_it_had_just_been_formed(
         assert ids(shards_of) == gang
         assert rows_of(second.out) == moe_rows
         assert len(rows_of(first.out)) == 20
-        computed, alone_computed = (sum(map(sum, run.report["experts"]["rows"])) for run in (second, moe_alone))
-        assert computed == pytest.approx(alone_computed, rel=0.05), "counted from its own start; prefixes may be found"
+        counted, of_first, of_alone = (
+            sum(map(sum, result.report["experts"]["rows"])) for result in (second, first, moe_alone)
+        )
+        assert abs(counted - of_alone) < of_first / 2, "counted from its own start; how many prefixes are found varies"
         (record,) = (json.loads(path.read_text()) for path in (second.out / "placements").glob("*.json"))
         assert record["taken_over"]
         assert record["gang"] == "worker-0.0"
