@@ -14,6 +14,7 @@ import dataclasses
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -32,7 +33,7 @@ from pipeline.index.kinds import FLAT
 from pipeline.index.manifest import Contents, Recall, Shard
 from pipeline.index.recall import KEPT, ExactSearch, Found, K, Queries, Tuned, merged, recall_of, tune
 from pipeline.index.search import Numbers
-from pipeline.index.vectors import VectorBatch, VectorRun
+from pipeline.index.vectors import VectorBatch, VectorRun, ahead
 
 Matrix = npt.NDArray[np.float32]
 
@@ -111,7 +112,7 @@ def build_shard(task: ShardTask, *, is_stopped: Callable[[], bool] = lambda: Fal
     centering = None if task.center is None else Centering(task.center)
     draft = task.path.with_suffix(f".{uuid.uuid4().hex}")
     with storage_errors("writing", draft), faiss_files.faiss_threads(task.threads):
-        batches = _recorded(task, task.batches())
+        batches = ahead(_recorded(task, task.batches()))
         vectors = (batch.matrix if centering is None else centering.apply(batch.matrix) for batch in batches)
         matrices = _watched(vectors, is_stopped)
         if task.kind == FLAT:
@@ -203,11 +204,12 @@ def _build_held(task: ShardTask, path: Path, matrices: Iterator[Matrix]) -> Shar
     numbers = task.numbers()
     faiss_files.reserve(index, len(numbers))
     place = 0
-    with faiss_files.faiss_threads(1 if is_graph(index) else task.threads):
+    with faiss_files.faiss_threads(1 if is_graph(index) else task.threads), ThreadPoolExecutor(1, "exact") as beside:
         for matrix in matrices:
             mine = numbers[place : place + len(matrix)]
-            exact.add(matrix, mine)
+            searched = beside.submit(exact.add, matrix, mine)
             faiss_files.add_numbered(index, matrix, mine)
+            searched.result()
             place += len(matrix)
     shard = _shard(task, faiss_files.write_index(index, path, first_vector=task.first))
     if not len(numbers):

@@ -6,9 +6,10 @@ d: width of a vector; n: vectors of a batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,8 @@ from pipeline.commits import Commit
 from pipeline.errors import JobError
 from pipeline.job_folder import JobFolder
 from pipeline.records import EmbedField, embedded_fields
+
+_Item = TypeVar("_Item")
 
 BATCH_BYTES: Final = 4 << 20
 _READ_BYTES: Final = 1 << 20  # of a column at a time, which would be read by whole row groups
@@ -119,6 +122,16 @@ def part_vectors(folder: JobFolder, commit: Commit, *, batch_bytes: int = BATCH_
                 yield _vectors_of(batch, columns, width)
     except (pa.ArrowException, OSError) as error:
         raise JobError(f"{path} can't be read: {' '.join(str(error).split())}") from error
+
+
+def ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+    """The same items, each taken in a thread while the one before it is used."""
+    end = object()
+    with ThreadPoolExecutor(1, "ahead") as thread:
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield cast(_Item, item)
 
 
 def _vectors_of(batch: pa.RecordBatch, columns: Mapping[str, EmbedField], width: int) -> VectorBatch:
