@@ -13,12 +13,14 @@ from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
 
+from jobs.cluster.hosts import refuse_wishes_of_nodes
 from jobs.embedding import embedding_forms, vector_width
 from jobs.experts.placement_outlook import placement_outlook
 from jobs.experts.placements import ExpertLayers
 from jobs.fleet import this_machine
 from jobs.layout import Layout, choose_layout
 from jobs.planned_index import most_vectors, planned_index
+from jobs.ray_session import address_of
 from jobs.resolve import ResolvedJob, resolve
 from jobs.spec import JobSpec, JsonObject
 from jobs.status import job_status
@@ -57,6 +59,7 @@ class TokenEstimate:
 class Plan:
     job: ResolvedJob
     shard: Forecast
+    address: str | None  # of the Ray that is joined; None: one of the job's own
     layout: Layout | None  # None: settled when the cluster is joined
     tokens: TokenEstimate
     max_new_tokens: int  # a row, all of its samples together
@@ -145,7 +148,7 @@ class Plan:
 
     def _where(self) -> str:
         cluster, layout = self.job.spec.cluster, self.layout
-        ray = f"the Ray cluster at {cluster.address}" if cluster.address else "this machine, in a Ray of the job's own"
+        ray = f"the Ray cluster at {self.address}" if self.address else "this machine, in a Ray of the job's own"
         if layout is None:
             asked = f"replicas {cluster.replicas}, expert_parallel {cluster.expert_parallel}"
             return f"{asked}, on {ray}; what is auto is chosen from its devices and their memory when it is joined"
@@ -179,8 +182,9 @@ def make_plan(spec: JobSpec) -> Plan:
         max_sequences=None if settled.engine.max_sequences == "auto" else settled.engine.max_sequences,
         attention=settled.attention_rules,
     )
-    layout = None
-    if not cluster.address:
+    address, layout = address_of(cluster.address), None
+    if address is None:
+        refuse_wishes_of_nodes(cluster)
         layout = choose_layout(
             cluster,
             [this_machine()],
@@ -197,6 +201,7 @@ def make_plan(spec: JobSpec) -> Plan:
     return Plan(
         job=job,
         shard=shard,
+        address=address,
         layout=layout,
         tokens=tokens,
         max_new_tokens=new_tokens,

@@ -148,6 +148,25 @@ def test_no_time_is_made_up_for_another_machine(settings: dict[str, Any]) -> Non
     assert "not estimated" in plan.describe()
 
 
+def test_a_cluster_in_the_environment_is_the_one_that_running_would_join(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    plan = make_plan(parse_spec(settings | {"cluster": {"labels": {"pool": "big"}}}))
+    assert plan.layout is None
+    assert plan.seconds is None
+    assert "on the Ray cluster at 10.0.0.1:6379" in plan.describe()
+
+
+@pytest.mark.parametrize("wish", [{"labels": {"pool": "big"}}, {"spread": True}, {"wait_s": 5}])
+def test_what_only_a_cluster_can_give_is_refused_as_running_would(
+    settings: dict[str, Any], wish: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match=f"cluster.{next(iter(wish))}: is about the nodes of a cluster"):
+        make_plan(parse_spec(settings | {"cluster": wish}))
+
+
 def test_a_request_that_running_would_refuse_is_refused(
     settings: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
