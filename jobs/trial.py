@@ -34,11 +34,7 @@ def answer_prompt(model: str, prompt: str, *, max_new_tokens: int, dtype: str) -
     builder = PromptBuilder(
         PromptSettings(column="text"),
         InputSchema(batch.schema),
-        model=ModelText(
-            chat_template=tokenizer.chat_template,
-            special_tokens=tokenizer.special_tokens,
-            control_strings=tokenizer.control_strings,
-        ),
+        model=ModelText.of(tokenizer),
     )
     (built,) = builder.build(Rows(first_row=0, batch=batch, errors={}))
     tokens = built if isinstance(built, RowError) else tokenizer.encode_batch([built])[0]
