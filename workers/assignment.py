@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from workers.parallel.expert_work import ExpertWork
-
-JsonObject = dict[str, Any]
+from workers.settings import JsonObject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

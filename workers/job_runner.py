@@ -11,12 +11,11 @@ from pipeline.errors import UserError
 from pipeline.job_folder import JobFolder
 from pipeline.records import RecordLayout
 from pipeline.source import Source
-from workers.assignment import JsonObject
 from workers.engine_factory import LoadedEngine
 from workers.preparation import Preparation
 from workers.row_runner import RowRunner
 from workers.sampling_choice import resolve_sampling
-from workers.settings import EngineSettings, JobSettings
+from workers.settings import EngineSettings, JobSettings, JsonObject
 from workers.text_kinds import passage_kind, prompt_kind
 
 DEFAULT_BATCH_ROWS = 256

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.experts.expert_tally import GangWork
+from jobs.spec import JsonObject
 from jobs.terminal import human_bytes
 from workers.parallel.placement import Placement, Topology, round_robin
 from workers.parallel.prediction import expected_traffic, overall_imbalance, rank_loads
 
-JsonObject = dict[str, Any]
 Counts = NDArray[np.int64]
 
 MAX_GANGS = 50  # that a report keeps, the latest
