@@ -103,7 +103,7 @@ class RunRecords:
 
 
 def read_runs(folder: JobFolder) -> list[JsonObject]:
-    """None where the file is missing, or something else wrote it: it only says how fast things went."""
+    """Empty where the file is missing, or something else wrote it: it only says how fast things went."""
     try:
         runs = json.loads(folder.runs_file.read_bytes())["runs"]
     except (OSError, ValueError, KeyError, TypeError):
