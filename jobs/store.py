@@ -16,7 +16,7 @@ from jobs.events import CommittedSplit
 from jobs.resolve import PlannedJob, ResolvedJob, resolve
 from jobs.spec import JobSpec, JsonObject
 from pipeline.commits import CommitLog
-from pipeline.errors import JobError, UserError
+from pipeline.errors import JobError, UserError, one_line
 from pipeline.extensions import known_files
 from pipeline.index.manifest import parts_digest
 from pipeline.job_folder import JobFolder, read_job, read_plan, write_job, write_plan
@@ -109,8 +109,7 @@ def read_planned(folder: JobFolder) -> PlannedJob | None:
             splits=tuple(Split.from_json(split) for split in plan["splits"]),
         )
     except (ValidationError, KeyError, TypeError) as error:
-        line = " ".join(str(error).split())
-        raise JobError(f"{folder.job_file} is not of this version of gristmill: {line[:200]}") from error
+        raise JobError(f"{folder.job_file} is not of this version of gristmill: {one_line(error)}") from error
 
 
 def _plan(folder: JobFolder, job: ResolvedJob, date: str) -> None:
