@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from jobs.corpus_map import CorpusMap, make_map
+from jobs.corpus.corpus_map import CorpusMap, make_map
 from jobs.experts.expert_record import read_experts
 from jobs.experts.expert_report import describe_experts
 from jobs.history import read_runs

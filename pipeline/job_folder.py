@@ -8,7 +8,7 @@ index-versions/000003          the index before its last change (pipeline.index.
 extensions/  extensions.json   jobs over files that came into the input later (pipeline.extensions)
 runs.json  experts.json        how each run went, and what experts did in all of them, for the report
 placements/000000.json         where each gang held its experts, in the order in which gangs were formed
-atlas.parquet                  texts, places and neighbours for embedding-atlas, where they were asked for (jobs.atlas)
+atlas.parquet                  texts, places and neighbours for embedding-atlas (jobs.corpus.atlas)
 submission.json                what a cluster runs the job as, where one does (jobs.submitting.submission)
 run.log                        what the controller and the workers had to say
 _attempts/                     work in progress; nothing in it is needed while nothing runs, but for an attempt
