@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,11 @@ def test_every_command_is_in_the_readme(command: str) -> None:
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
         assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("package", ["pipeline", "workers", "jobs"])
+def test_a_package_is_imported_from_this_tree(package: str) -> None:
+    assert importlib.import_module(package).__path__[0] == str(ROOT / package)
 
 
 @pytest.mark.parametrize("package", ["pipeline", "workers", "jobs"])
