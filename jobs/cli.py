@@ -224,7 +224,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """A job's texts and vectors for other programs: with --atlas, Parquet to look at with embedding-atlas."""
-    from jobs.atlas import export_atlas
+    from jobs.corpus.atlas import export_atlas
 
     if not atlas:
         raise UserError("export: say as what: --atlas")

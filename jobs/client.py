@@ -125,7 +125,7 @@ def _run(
             max_error_rate=spec.limits.max_error_rate,
             limit=limit,
             retry_errors=retry_errors,
-            embeds=spec.index is not None,
+            indexes=spec.index is not None,
         )
 
     state = new_state(1, 1)

@@ -21,7 +21,6 @@ from jobs.experts.calibration_watch import CalibrationWatch
 from jobs.experts.placements import (
     MEASURED,
     ExpertLayers,
-    JsonObject,
     gang_name,
     place_experts,
     record_calibration,
@@ -30,7 +29,7 @@ from jobs.experts.placements import (
 )
 from jobs.layout import Layout, Machine, choose_layout
 from jobs.ray_session import wait_for
-from jobs.spec import ClusterSpec
+from jobs.spec import ClusterSpec, JsonObject
 from jobs.warm import Holding, Kept, WarmReplicas
 from pipeline.commits import Commit
 from pipeline.errors import JobError

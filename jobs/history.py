@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any, Final
 
 from jobs.progress import ROWS_PHASE, Progress
+from jobs.spec import JsonObject
 from pipeline.durable import replace_file, storage_errors
 from pipeline.errors import JobError
 from pipeline.job_folder import JobFolder
@@ -20,8 +21,6 @@ MAX_SAMPLES: Final = 400
 MAX_RUNS: Final = 100
 FULL_RUNS: Final = 10  # the latest; of earlier ones fewer samples are kept
 FEW_SAMPLES: Final = 40
-
-JsonObject = dict[str, Any]
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +103,7 @@ class RunRecords:
 
 
 def read_runs(folder: JobFolder) -> list[JsonObject]:
-    """None where the file is missing, or something else wrote it: it only says how fast things went."""
+    """Empty where the file is missing, or something else wrote it: it only says how fast things went."""
     try:
         runs = json.loads(folder.runs_file.read_bytes())["runs"]
     except (OSError, ValueError, KeyError, TypeError):

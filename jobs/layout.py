@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from jobs.experts.spare import spare_experts
 from jobs.spec import ClusterSpec
@@ -39,7 +39,7 @@ class Layout:
 
     replicas: int
     ranks: int
-    device: str  # "cpu" or "cuda"
+    device: Literal["cpu", "cuda"]
     threads: int
     sharers: int = 1
     memory_bytes: int = 0
@@ -77,7 +77,8 @@ def choose_layout(
         count=num_gpus if on_gpus else max(1, len(machines)),
         share=GPU_SHARE if on_gpus else HOST_SHARE,
     )
-    device, memory_bytes = "cuda" if on_gpus else "cpu", 0
+    device: Literal["cpu", "cuda"] = "cuda" if on_gpus else "cpu"
+    memory_bytes = 0
     least_bytes = min((machine.memory_bytes for machine in machines), default=0)
     if cluster.expert_parallel != "auto":
         ranks, why = cluster.expert_parallel, "as the job asks"

@@ -6,57 +6,34 @@ does just now, times a measured share; where the job runs elsewhere, no time is 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
-from itertools import takewhile
 from pathlib import Path
 
-from jobs.embedding import embedding_forms, vector_width
+from jobs.cluster.hosts import refuse_wishes_of_nodes
+from jobs.embedding import vector_width
 from jobs.experts.placement_outlook import placement_outlook
 from jobs.experts.placements import ExpertLayers
 from jobs.fleet import this_machine
 from jobs.layout import Layout, choose_layout
 from jobs.planned_index import most_vectors, planned_index
+from jobs.ray_session import address_of
 from jobs.resolve import ResolvedJob, resolve
 from jobs.spec import JobSpec, JsonObject
 from jobs.status import job_status
 from jobs.terminal import human_bytes, human_seconds
-from pipeline.embedding import EmbeddedText, TextEncoder, TextForm
-from pipeline.errors import RowError
+from jobs.token_estimate import TokenEstimate, estimate_tokens
+from jobs.worker_settings import engine_settings
 from pipeline.index.kinds import FLAT, next_kind
 from pipeline.job_folder import JobFolder
-from pipeline.prompts import Example, ModelText, PromptBuilder, PromptSettings, TextBuilder
-from pipeline.row_text import RowText
-from pipeline.source import Rows, Split
-from pipeline.tokenizer import Tokenizer, load_tokenizer
 from workers import devices
 from workers.forecast import EFFICIENCY, Forecast, forecast
-from workers.settings import EngineSettings
-
-SAMPLE_PLACES = 8  # all over the input
-SAMPLE_ROWS = 16  # at each
-SAMPLE_BYTES = 1 << 20
-
-_BLOCK_TOKENS = 16  # a shared prefix is reused in blocks
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenEstimate:
-    """Means a row that can be served, from `sampled_rows` rows; `errors` counts those of them that can't be."""
-
-    sampled_rows: int
-    errors: Counter[str]
-    prompt: float
-    shared: int  # of it, the beginning that all prompts have in common and that is computed once
-    passage: float  # embedded besides
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     job: ResolvedJob
     shard: Forecast
+    address: str | None  # of the Ray that is joined; None: one of the job's own
     layout: Layout | None  # None: settled when the cluster is joined
     tokens: TokenEstimate
     max_new_tokens: int  # a row, all of its samples together
@@ -145,7 +122,7 @@ class Plan:
 
     def _where(self) -> str:
         cluster, layout = self.job.spec.cluster, self.layout
-        ray = f"the Ray cluster at {cluster.address}" if cluster.address else "this machine, in a Ray of the job's own"
+        ray = f"the Ray cluster at {self.address}" if self.address else "this machine, in a Ray of the job's own"
         if layout is None:
             asked = f"replicas {cluster.replicas}, expert_parallel {cluster.expert_parallel}"
             return f"{asked}, on {ray}; what is auto is chosen from its devices and their memory when it is joined"
@@ -169,18 +146,10 @@ def make_plan(spec: JobSpec) -> Plan:
     """UserError and JobError as running the job would raise them, as far as that shows before the model is loaded."""
     job = resolve(spec)
     settled, cluster = job.spec, job.spec.cluster
-    engine = EngineSettings(
-        model_path=str(job.model_path),
-        device=cluster.device,
-        dtype=cluster.dtype,
-        kv_cache_bytes=None if settled.engine.kv_cache_bytes == "auto" else settled.engine.kv_cache_bytes,
-        max_context=None if settled.engine.max_context == "auto" else settled.engine.max_context,
-        step_tokens=None if settled.engine.step_tokens == "auto" else settled.engine.step_tokens,
-        max_sequences=None if settled.engine.max_sequences == "auto" else settled.engine.max_sequences,
-        attention=settled.attention_rules,
-    )
-    layout = None
-    if not cluster.address:
+    engine = engine_settings(settled, job.model_path)
+    address, layout = address_of(cluster.address), None
+    if address is None:
+        refuse_wishes_of_nodes(cluster)
         layout = choose_layout(
             cluster,
             [this_machine()],
@@ -197,6 +166,7 @@ def make_plan(spec: JobSpec) -> Plan:
     return Plan(
         job=job,
         shard=shard,
+        address=address,
         layout=layout,
         tokens=tokens,
         max_new_tokens=new_tokens,
@@ -208,98 +178,6 @@ def make_plan(spec: JobSpec) -> Plan:
         output=_output(job, earlier),
         experts=_experts(job, earlier, layout, shard),
     )
-
-
-def estimate_tokens(job: ResolvedJob, max_context: int) -> TokenEstimate:
-    tokenizer = load_tokenizer(job.model_path)
-    prompts, passages = _builders(job, tokenizer)
-    embeds = TextEncoder(tokenizer, embedding_forms(job.spec.embed)[1] if job.spec.embed is not None else TextForm())
-    columns = list(dict.fromkeys(column for builder in (prompts, passages) if builder for column in builder.columns))
-    read, embedded, errors = list[list[int]](), list[list[int]](), Counter[str]()
-    sampled = 0
-    for rows in _sample(job, columns):
-        sampled += rows.batch.num_rows
-        for builder, kept in ((prompts, read), (passages, embedded)):
-            if builder is None:
-                continue
-            built = builder.build(rows)
-            sound = [one for one in built if not isinstance(one, RowError)]
-            encoded = iter(tokenizer.encode_batch(sound) if builder is prompts else embeds.encode(sound))
-            for one in built:
-                found = one if isinstance(one, RowError) else next(encoded)
-                ids = found.ids if isinstance(found, EmbeddedText) else found
-                if isinstance(ids, RowError):
-                    errors[ids.code] += 1
-                elif len(ids) > max_context - (builder is prompts) and job.spec.prompt.on_too_long == "error":
-                    errors["prompt_too_long"] += 1
-                else:
-                    kept.append(ids[:max_context])
-    return TokenEstimate(
-        sampled_rows=sampled,
-        errors=errors,
-        prompt=_mean(read),
-        shared=common_prefix(read) // _BLOCK_TOKENS * _BLOCK_TOKENS,
-        passage=0.0 if embedded == read else _mean(embedded),  # a prompt that is the passage too is read once
-    )
-
-
-def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """How many items all sequences begin with. None for one sequence: there is nothing to share.
-
-    >>> common_prefix([[1, 2, 3], [1, 2, 4], [1, 2]])
-    2
-    """
-    if len(sequences) < 2:
-        return 0
-    return sum(1 for _ in takewhile(lambda items: len(set(items)) == 1, zip(*sequences, strict=False)))
-
-
-def _builders(job: ResolvedJob, tokenizer: Tokenizer) -> tuple[PromptBuilder | None, TextBuilder | None]:
-    """What makes the text that is continued, and the text that is embedded, of a row."""
-    spec, source = job.spec, job.source
-    prompt, embed = spec.prompt, spec.embed
-    prompts = None
-    if spec.generate is not None:
-        settings = PromptSettings(
-            column=prompt.column,
-            template=prompt.template,
-            chat=prompt.chat,
-            system=prompt.system,
-            examples=tuple(Example(user=one.user, assistant=one.assistant) for one in prompt.examples),
-        )
-        model = ModelText(
-            chat_template=tokenizer.chat_template,
-            special_tokens=tokenizer.special_tokens,
-            control_strings=tokenizer.control_strings,
-        )
-        prompts = PromptBuilder(
-            settings, source.columns, model=model, text_column=source.text_column, now=datetime.now().astimezone()
-        )
-    passages = None
-    if embed is not None and embed.of != "generation":
-        template = embed.template or prompt.template
-        row_text = RowText(
-            source.columns,
-            column=None if template else prompt.column,
-            template=template,
-            text_column=source.text_column,
-            section="embed" if embed.template else "prompt",
-        )
-        passages = TextBuilder(row_text)
-    return prompts, passages
-
-
-def _sample(job: ResolvedJob, columns: Sequence[str]) -> Iterator[Rows]:
-    """Some rows at places spread over the input."""
-    splits = job.splits
-    chosen = {splits[number * len(splits) // SAMPLE_PLACES].index for number in range(SAMPLE_PLACES)}
-    for index in sorted(chosen):
-        split: Split = splits[index]
-        rows = next(job.source.read(split, columns, max_bytes=SAMPLE_BYTES))
-        count = min(rows.batch.num_rows, SAMPLE_ROWS)
-        errors = {offset: error for offset, error in rows.errors.items() if offset < count}
-        yield Rows(first_row=rows.first_row, batch=rows.batch.slice(0, count), errors=errors)
-    job.source.close()
 
 
 def _seconds(
@@ -358,7 +236,3 @@ def _weights(shard: Forecast) -> str:
     return f"{cost.weights / 1e6:,.1f} M weights" + (
         f" of which a token meets {met / 1e6:,.1f} M" if met < 0.9 * cost.weights else ""
     )
-
-
-def _mean(sequences: Sequence[Sequence[int]]) -> float:
-    return sum(map(len, sequences)) / len(sequences) if sequences else 0.0

@@ -15,7 +15,7 @@ from typing import Any
 
 import workers
 from jobs.process_group import children_apart
-from pipeline.errors import JobError, UserError
+from pipeline.errors import JobError, UserError, one_line
 
 OBJECT_STORE_BYTES = 128 << 20  # only reports and orders travel through it
 UNNEEDED_STARTS = ("start_api_server", "start_monitor", "start_log_monitor")
@@ -69,9 +69,9 @@ def _join(address: str) -> None:
         tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
-        raise UserError(f"cluster.address {address}: {_one_line(error)}") from error
+        raise UserError(f"cluster.address {address}: {_told(error)}") from error
     except Exception as error:
-        raise JobError(f"joining Ray at {address} failed: {_one_line(error)}") from error
+        raise JobError(f"joining Ray at {address} failed: {_told(error)}") from error
 
 
 def _await_door(address: str) -> None:
@@ -117,8 +117,8 @@ def _start(num_cpus: int) -> None:
         except Exception as error:
             ray.shutdown()
             if attempt + 1 == NUM_STARTS:
-                raise JobError(f"starting Ray failed: {_one_line(error)}") from error
-            log.warning("Ray did not start, which is tried again: %s", _one_line(error))
+                raise JobError(f"starting Ray failed: {_told(error)}") from error
+            log.warning("Ray did not start, which is tried again: %s", _told(error))
 
 
 @contextmanager
@@ -143,8 +143,8 @@ def _few_processes() -> Iterator[None]:
             setattr(Node, name, start)
 
 
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def is_joined(address: str | None) -> bool:

@@ -1,7 +1,7 @@
-"""What happened, for programs (report.json) and for people (report.html, `gristmill status`).
+"""What happened, for programs (report.json) and for people (report.html).
 
 Everything about rows is counted from the committed parts, so that a report is right whoever died on the way; only how
-fast it went comes from the controller, which hands over its progress reports.
+fast it went, and what experts did, comes from what runs kept meanwhile (runs.json, experts.json).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from jobs.corpus_map import CorpusMap, make_map
+from jobs.corpus.corpus_map import CorpusMap, make_map
 from jobs.experts.expert_record import read_experts
 from jobs.experts.expert_report import describe_experts
 from jobs.history import read_runs

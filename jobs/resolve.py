@@ -150,11 +150,11 @@ def _settle(spec: JobSpec, source: Source, model_path: Path, planned: PlannedJob
     output = spec.output.model_copy(update={"columns": carried, "rows_per_split": rows_per_split})
     embed = spec.embed
     if embed is not None:
-        embed = _settle_embed(embed, model_path, source.num_rows)
+        embed = _settle_embed(embed, model_path)
     return settled.model_copy(update={"output": output, "embed": embed}), rows_per_split
 
 
-def _settle_embed(embed: EmbedSpec, model_path: Path, num_rows: int) -> EmbedSpec:
+def _settle_embed(embed: EmbedSpec, model_path: Path) -> EmbedSpec:
     """A query_template is written for the model: its own prompt for queries is then left to it."""
     choice = settle_embedding(
         EmbeddingChoice(
@@ -166,7 +166,6 @@ def _settle_embed(embed: EmbedSpec, model_path: Path, num_rows: int) -> EmbedSpe
             center=embed.center,
         ),
         model_path,
-        num_rows=num_rows,
     )
     return embed.model_copy(update=dataclasses.asdict(choice))
 

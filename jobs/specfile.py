@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from jobs.spec import JobSpec
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 
 KeyPath = tuple[str | int, ...]
 
@@ -102,11 +102,11 @@ def _parse_yaml(text: str, *, where: str) -> tuple[Any, dict[KeyPath, int]]:
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{where}{line}: not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where}: not valid YAML: {one_line(error)}") from None
     except UserError:
         raise
     except (RecursionError, ValueError) as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where}: not valid YAML: {one_line(error)}") from None
 
 
 def _key_lines(node: yaml.Node, path: KeyPath, where: str, inside: frozenset[int]) -> Iterator[tuple[KeyPath, int]]:

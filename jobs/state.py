@@ -65,7 +65,8 @@ class JobState:
     """The whole state of a run. `handle` is its one transition: what it does depends on the state and the event alone.
 
     `split_rows`: the rows of each split, in order. `committed`: what the commits say about them as the run begins.
-    `limit`: only the job's first rows. `retry_errors`: failed rows run again, once.
+    `limit`: only the job's first rows. `retry_errors`: failed rows run again, once. `indexes`: the vectors are to be
+    in an index before the audit.
     """
 
     def __init__(
@@ -78,14 +79,14 @@ class JobState:
         max_error_rate: float,
         limit: int | None = None,
         retry_errors: bool = False,
-        embeds: bool = False,
+        indexes: bool = False,
     ) -> None:
         self.phase: Phase = "new"
         self.outcome: Outcome | None = None
         self.num_deaths = 0
         self.total_rows = 0  # input rows that are committed once this run is done
         self.num_open = 0  # splits that have rows to settle
-        self._embeds = embeds
+        self._indexes = indexes
         self._max_error_rate = max_error_rate
         self._ranks = ranks
         self._num_replicas = num_replicas
@@ -279,7 +280,7 @@ class JobState:
     def _after_draining(self) -> list[Action]:
         if self.outcome is not None:
             return self._finish(self.outcome)
-        return self._enter("indexing", EnsureIndex()) if self._embeds else self._enter("auditing", Audit())
+        return self._enter("indexing", EnsureIndex()) if self._indexes else self._enter("auditing", Audit())
 
     def _judge_audit(self, problems: tuple[str, ...]) -> list[Action]:
         if not problems:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,13 +15,16 @@ from pydantic import ValidationError
 from jobs.events import CommittedSplit
 from jobs.resolve import PlannedJob, ResolvedJob, resolve
 from jobs.spec import JobSpec, JsonObject
-from pipeline.commits import CommitLog, Recovery
-from pipeline.errors import JobError, UserError
+from pipeline.commits import CommitLog
+from pipeline.errors import JobError, UserError, one_line
 from pipeline.extensions import known_files
 from pipeline.index.manifest import parts_digest
 from pipeline.job_folder import JobFolder, read_job, read_plan, write_job, write_plan
 from pipeline.lock import lock
 from pipeline.source import Split
+from workers.run_log import run_log
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +35,6 @@ class JobStore:
     job: ResolvedJob
     date: str  # when the job was planned, ISO 8601: what chat templates print
     log: CommitLog
-    recovery: Recovery  # what the last run left to mend
 
     def committed(self) -> dict[int, CommittedSplit]:
         return {
@@ -54,7 +57,7 @@ class JobStore:
 
 @contextmanager
 def open_store(spec: JobSpec) -> Iterator[JobStore]:
-    """Resolve the job, take its directory and plan or recover it.
+    """Resolve the job, take its directory and plan or recover it; what was mended is told in run.log.
 
     Nothing is written before the model and the input are known to exist. UserError for a directory that holds another
     job, this one in another number format or with other columns, or something else; JobError while another process
@@ -73,8 +76,22 @@ def open_store(spec: JobSpec) -> Iterator[JobStore]:
         else:
             job, date = job or resolve(spec), datetime.now().astimezone().isoformat(timespec="seconds")
             _plan(folder, job, date)
-        log = CommitLog(folder, fingerprint=job.fingerprint)
-        yield JobStore(folder=folder, job=job, date=date, log=log, recovery=log.recover())
+        commits = CommitLog(folder, fingerprint=job.fingerprint)
+        with run_log(folder.root, "controller"):
+            _recover(commits)
+        yield JobStore(folder=folder, job=job, date=date, log=commits)
+
+
+def _recover(commits: CommitLog) -> None:
+    recovery = commits.recover()
+    if recovery.published:
+        log.info("committed and not yet in parts/, which is mended: %s", _splits(recovery.published))
+    if recovery.dropped:
+        log.warning("a committed part is gone, and its rows are done again: %s", _splits(recovery.dropped))
+
+
+def _splits(numbers: Sequence[int]) -> str:
+    return f"split{'s' if len(numbers) > 1 else ''} {_listed([str(number) for number in numbers])}"
 
 
 def read_planned(folder: JobFolder) -> PlannedJob | None:
@@ -92,8 +109,7 @@ def read_planned(folder: JobFolder) -> PlannedJob | None:
             splits=tuple(Split.from_json(split) for split in plan["splits"]),
         )
     except (ValidationError, KeyError, TypeError) as error:
-        line = " ".join(str(error).split())
-        raise JobError(f"{folder.job_file} is not of this version of gristmill: {line[:200]}") from error
+        raise JobError(f"{folder.job_file} is not of this version of gristmill: {one_line(error)}") from error
 
 
 def _plan(folder: JobFolder, job: ResolvedJob, date: str) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 from jobs.events import CommittedSplit, Lease, ReplicaDied, ReplicaResized, ShardId
 from jobs.experts.expert_tally import ExpertTally
-from jobs.history import History, JsonObject, run_record
+from jobs.history import History, run_record
 from jobs.layout import Layout
 from jobs.mourning import Mourning
 from jobs.progress import Progress
+from jobs.spec import JsonObject
 from pipeline.index.manifest import Shard
 from workers.assignment import ShardReport
 

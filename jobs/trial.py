@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pyarrow as pa
 
 from jobs.spec import GenerateSpec
@@ -12,6 +10,7 @@ from pipeline.model_path import resolve_model
 from pipeline.prompts import ModelText, PromptBuilder, PromptSettings
 from pipeline.schemas import InputSchema
 from pipeline.source import Rows
+from workers.devices import num_cpus
 from workers.engine_factory import load_engine
 from workers.sampling_choice import resolve_sampling
 from workers.settings import EngineSettings
@@ -24,9 +23,8 @@ def answer_prompt(model: str, prompt: str, *, max_new_tokens: int, dtype: str) -
     """
     path = resolve_model(model)
     sampling = resolve_sampling(GenerateSpec(max_new_tokens=max_new_tokens).model_dump(), path)
-    threads = len(os.sched_getaffinity(0))
     loaded = load_engine(
-        EngineSettings(model_path=str(path), device="auto", dtype=dtype, threads=threads, max_sequences=1)
+        EngineSettings(model_path=str(path), device="auto", dtype=dtype, threads=num_cpus(), max_sequences=1)
     )
     loaded.refuse_generation(model)
     tokenizer = loaded.tokenizer
@@ -34,11 +32,7 @@ def answer_prompt(model: str, prompt: str, *, max_new_tokens: int, dtype: str) -
     builder = PromptBuilder(
         PromptSettings(column="text"),
         InputSchema(batch.schema),
-        model=ModelText(
-            chat_template=tokenizer.chat_template,
-            special_tokens=tokenizer.special_tokens,
-            control_strings=tokenizer.control_strings,
-        ),
+        model=ModelText.of(tokenizer),
     )
     (built,) = builder.build(Rows(first_row=0, batch=batch, errors={}))
     tokens = built if isinstance(built, RowError) else tokenizer.encode_batch([built])[0]

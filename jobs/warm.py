@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Any
 
 from jobs.cluster.head_watch import HeadWatch, RayLost
 from jobs.ray_session import address_of, is_joined, ray_session
+from jobs.spec import JsonObject
 from pipeline.errors import UserError
 from workers.replica import Location, Replica, Resources
 from workers.settings import EngineSettings
-
-JsonObject = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 from jobs.embedding import embedding_forms
 from jobs.experts.calibration_sample import calibration_sample
-from jobs.spec import EmbedSpec
+from jobs.spec import EmbedSpec, JobSpec, PromptSpec
 from jobs.store import JobStore
 from pipeline.prompts import Example, PromptSettings
 from workers.settings import EmbedSettings, EngineSettings, JobSettings, ShardSettings
@@ -19,31 +21,15 @@ def worker_settings(store: JobStore, engine_factory: str, *, rows_to_do: int) ->
     columns = spec.output.columns
     assert columns != "auto"
     return ShardSettings(
-        engine=EngineSettings(
-            model_path=str(job.model_path.absolute()),
-            factory=engine_factory,
-            device=spec.cluster.device,
-            dtype=spec.cluster.dtype,
-            kv_cache_bytes=_number(spec.engine.kv_cache_bytes),
-            max_context=_number(spec.engine.max_context),
-            step_tokens=_number(spec.engine.step_tokens),
-            max_sequences=_number(spec.engine.max_sequences),
-            attention=spec.attention_rules,
-        ),
+        engine=replace(engine_settings(spec, job.model_path.absolute()), factory=engine_factory),
         job=JobSettings(
             out=str(store.folder.root),
             source=job.source.to_json(),
-            prompt=PromptSettings(
-                column=spec.prompt.column,
-                template=spec.prompt.template,
-                chat=spec.prompt.chat,
-                system=spec.prompt.system,
-                examples=tuple(Example(user=one.user, assistant=one.assistant) for one in spec.prompt.examples),
-            ),
+            prompt=prompt_settings(spec.prompt),
             on_too_long=spec.prompt.on_too_long,
             date=store.date,
             sampling=spec.generate.model_dump() if spec.generate else None,
-            embed=_embed(spec.embed) if spec.embed else None,
+            embed=embed_settings(spec.embed) if spec.embed else None,
             carried=columns,
             id_column=spec.input.id,
             calibration=calibration_sample(job.splits, spec.cluster.calibration_rows, rows_to_do=rows_to_do),
@@ -51,7 +37,31 @@ def worker_settings(store: JobStore, engine_factory: str, *, rows_to_do: int) ->
     )
 
 
-def _embed(embed: EmbedSpec) -> EmbedSettings:
+def engine_settings(spec: JobSpec, model_path: Path) -> EngineSettings:
+    return EngineSettings(
+        model_path=str(model_path),
+        device=spec.cluster.device,
+        dtype=spec.cluster.dtype,
+        kv_cache_bytes=_number(spec.engine.kv_cache_bytes),
+        max_context=_number(spec.engine.max_context),
+        step_tokens=_number(spec.engine.step_tokens),
+        max_sequences=_number(spec.engine.max_sequences),
+        attention=spec.attention_rules,
+    )
+
+
+def prompt_settings(prompt: PromptSpec) -> PromptSettings:
+    return PromptSettings(
+        column=prompt.column,
+        template=prompt.template,
+        chat=prompt.chat,
+        system=prompt.system,
+        examples=tuple(Example(user=one.user, assistant=one.assistant) for one in prompt.examples),
+    )
+
+
+def embed_settings(embed: EmbedSpec) -> EmbedSettings:
+    """Of a settled job."""
     vector, text = embedding_forms(embed)
     return EmbedSettings(of=embed.of, template=embed.template, form=vector, text=text)
 

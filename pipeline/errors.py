@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+_MOST_CHARS: Final = 300
 
 ROW_ERROR_CODES = frozenset(
     {
@@ -40,3 +43,8 @@ class RowError:
 
     def __post_init__(self) -> None:
         assert self.code in ROW_ERROR_CODES, self.code
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line that is cut where it would be long; its kind where it says nothing."""
+    return " ".join(str(error).split())[:_MOST_CHARS] or type(error).__name__

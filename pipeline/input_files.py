@@ -11,10 +11,10 @@ from pyarrow import fs
 
 from pipeline.committed import committed_parts
 from pipeline.digests import digest_of
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.formats.base import FileScan, Format, InputFile, ScanLimits
 from pipeline.formats.registry import FORMATS, list_input
-from pipeline.locations import Place, locate, one_line
+from pipeline.locations import Place, locate
 
 _HASHED_TOTAL_BYTES = 8 << 30  # a larger input is known by sizes and times: hashing takes a second for each GiB
 _TOTAL_MARKS = 1 << 23  # positions remembered in files without an index of their own, 8 bytes each

@@ -4,11 +4,16 @@ job.json  plan.json            sealed (pipeline.durable.seal); see `write_job` a
 parts/part-000003.parquet      committed parts only, one a split
 commits/000003.json            revision 0 of split 3; 000003.r1.json replaces it
 index/  report.json  report.html
+index-versions/000003          the index before its last change (pipeline.index.versions)
+extensions/  extensions.json   jobs over files that came into the input later (pipeline.extensions)
 runs.json  experts.json        how each run went, and what experts did in all of them, for the report
 placements/000000.json         where each gang held its experts, in the order in which gangs were formed
+atlas.parquet                  texts, places and neighbours for embedding-atlas (jobs.corpus.atlas)
 submission.json                what a cluster runs the job as, where one does (jobs.submitting.submission)
+run.log                        what the controller and the workers had to say
 _attempts/                     work in progress; nothing in it is needed while nothing runs, but for an attempt
-                               whose commit was written and that was not yet moved into parts/
+                               whose commit was written and that was not yet moved into parts/: without it
+                               its split is done again
 .lock                          held while a controller runs
 """
 

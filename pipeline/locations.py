@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote
 import pyarrow as pa
 from pyarrow import fs
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _QUERY = re.compile(r"\?(?=[A-Za-z_]+=)")  # `?region=eu` is a query, `?` elsewhere a wildcard
@@ -94,12 +94,6 @@ def find_files(pattern: str) -> Found:
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"input {pattern}: {one_line(error)}") from error
     return Found([place.sibling(path) for path in found], named=False, in_folder=info.type == fs.FileType.Directory)
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of what an exception says; its kind where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _walk(filesystem: fs.FileSystem, folder: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.gguf_metadata import gguf_files
 
 # The files of a Hugging Face directory that determine results. Pickles are left out: they are never loaded.
@@ -168,7 +168,7 @@ def _from_hub(reference: str) -> Path:
     except (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError):
         why = "it is not in the local cache and the hub can't be reached; fetch it where there is a network, or copy it"
     except hub.HFValidationError as error:
-        why = " ".join(str(error).split())
+        why = one_line(error)
     except (hub.HfHubHTTPError, OSError) as error:
         why = f"the hub can't be reached or refused ({type(error).__name__}); check the network and HF_TOKEN"
     raise UserError(f"model: {reference}: {why}")

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pipeline.attempt import Attempt
 from pipeline.commits import Commit
 from pipeline.durable import HashedFile, storage_errors, sync_folder
-from pipeline.errors import JobError, UserError
+from pipeline.errors import JobError, UserError, one_line
 from pipeline.index.row_map import RowMap
 from pipeline.indexed_jobs import IndexedRows
 from pipeline.job_folder import JobFolder, attempt_name
@@ -73,7 +73,7 @@ def query_batches(folder: JobFolder, commit: Commit, batch_rows: int) -> Iterato
                 table = pa.Table.from_batches([batch.select(names)])
                 yield QueryBatch(table=table, embedded=embedded, vectors=matrix)
     except (pa.ArrowException, OSError) as error:
-        raise JobError(f"{path} can't be read: {' '.join(str(error).split())}") from error
+        raise JobError(f"{path} can't be read: {one_line(error)}") from error
 
 
 class NeighbourPart:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.commits import Commit
+from pipeline.errors import one_line
 from pipeline.records import EmbedField, embedded_fields, part_schema
 
 _BATCH_BYTES = 16 << 20
@@ -29,7 +30,7 @@ def part_problems(path: Path, commit: Commit) -> Iterator[str]:
             yield from _schema_problems(file.schema_arrow)
             yield from _record_problems(file, commit)
     except (pa.ArrowException, OSError, KeyError) as error:
-        yield f"can't be read as a part: {' '.join(str(error).split())}"
+        yield f"can't be read as a part: {one_line(error)}"
 
 
 def _schema_problems(schema: pa.Schema) -> Iterator[str]:

@@ -17,6 +17,7 @@ from pipeline.shortening import longest_fitting
 from pipeline.source import Rows
 from pipeline.templates.chat import ChatTemplate, Frame
 from pipeline.templates.limits import TemplateLimits
+from pipeline.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,14 @@ class ModelText:
     chat_template: str | None = None
     special_tokens: Mapping[str, str] | None = None
     control_strings: Collection[str] = ()
+
+    @staticmethod
+    def of(tokenizer: Tokenizer) -> ModelText:
+        return ModelText(
+            chat_template=tokenizer.chat_template,
+            special_tokens=tokenizer.special_tokens,
+            control_strings=tokenizer.control_strings,
+        )
 
 
 class TextBuilder:

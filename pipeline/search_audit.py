@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pipeline.audit import Audit, Auditor, audit
 from pipeline.commits import Commit
 from pipeline.durable import read_sealed
-from pipeline.errors import JobError
+from pipeline.errors import JobError, one_line
 from pipeline.job_folder import JobFolder, PlannedSplit, parse_splits, read_plan
 from pipeline.neighbours import QUERIES_NAME, SCHEMA, SEARCH_NAME, digest
 
@@ -61,7 +61,7 @@ class SearchAuditor(Auditor):
                     return
                 table = file.read(columns=["query_row", "rank", "score", "row", "error_code"])
         except (pa.ArrowException, OSError) as error:
-            yield f"can't be read: {' '.join(str(error).split())}"
+            yield f"can't be read: {one_line(error)}"
             return
         self._neighbours += len(table) - table["rank"].null_count
         yield from _record_problems(table, commit, self._k)

@@ -16,12 +16,12 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 
 from pipeline.cursor_pool import CursorPool
-from pipeline.errors import JobError, RowError, UserError
+from pipeline.errors import JobError, RowError, UserError, one_line
 from pipeline.formats.base import Chunk, Cursor, FileScan, Format, InputFile, Position
 from pipeline.formats.plain_text import TEXT_COLUMN
 from pipeline.formats.registry import FORMATS
 from pipeline.input_files import change_among, change_of, list_files, scan_files
-from pipeline.locations import Place, is_uri, locate, one_line
+from pipeline.locations import Place, is_uri, locate
 from pipeline.schemas import InputSchema, merge_schemas
 
 DEFAULT_BATCH_BYTES = 32 << 20

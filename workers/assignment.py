@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
 from workers.parallel.expert_work import ExpertWork
-
-JsonObject = dict[str, Any]
+from workers.settings import JsonObject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,9 +71,9 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why a shard gave up. `kind`: "user" and "job" end the job with this line; "crash" is as if it had died."""
+    """Why a shard gave up. `user` and `job` end the job with this line; `crash` is as if it had died."""
 
-    kind: str
+    kind: Literal["user", "job", "crash"]
     message: str
 
 
@@ -82,7 +81,7 @@ class Failure:
 class ShardReport:
     """A shard's answer to each poll; that it comes at all is its heartbeat."""
 
-    phase: str  # "loading", "running", "stopped"
+    phase: Literal["loading", "running", "stopped"]
     received: int  # assignments since it began
     wanted: int  # assignments it would take now
     finished: tuple[FinishedAssignment, ...] = ()

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
 
 from pipeline.embedding import EmbeddedText, VectorForm
 from pipeline.errors import JobError, RowError, UserError
@@ -25,9 +24,7 @@ from workers.parallel.measured import place_by_loads
 from workers.parallel.placement import Placement
 from workers.parallel.seat import GangBroken
 from workers.preparation import Passage, Preparation, Tokens
-from workers.settings import CalibrationSettings, SamplePlace
-
-JsonObject = dict[str, Any]
+from workers.settings import CalibrationSettings, JsonObject, SamplePlace
 
 Text = list[int] | EmbeddedText  # a prompt, or a passage
 

@@ -28,23 +28,20 @@ class EmbeddingChoice:
 BEST: Final = EmbeddingChoice(
     pooling="mean", include_prompt=True, passage_prompt="", query_prompt="", echo=True, center=False
 )
-# The mean of fewer vectors says more about those rows than about the model.
-LEAST_ROWS_TO_CENTER: Final = 1000
 
 
-def settle_embedding(asked: EmbeddingChoice, model_path: Path, *, num_rows: int) -> EmbeddingChoice:
+def settle_embedding(asked: EmbeddingChoice, model_path: Path) -> EmbeddingChoice:
     """`asked` without `auto`. UserError if the model's files are damaged or ask for what can't be done.
 
     BEST is chosen whole: where the job or the model names a pooling, `auto` neither echoes nor centres.
     """
     files = read_embedder(model_path, pooling_is_given=asked.pooling != "auto")
     takes_best = asked.pooling == "auto" and files.pooling is None
-    best_center = BEST.center is True and num_rows >= LEAST_ROWS_TO_CENTER
     return EmbeddingChoice(
         pooling=(files.pooling or BEST.pooling) if asked.pooling == "auto" else asked.pooling,
         include_prompt=files.include_prompt if asked.include_prompt == "auto" else asked.include_prompt,
         passage_prompt=files.passage_prompt if asked.passage_prompt == "auto" else asked.passage_prompt,
         query_prompt=files.query_prompt if asked.query_prompt == "auto" else asked.query_prompt,
         echo=(takes_best and BEST.echo is True) if asked.echo == "auto" else asked.echo,
-        center=(takes_best and best_center) if asked.center == "auto" else asked.center,
+        center=(takes_best and BEST.center is True) if asked.center == "auto" else asked.center,
     )

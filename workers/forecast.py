@@ -38,12 +38,11 @@ _MEASURED_WIDTH = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCost:
-    """Numbers of weights, and bytes of cache a token. Norms and biases, below a thousandth, are left out."""
+    """Numbers of weights. Norms and biases, below a thousandth, are left out."""
 
     weights: int
     weights_a_token: int  # that one token meets: attention, its own experts; neither embedding nor output
     output_weights: int  # met by each token whose successor is chosen
-    cache_values_a_token: int  # keys and values in all layers, windows aside
     attention_values_a_token: int  # query and value columns in all layers: 2 FLOP each for every token attended to
 
     def flops(self, *, tokens: float, chosen: float, context: float) -> float:
@@ -62,7 +61,6 @@ def model_cost(config: DecoderConfig) -> ModelCost:
         + output * (1 if config.tied_embeddings or not config.has_output else 2),
         weights_a_token=sum(met for _, met in layers),
         output_weights=output,
-        cache_values_a_token=sum(spec.cached_width for spec in specs),
         attention_values_a_token=sum(spec.num_heads * (spec.head_width + spec.value_width) for spec in specs),
     )
 

@@ -12,11 +12,12 @@ import pyarrow as pa
 from pipeline.embedding import EmbeddedText, TextEncoder, TextForm
 from pipeline.errors import RowError
 from pipeline.job_folder import JobFolder
-from pipeline.prompts import Prompt, PromptBuilder, TextBuilder
+from pipeline.prompts import Prompt
 from pipeline.records import RecordLayout
 from pipeline.source import Rows, Source, Split
 from pipeline.tokenizer import Tokenizer
 from workers.assignment import Assignment
+from workers.text_kinds import TextKind
 from workers.work import Work
 
 MAX_CHUNK_ROWS = 512
@@ -44,16 +45,6 @@ class TokenizedRows:
     prompts: list[Tokens] | None  # to be continued; None in a job that does not generate
     passages: list[Passage] | None  # to be embedded; None in a job that embeds no prompts
     num_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextKind:
-    """One of the texts that a row gives: the prompt that is continued, or the passage that is embedded."""
-
-    builder: PromptBuilder | TextBuilder
-    max_tokens: int  # more than these are too many
-    counted: str = ""  # what people should know about how its tokens were counted
-    shortened_tokens: int | None = None  # a text of too many is cut down to these; None: it is refused
 
 
 class Preparation:

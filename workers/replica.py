@@ -25,7 +25,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pipeline.errors import JobError
+from pipeline.errors import JobError, one_line
 from workers.assignment import Assignment, ShardReport
 from workers.parallel.seat import Seating
 from workers.settings import JobSettings, ShardSettings
@@ -141,7 +141,7 @@ class Replica:
         except RayActorError as error:
             raise ReplicaLost(_reason(error), self._silent_s(rank)) from None
         except RayError as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            reason = f"{type(error).__name__}: {one_line(error)}"
             raise ReplicaLost(reason, self._silent_s(rank)) from None
         self._heard_at[rank] = time.monotonic()
         self._phases[rank] = report.phase

@@ -12,14 +12,14 @@ from queue import SimpleQueue
 import ray
 
 from pipeline.errors import JobError, UserError
-from workers.assignment import Assignment, Failure, JsonObject, ShardReport
+from workers.assignment import Assignment, Failure, ShardReport
 from workers.engine_factory import LoadedEngine
 from workers.job_runner import build_runner
 from workers.parallel.seat import GangBroken, Seat
 from workers.row_runner import RowRunner
 from workers.run_log import log_crashes, run_log
 from workers.sentry import Sentry
-from workers.settings import JobSettings, ShardSettings, load_callable
+from workers.settings import JobSettings, JsonObject, ShardSettings, load_callable
 
 log = logging.getLogger(__name__)
 

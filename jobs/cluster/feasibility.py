@@ -7,10 +7,13 @@ What counts is what nodes have in all: what other jobs hold now, they give back.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from jobs.cluster.node_labels import describe
 from jobs.layout import Layout, Machine
-from workers.replica import Resources
+
+if TYPE_CHECKING:
+    from workers.replica import Resources
 
 
 def complaint(

@@ -17,9 +17,9 @@ from typing import Any
 
 from jobs.cluster.nodes import Node, ask_each, own_node_id
 from pipeline.durable import storage_errors
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.job_folder import JobFolder
-from pipeline.locations import locate, one_line
+from pipeline.locations import locate
 from pipeline.model_path import model_files
 from workers.settings import ShardSettings
 
@@ -41,7 +41,7 @@ def refuse_blind_nodes(nodes: Sequence[Node], settings: ShardSettings) -> None:
         for node in others:
             answer = answers.get(node.id, "")  # one that died meanwhile is no concern
             if isinstance(answer, Exception):
-                answer = f"has not said whether it sees the job's files: {' '.join(str(answer).split())[:300]}"
+                answer = f"has not said whether it sees the job's files: {one_line(answer)}"
             elif not answer and node.id in answers:
                 answer = _unread(nonce, node.id)
             if answer:

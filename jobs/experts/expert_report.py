@@ -7,17 +7,19 @@ every layer, over what it would be if none were heavier. L layers, E experts, R 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.experts.expert_tally import GangWork
+from jobs.spec import JsonObject
 from jobs.terminal import human_bytes
 from workers.parallel.placement import Placement, Topology, round_robin
 from workers.parallel.prediction import expected_traffic, overall_imbalance, rank_loads
 
-JsonObject = dict[str, Any]
+if TYPE_CHECKING:
+    from jobs.experts.expert_tally import GangWork
+
 Counts = NDArray[np.int64]
 
 MAX_GANGS = 50  # that a report keeps, the latest

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.spec import JsonObject
 from pipeline.durable import replace_file, storage_errors
 from pipeline.job_folder import JobFolder
 from workers.parallel.loads import ExpertLoads
@@ -23,8 +24,6 @@ from workers.parallel.seat import Seating
 
 MEASURED = "measured loads"
 DEALT_OUT = "round robin"
-
-JsonObject = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Final
 
 from markupsafe import Markup
 
-from jobs.corpus_map import CorpusMap, MapPoint
+from jobs.corpus.corpus_map import CorpusMap, MapPoint
 from jobs.page.canvas import Canvas, printable
 
 # With these, two thousand points take less than 1.5 MB whatever their texts are.

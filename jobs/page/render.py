@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from jobs.corpus_map import CorpusMap
+from jobs.corpus.corpus_map import CorpusMap
 from jobs.page.canvas import printable
 from jobs.page.charts import histogram, shares, throughput
 from jobs.page.heat_map import expert_maps

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.submitting.submission import COMMAND, OUTPUT
-from pipeline.errors import JobError, UserError
+from pipeline.errors import JobError, UserError, one_line
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -135,17 +135,16 @@ class RayJobs:
         except (UserError, JobError):
             raise
         except Exception as error:
-            message = " ".join(str(error).split())
             if type(error).__name__ == "AuthenticationError":
                 raise UserError(
                     f"{self.address} wants the cluster's token: put it into ~/.ray/auth_token or RAY_AUTH_TOKEN, "
                     "and leave RAY_AUTH_MODE unset or at token"
                 ) from error
-            if submission_id and "does not exist" in message:
+            if submission_id and "does not exist" in str(error):
                 raise UserError(f"{submission_id}: {self.address} knows no such job") from error
             if isinstance(error, OSError | ValueError):  # also those of requests
-                raise UserError(f"{self.address} does not answer as a Ray dashboard: {message[:200]}") from error
-            raise JobError(f"Ray at {self.address} refused: {message[:300]}") from error
+                raise UserError(f"{self.address} does not answer as a Ray dashboard: {one_line(error)}") from error
+            raise JobError(f"Ray at {self.address} refused: {one_line(error)}") from error
 
 
 def _submitted_job(details: Any) -> SubmittedJob:
@@ -207,8 +206,7 @@ def _own_dashboard() -> str:
         with _quiet_ray():
             return str(ray_address_to_api_server_url("auto"))
     except Exception as error:
-        message = " ".join(str(error).split())
-        raise UserError(f"--address auto: this machine is part of no Ray cluster ({message[:200]})") from error
+        raise UserError(f"--address auto: this machine is part of no Ray cluster ({one_line(error)})") from error
 
 
 @contextmanager

@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 
 from pipeline.columns import conform, plain_field
-from pipeline.errors import JobError, UserError
+from pipeline.errors import JobError, UserError, one_line
 from pipeline.formats.base import MAX_BATCH_ROWS, Chunk, FileScan, InputFile, Position, ScanLimits
-from pipeline.locations import Place, locate, one_line
+from pipeline.locations import Place, locate
 
 _FILE_MAGIC = b"ARROW1"
 _FEATHER_1_MAGIC = b"FEA1"

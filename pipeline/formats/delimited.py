@@ -17,12 +17,12 @@ from typing import TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import RowError, UserError
+from pipeline.errors import RowError, UserError, one_line
 from pipeline.formats.base import Chunk, FileScan, InputFile, Position, ScanLimits
 from pipeline.formats.lines import codec_of, open_bytes, read_lines, text_start
 from pipeline.formats.marks import Marks
 from pipeline.formats.records import RecordCursor
-from pipeline.locations import Place, locate, one_line
+from pipeline.locations import Place, locate
 
 MAX_CSV_RECORD_BYTES = 32 << 20
 

@@ -9,12 +9,12 @@ from pathlib import PurePosixPath
 
 import pyarrow as pa
 
-from pipeline.errors import RowError, UserError
+from pipeline.errors import RowError, UserError, one_line
 from pipeline.formats.base import Chunk, FileScan, InputFile, Position, ScanLimits
 from pipeline.formats.json_types import array_of, common_type, type_of
 from pipeline.formats.line_records import line_cursor, scan_lines
 from pipeline.formats.records import RecordCursor
-from pipeline.locations import locate, one_line
+from pipeline.locations import locate
 
 _SAMPLE_BYTES = 8 << 20
 

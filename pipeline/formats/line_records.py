@@ -7,11 +7,11 @@ from itertools import islice
 
 import pyarrow as pa
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.formats.base import Chunk, FileScan, Position, ScanLimits
 from pipeline.formats.lines import codec_of, mark_lines, open_bytes, read_lines, text_start
 from pipeline.formats.records import RecordCursor
-from pipeline.locations import Place, locate, one_line
+from pipeline.locations import Place, locate
 
 
 def scan_lines(path: str, limits: ScanLimits, learn: Callable[[Iterable[bytes | None]], pa.Schema]) -> FileScan:

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.columns import conform, joined, plain_field, unpacked
-from pipeline.errors import JobError, RowError, UserError
+from pipeline.errors import JobError, RowError, UserError, one_line
 from pipeline.formats.base import MAX_BATCH_ROWS, Chunk, FileScan, InputFile, Position, ScanLimits
-from pipeline.locations import Place, locate, one_line
+from pipeline.locations import Place, locate
 
 _LOCAL_BUFFER_BYTES = 1 << 20  # read ahead in each column; without a buffer pyarrow loads whole column chunks
 _REMOTE_BUFFER_BYTES = 8 << 20

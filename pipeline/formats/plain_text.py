@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from pipeline.errors import JobError, RowError
+from pipeline.errors import JobError, RowError, one_line
 from pipeline.formats.base import MAX_BATCH_ROWS, MAX_RECORD_BYTES, Chunk, FileScan, InputFile, Position, ScanLimits
 from pipeline.formats.line_records import line_cursor, scan_lines
 from pipeline.formats.lines import open_bytes
 from pipeline.formats.records import RecordCursor
-from pipeline.locations import locate, one_line
+from pipeline.locations import locate
 
 _TOO_LONG = RowError("malformed_record", f"longer than {MAX_RECORD_BYTES} bytes")
 

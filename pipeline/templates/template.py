@@ -8,8 +8,7 @@ from typing import Any
 import jinja2
 from jinja2 import meta, nodes
 
-from pipeline.errors import RowError, UserError
-from pipeline.locations import one_line
+from pipeline.errors import RowError, UserError, one_line
 from pipeline.templates.environment import BoundedEnvironment, NullPrinted
 from pipeline.templates.limits import OverLimit
 

@@ -12,7 +12,6 @@ from typing import Any
 from pipeline.errors import UserError
 
 # The roles that every tokenizer knows; a model may name more (`image_token`).
-ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as LibraryBackend
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.tokenizers.checkpoint import (
     digest_of,
     directory_facts,
@@ -35,7 +35,7 @@ def load_hugging_face(folder: Path) -> LibraryTokenizer:
     except OSError as error:
         raise UserError(f"{file}: can't be read: {error.strerror}") from None
     except Exception as error:  # the library raises bare Exception for whatever it can't parse
-        raise UserError(f"{file}: corrupt or too new: {' '.join(str(error).split())}") from None
+        raise UserError(f"{file}: corrupt or too new: {one_line(error)}") from None
     config = tokenizer_settings(folder)
     _add_tokens(backend, config, read_json(folder / "added_tokens.json"), file)
     digest = digest_of(content, {key: value for key, value in config.items() if key != "chat_template"})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from pydantic.fields import FieldInfo
 
 from jobs.cli import app
@@ -58,11 +61,19 @@ def test_every_column_of_a_part_is_documented_and_no_other() -> None:
     assert documented("docs/job-directory.md", "A part's columns") == set(schema.names)
 
 
-def test_every_command_is_in_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text()
-    for command in app.registered_commands:
+def commands(group: typer.Typer, name: str) -> Iterator[str]:
+    """Every command of a group and of those below it, as it is typed."""
+    for command in group.registered_commands:
         assert command.callback is not None
-        assert f"gristmill {command.name or command.callback.__name__}" in readme
+        yield f"{name} {command.name or command.callback.__name__}"
+    for below in group.registered_groups:
+        assert below.typer_instance is not None
+        yield from commands(below.typer_instance, f"{name} {below.name or below.typer_instance.info.name}")
+
+
+@pytest.mark.parametrize("command", list(commands(app, "gristmill")))
+def test_every_command_is_in_the_readme(command: str) -> None:
+    assert command in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -71,6 +82,11 @@ def test_every_command_is_in_the_readme() -> None:
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
         assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("package", ["pipeline", "workers", "jobs"])
+def test_a_package_is_imported_from_this_tree(package: str) -> None:
+    assert importlib.import_module(package).__path__[0] == str(ROOT / package)
 
 
 @pytest.mark.parametrize("package", ["pipeline", "workers", "jobs"])

@@ -12,12 +12,11 @@ import pytest
 
 from jobs.cli import execute
 from jobs.experts.placements import record_calibration
-from jobs.plan import common_prefix, make_plan
+from jobs.plan import make_plan
 from jobs.specfile import parse_spec
 from jobs.store import open_store
 from jobs.terminal import human_bytes
 from pipeline.errors import UserError
-from pipeline.tokenizer import load_tokenizer
 from workers.parallel.loads import ExpertLoads
 from workers.parallel.placement import round_robin
 
@@ -38,23 +37,11 @@ def settings(tiny_model: Callable[..., Path], tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def test_tokens_are_those_that_the_job_will_read_and_embed(settings: dict[str, Any]) -> None:
+def test_rows_are_counted_and_their_tokens_sampled(settings: dict[str, Any]) -> None:
     plan = make_plan(parse_spec(settings))
-    tokenizer = load_tokenizer(Path(settings["model"]))
-    read = [len(tokenizer.encode(text)) for text in TEXTS if text]
-    embedded = [len(tokenizer.encode(f"passage {text}")) for text in TEXTS]
-    assert plan.tokens.prompt == pytest.approx(sum(read) / len(read))
-    assert plan.tokens.passage == pytest.approx(sum(embedded) / len(embedded))
+    assert plan.tokens.sampled_rows == 4
     assert plan.tokens.errors == {"empty_prompt": 1}
     assert plan.max_new_tokens == 6
-
-
-def test_an_echo_counts_twice_and_a_passage_that_is_the_prompt_not_at_all(settings: dict[str, Any]) -> None:
-    once = make_plan(parse_spec(settings)).tokens.passage
-    settings["embed"]["echo"] = True
-    assert 2 * once < make_plan(parse_spec(settings)).tokens.passage < 2 * once + 60
-    settings["embed"] = {"pooling": "mean"}
-    assert make_plan(parse_spec(settings)).tokens.passage == 0
 
 
 def test_the_memory_of_an_index_is_that_of_its_vectors(settings: dict[str, Any]) -> None:
@@ -66,14 +53,6 @@ def test_the_memory_of_an_index_is_that_of_its_vectors(settings: dict[str, Any])
     settings["embed"] |= {"dimensions": 61}
     with pytest.raises(UserError, match=r"embed\.dimensions: 61, and the model's hidden states have 60"):
         make_plan(parse_spec(settings))
-
-
-def test_a_system_prompt_is_counted_once(settings: dict[str, Any]) -> None:
-    settings["prompt"]["system"] = (
-        "You answer in few words and never in more than one sentence, whatever is asked. " * 3
-    )
-    plan = make_plan(parse_spec(settings))
-    assert 16 <= plan.tokens.shared < plan.tokens.prompt
 
 
 def test_weights_are_those_of_the_checkpoint(settings: dict[str, Any]) -> None:
@@ -148,6 +127,25 @@ def test_no_time_is_made_up_for_another_machine(settings: dict[str, Any]) -> Non
     assert "not estimated" in plan.describe()
 
 
+def test_a_cluster_in_the_environment_is_the_one_that_running_would_join(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    plan = make_plan(parse_spec(settings | {"cluster": {"labels": {"pool": "big"}}}))
+    assert plan.layout is None
+    assert plan.seconds is None
+    assert "on the Ray cluster at 10.0.0.1:6379" in plan.describe()
+
+
+@pytest.mark.parametrize("wish", [{"labels": {"pool": "big"}}, {"spread": True}, {"wait_s": 5}])
+def test_what_only_a_cluster_can_give_is_refused_as_running_would(
+    settings: dict[str, Any], wish: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match=f"cluster.{next(iter(wish))}: is about the nodes of a cluster"):
+        make_plan(parse_spec(settings | {"cluster": wish}))
+
+
 def test_a_request_that_running_would_refuse_is_refused(
     settings: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,10 +155,3 @@ def test_a_request_that_running_would_refuse_is_refused(
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
     assert execute(["plan", str(tmp_path / "job.yaml")]) == 2
     assert "did you mean 'body'" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("sequences", "length"), [([], 0), ([[1, 2]], 0), ([[1, 2], [1, 2]], 2), ([[1, 2, 3], [1, 9]], 1), ([[], [1]], 0)]
-)
-def test_a_common_prefix_ends_where_any_sequence_differs(sequences: list[list[int]], length: int) -> None:
-    assert common_prefix(sequences) == length

@@ -14,7 +14,9 @@ from jobs.planned_index import refuse_unbuildable
 from jobs.resolve import resolve
 from jobs.specfile import parse_spec
 from jobs.store import differences, open_store
-from pipeline.errors import JobError, UserError
+from pipeline.errors import JobError, RowError, UserError
+from pipeline.parts import PartBuilder
+from pipeline.records import RecordLayout
 
 TEXTS = ["one", "two", "three"]
 
@@ -139,6 +141,25 @@ def test_a_job_is_planned_once(job):
     with open_store(spec) as store:
         assert store.folder.plan_file.read_bytes() == planned
         assert [split.first_row for split in store.job.splits] == [0]
+
+
+def test_what_a_crash_or_a_person_left_to_mend_is_told_in_the_run_log(job):
+    spec = parse_spec(job(TEXTS))
+    with open_store(spec) as store:
+        builder = PartBuilder(RecordLayout.of(samples=1, embeds=None), split=0, first_row=0, num_rows=len(TEXTS))
+        for row in range(len(TEXTS)):
+            builder.fail(row, RowError("internal", "broken"))
+        store.log.commit(builder.write(store.folder))
+        part, log = store.folder.part(0), store.folder.root / "run.log"
+        assert not part.exists()
+        assert not log.exists()
+    with open_store(spec):
+        assert part.exists()
+    assert "controller INFO committed and not yet in parts/, which is mended: split 0" in log.read_text()
+    part.unlink()
+    with open_store(spec) as store:
+        assert not store.committed()
+    assert "controller WARNING a committed part is gone, and its rows are done again: split 0" in log.read_text()
 
 
 def test_auto_stays_what_it_was_when_the_job_was_planned(job, monkeypatch):

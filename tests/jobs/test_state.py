@@ -243,7 +243,7 @@ def test_errors_that_are_to_be_tried_again_do_not_end_the_job():
 
 
 def test_after_the_last_commit_come_index_audit_and_report():
-    state = JobState([4], {}, num_replicas=1, max_error_rate=0.5, embeds=True)
+    state = JobState([4], {}, num_replicas=1, max_error_rate=0.5, indexes=True)
     begin(state)
     (lease,) = leases(state.handle(ShardHungry(SHARD, 0, 1)))
     assert serve(state, lease) == [StopReplicas()]

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 from workers import embedding_choice
-from workers.embedding_choice import BEST, LEAST_ROWS_TO_CENTER, EmbeddingChoice, settle_embedding
+from workers.embedding_choice import BEST, EmbeddingChoice, settle_embedding
 
 OPEN = EmbeddingChoice(
     pooling="auto", include_prompt="auto", passage_prompt="auto", query_prompt="auto", echo="auto", center="auto"
@@ -14,24 +14,21 @@ OPEN = EmbeddingChoice(
 ASKED = EmbeddingChoice(
     pooling="last", include_prompt=False, passage_prompt="p", query_prompt="", echo=True, center=True
 )
-MANY = LEAST_ROWS_TO_CENTER
 
 
 def test_what_a_job_says_stays(tmp_path):
-    assert settle_embedding(ASKED, tmp_path, num_rows=1) == ASKED
+    assert settle_embedding(ASKED, tmp_path) == ASKED
 
 
 def test_a_model_without_instructions_gets_what_was_measured_to_be_best(tmp_path, monkeypatch):
-    assert settle_embedding(OPEN, tmp_path, num_rows=MANY) == BEST
+    assert settle_embedding(OPEN, tmp_path) == BEST
     monkeypatch.setattr(embedding_choice, "BEST", replace(BEST, pooling="weighted_mean", center=True))
-    assert settle_embedding(OPEN, tmp_path, num_rows=MANY) == embedding_choice.BEST
-    few = settle_embedding(OPEN, tmp_path, num_rows=MANY - 1)
-    assert few == replace(embedding_choice.BEST, center=False), "a mean of few rows says little about the model"
+    assert settle_embedding(OPEN, tmp_path) == embedding_choice.BEST
 
 
 def test_a_job_that_names_its_pooling_gets_no_more_than_that(tmp_path):
     asked = replace(OPEN, pooling="mean")
-    assert settle_embedding(asked, tmp_path, num_rows=MANY) == replace(BEST, pooling="mean", echo=False, center=False)
+    assert settle_embedding(asked, tmp_path) == replace(BEST, pooling="mean", echo=False, center=False)
 
 
 def test_a_model_with_instructions_gets_what_they_say(tmp_path, monkeypatch):
@@ -42,6 +39,6 @@ def test_a_model_with_instructions_gets_what_they_say(tmp_path, monkeypatch):
     )
     prompts = {"query": "q: ", "passage": "p: "}
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
-    assert settle_embedding(OPEN, tmp_path, num_rows=MANY) == EmbeddingChoice(
+    assert settle_embedding(OPEN, tmp_path) == EmbeddingChoice(
         pooling="last", include_prompt=False, passage_prompt="p: ", query_prompt="q: ", echo=False, center=False
     )

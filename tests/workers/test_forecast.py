@@ -6,10 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-from workers.decoder.attention import PlainPool
 from workers.decoder.checkpoint import load_checkpoint
 from workers.decoder.config import ExpertsConfig
 from workers.forecast import model_cost
@@ -18,15 +16,12 @@ from workers.forecast import model_cost
 @pytest.mark.parametrize(
     "model_type", ["llama", "mixtral", "olmoe", "qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "granitemoe"]
 )
-def test_the_weights_and_the_cache_are_counted_as_they_are(model_type: str, tiny_model: Callable[..., Path]) -> None:
+def test_the_weights_are_counted_as_they_are(model_type: str, tiny_model: Callable[..., Path]) -> None:
     folder = tiny_model(model_type, tokenizer=False)
-    config = load_checkpoint(folder).config
-    cost = model_cost(config)
+    cost = model_cost(load_checkpoint(folder).config)
     tensors = load_file(folder / "model.safetensors")
     counted = {name: t for name, t in tensors.items() if t.ndim > 1 and not name.endswith("bias")}
     assert cost.weights == sum(t.numel() for name, t in counted.items() if "shared_expert_gate" not in name)
-    pools = (PlainPool(layer.attention.spec, 1, 16, dtype=torch.float32) for layer in config.layers)
-    assert cost.cache_values_a_token * 16 * 4 == sum(pool.nbytes for pool in pools)
 
 
 def test_a_token_meets_its_own_experts_and_the_shared_ones(tiny_model: Callable[..., Path]) -> None:

@@ -1,4 +1,4 @@
-"""Attention over pages for machines without the C kernels: decoding sequences side by side, in torch's own product.
+"""Attention over pages without the C kernels, on GPUs too: decoding sequences side by side, in torch's own product.
 
 T tokens, S sequences, n of them in a batch, B blocks, L keys, H query heads, K key-value heads, G = H / K, D width.
 """

@@ -1,4 +1,4 @@
-"""How hidden states leave the decoder as logits. S rows, C model width, V vocabulary."""
+"""How hidden states leave the decoder as logits. N rows, C model width, V vocabulary."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Head:
         )
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden [S, C] after the final norm -> [S, V] float32."""
+        """hidden [N, C] after the final norm -> [N, V] float32."""
         logits = ops.linear(hidden, self.weight, self.bias).float()
         if self.scale != 1.0:
             logits = logits * self.scale

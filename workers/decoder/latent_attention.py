@@ -2,10 +2,10 @@
 
 Published weights make each head's keys and values from a token's latent: key = U_h latent, value = V_h latent. Here the
 latent itself is cached, and since q . (U_h l) = (U_h^T q) . l and sum(p V_h l) = V_h sum(p l), the query is taken into
-the latent's space before attention and the result out of it afterwards. So all heads share one key of R + P columns,
-and its first R are the value: multi-query attention.
+the latent's space before attention and the result out of it afterwards. So all heads share one key of Z + P columns,
+and its first Z are the value: multi-query attention.
 
-T tokens, C model width, H heads, R the latent's width, P rotated columns, N columns not rotated, Dv value width.
+T tokens, C model width, H heads, Z the latent's width, P rotated columns, N columns not rotated, Dv value width.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class LatentAttention:
         self.query_down_bias = query_down_bias
         self.query_norm = query_norm
         self.query = query  # [H * (N + P), query_rank or C]
-        self.latent = latent  # [R + P, C]
+        self.latent = latent  # [Z + P, C]
         self.latent_bias = latent_bias
         self.latent_norm = latent_norm
-        self.into_latent = into_latent  # a slot for each head: [R, N]
-        self.out_of_latent = out_of_latent  # a slot for each head: [Dv, R]
+        self.into_latent = into_latent  # a slot for each head: [Z, N]
+        self.out_of_latent = out_of_latent  # a slot for each head: [Dv, Z]
         self.output = output  # [C, H * Dv]
         self.output_bias = output_bias
 
@@ -90,8 +90,8 @@ class LatentAttention:
         """
         assert rotation is not None
         config, tokens = self.config, x.shape[0]
-        compressed = ops.linear(x, self.latent, self.latent_bias)  # [T, R + P]
-        latent = self.latent_norm(compressed[:, : config.spec.value_width])  # [T, R]
+        compressed = ops.linear(x, self.latent, self.latent_bias)  # [T, Z + P]
+        latent = self.latent_norm(compressed[:, : config.spec.value_width])  # [T, Z]
         shared = ops.rotate(compressed[:, None, config.spec.value_width :], *rotation)  # [T, 1, P]
         pool.write(torch.cat([latent[:, None], shared], dim=-1), None, metadata.slots)
 
@@ -99,9 +99,9 @@ class LatentAttention:
             x = self.query_norm(ops.linear(x, self.query_down, self.query_down_bias))
         width = config.plain_width + config.rotary.width
         query = ops.linear(x, self.query).view(tokens, config.spec.num_heads, width)  # [T, H, N + P]
-        plain = _by_head(query[..., : config.plain_width], self.into_latent)  # [T, H, R]
+        plain = _by_head(query[..., : config.plain_width], self.into_latent)  # [T, H, Z]
         rotated = ops.rotate(query[..., config.plain_width :], *rotation)  # [T, H, P]
-        attended = ops.paged_attention(torch.cat([plain, rotated], dim=-1), pool, metadata)  # [T, H, R]
+        attended = ops.paged_attention(torch.cat([plain, rotated], dim=-1), pool, metadata)  # [T, H, Z]
         values = _by_head(attended, self.out_of_latent)  # [T, H, Dv]
         return ops.linear(values.flatten(1), self.output, self.output_bias)
 

@@ -1,6 +1,6 @@
 """The whole decoder: token ids in, hidden states and logits out, over a paged KV cache.
 
-T tokens of a step, S rows of logits, C model width, V vocabulary.
+T tokens of a step, N rows of logits, C model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -190,6 +190,6 @@ class Decoder:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [S, C] after the final norm -> [S, V] float32. Only where the configuration `has_output`."""
+        """hidden [N, C] after the final norm -> [N, V] float32. Only where the configuration `has_output`."""
         assert self.head is not None, "who asks for logits was to be refused"
         return self.head(hidden)

@@ -1,6 +1,7 @@
 """A step's plain data -> tensors -> the decoder -> hidden states, logits and pooled vectors.
 
-T tokens of the step, S sequences, B blocks in a table's row, C model width, V vocabulary, N rows that draw.
+T tokens of the step, S sequences, B blocks in a table's row, C model width, V vocabulary, W router width,
+N rows that draw.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Runner:
     def hidden(self, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Copy blocks, then compute the step's tokens -> hidden states after the final norm [T, C].
 
-        Beside them, where a pooled sequence wants it, what the routers say: a softmax over experts a layer [T, R].
+        Beside them, where a pooled sequence wants it, what the routers say: a softmax over experts a layer [T, W].
 
         A batch without tokens runs too: with experts on other ranks, every rank must join each exchange.
         """

@@ -1,6 +1,6 @@
 """States of requests that want a vector, pooled as their chunks arrive, into vectors of unit length.
 
-T tokens of a step, C model width, R router width: the experts of all layers that have a router.
+T tokens of a step, C model width, W router width: the experts of all layers that have a router.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Vectors:
     def take(
         self, hidden: torch.Tensor, routing: torch.Tensor | None, batch: StepBatch
     ) -> list[tuple[Sequence, Vector | RowError]]:
-        """Add the step's hidden states [T, C] and what routers said [T, R] -> the sequences whose vectors are done."""
+        """Add the step's hidden states [T, C] and what routers said [T, W] -> the sequences whose vectors are done."""
         done: list[tuple[Sequence, Vector | RowError]] = []
         if not batch.pooled_rows:
             return done
@@ -48,7 +48,7 @@ class Vectors:
             states = hidden[ends[row] - count : ends[row]]
             if wanted.form.routing_weight:
                 assert routing is not None
-                states = torch.cat([states.float(), routing[ends[row] - count : ends[row]]], dim=1)  # [t, C + R]
+                states = torch.cat([states.float(), routing[ends[row] - count : ends[row]]], dim=1)  # [t, C + W]
             pool.add(states, start)
             if start + count == sequence.num_prompt:
                 done.append((sequence, _finished(pool.vector(), wanted, hidden.shape[1])))
@@ -64,7 +64,7 @@ def _finished(pooled: torch.Tensor | None, wanted: VectorRequest, hidden_width: 
 
 
 def shaped(pooled: Vector, form: VectorForm, hidden_width: int) -> Vector | RowError:
-    """Pooled states [C] or [C + R] -> the vector that `form` describes."""
+    """Pooled states [C] or [C + W] -> the vector that `form` describes."""
     vector = _unit(pooled[: form.dimensions or hidden_width])
     if not form.routing_weight or isinstance(vector, RowError):
         return vector

@@ -1,4 +1,4 @@
-"""Measure which experts a sample of token sequences chooses. T tokens, C model width, k experts a token."""
+"""Hear which experts token sequences choose. T tokens, C model width, k experts a token."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.decoder.attention import AttentionMetadata
-from workers.decoder.config import DecoderConfig, ExpertsConfig
 from workers.decoder.model import Decoder
 from workers.parallel.dispatch import Compute, Dispatcher
 from workers.parallel.expert_work import ExpertWork
-from workers.parallel.loads import ExpertLoads
 
 # Is told a decoder layer's index and its tokens' experts, [T, k] int64, ascending in each row.
 ChoiceListener = Callable[[int, NDArray[np.int64]], None]
@@ -47,26 +45,6 @@ class ListeningDispatcher(Dispatcher):
         self.inner.clear()
 
 
-def empty_loads(config: DecoderConfig) -> ExpertLoads:
-    """Loads of nothing yet, for a decoder's layers with experts. ValueError if they differ in how many they have."""
-    experts = {i: layer.feed_forward for i, layer in enumerate(config.layers)}
-    numbers = {i: forward.router.num_experts for i, forward in experts.items() if isinstance(forward, ExpertsConfig)}
-    if len(set(numbers.values())) != 1:
-        raise ValueError(f"a placement is for layers of as many experts each, not {sorted(set(numbers.values()))}")
-    return ExpertLoads(layers=tuple(numbers), num_experts=next(iter(numbers.values())))
-
-
-def measure_loads(decoder: Decoder, sequences: Iterable[Sequence[int]]) -> ExpertLoads:
-    """Run token sequences through a decoder that holds all experts, or whose gang runs as many steps beside it.
-
-    Sequences are packed into steps of about a thousand tokens; peak memory is the cache of one step. ValueError for one
-    longer than the model's context, or a model without experts.
-    """
-    loads = empty_loads(decoder.config)
-    listen_to(decoder, sequences, loads.add)
-    return loads
-
-
 @contextmanager
 def listening(decoder: Decoder, listener: ChoiceListener) -> Iterator[None]:
     """While it lasts, tell the listener what each layer's tokens choose in each step."""
@@ -78,14 +56,12 @@ def listening(decoder: Decoder, listener: ChoiceListener) -> Iterator[None]:
         decoder.dispatcher = plain
 
 
-def listen_to(decoder: Decoder, sequences: Iterable[Sequence[int]], listener: ChoiceListener) -> None:
-    """Run token sequences through a decoder, and tell the listener what each layer's tokens choose in each step."""
-    with listening(decoder, listener):
-        run_sequences(decoder, sequences)
-
-
 def run_sequences(decoder: Decoder, sequences: Iterable[Sequence[int]]) -> None:
-    """Run token sequences through a decoder, several in a step, and keep nothing of it."""
+    """Run token sequences through a decoder that holds all experts, and keep nothing of it.
+
+    Sequences are packed into steps of about a thousand tokens; peak memory is the cache of one step. ValueError for one
+    longer than the model's context.
+    """
     for step in _steps(sequences, decoder.config.max_context):
         _run(decoder, step)
 

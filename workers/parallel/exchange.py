@@ -1,7 +1,8 @@
 """The dispatcher for experts that lie on several ranks: rows travel to their experts and answers travel back.
 
-T tokens of this rank, k experts a token, N = T * k pairs of token and expert, C columns, R ranks, S slots of all ranks
-together, numbered rank by rank; M rows that arrive here. Three exchanges a layer: counts, rows, answers.
+T tokens of this rank, k experts a token, N = T * k pairs of token and expert, A rows that arrive here, C columns,
+R ranks, E experts, M copies of an expert at most, S slots of all ranks together, numbered rank by rank. Three exchanges
+a layer: counts, rows, answers.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class AllToAllDispatcher(Dispatcher):
         arriving = self._counts(layer, leaving)  # [R, own slots]
         sent = [int(counts.sum()) for counts in torch.split(leaving.cpu(), self._layers[layer].slots)]
         received: list[int] = arriving.sum(dim=1).tolist()
-        rows = self._exchange(x[by_slot // top_k], sent, received)  # [M, C], by sender and then by slot
+        rows = self._exchange(x[by_slot // top_k], sent, received)  # [A, C], by sender and then by slot
         answers = self._exchange(_answers(rows, arriving, compute), received, sent)  # [N, C]
         self._note(layer, x, sent, received, arriving)
         by_pair = torch.empty_like(answers)
@@ -136,11 +137,11 @@ class AllToAllDispatcher(Dispatcher):
 
 
 def _answers(rows: Tensor, arriving: Tensor, compute: Compute) -> Tensor:
-    """rows [M, C] by sender and then by slot, arriving [R, own slots] of them -> each one's answer, in their order."""
+    """rows [A, C] by sender and then by slot, arriving [R, own slots] of them -> each one's answer, in their order."""
     if not rows.shape[0]:
         return rows
     ranks, own = arriving.shape
-    slot_of = torch.arange(own).repeat(ranks).repeat_interleave(arriving.flatten())  # [M]
+    slot_of = torch.arange(own).repeat(ranks).repeat_interleave(arriving.flatten())  # [A]
     by_slot = slot_of.argsort(stable=True).to(rows.device)
     answers = torch.empty_like(rows)
     answers[by_slot] = compute(rows[by_slot], arriving.sum(dim=0))

@@ -83,14 +83,6 @@ class Placement:
         """By decoder layer, the expert of each of a rank's slots: what `Decoder.load(experts=...)` takes."""
         return tuple(self.held(layer, rank) for layer in range(num_layers))
 
-    def holders(self, layer: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """By expert of a decoder layer, the (rank, slot) of each of its replicas, in ascending order."""
-        found: list[list[tuple[int, int]]] = [[] for _ in range(self.num_experts)]
-        for rank, held in enumerate(self.slots[self.layers.index(layer)]):
-            for slot, expert in enumerate(held):
-                found[expert].append((rank, slot))
-        return tuple(tuple(replicas) for replicas in found)
-
     def to_json(self) -> dict[str, Any]:
         return {
             "num_experts": self.num_experts,

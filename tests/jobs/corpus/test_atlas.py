@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import atlas
-from jobs.atlas import export_atlas
 from jobs.cli import execute
+from jobs.corpus import atlas
+from jobs.corpus.atlas import export_atlas
 from pipeline.commits import Commit
 from pipeline.index.build import build_index
 from pipeline.index.growth import Addition, add_job

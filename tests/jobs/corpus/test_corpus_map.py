@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs import corpus_map
-from jobs.corpus_map import CorpusMap, FailedRow, MapPoint, make_map
+from jobs.corpus import corpus_map
+from jobs.corpus.corpus_map import CorpusMap, FailedRow, MapPoint, make_map
 from jobs.page.point_map import TEXT_BYTES, cut, point_map
 from pipeline.commits import Commit
 from pipeline.found_rows import FoundRow

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tests.workers.parallel.holders import holders
 from workers.parallel.draft import Draft, pack, replicate
 from workers.parallel.loads import ExpertLoads
 from workers.parallel.locality import bring_together
@@ -115,8 +116,8 @@ def test_copies_of_an_expert_lie_on_different_nodes() -> None:
     loads, topology = np.random.default_rng(3).pareto(1.5, (4, 64)) + 1, Topology.even(32, 8)
     placement = plan(loads, topology, 3)
     for layer in placement.layers:
-        for holders in placement.holders(layer):
-            on_node = np.bincount([topology.node_of[rank] for rank, _ in holders], minlength=8)
+        for held in holders(placement, layer):
+            on_node = np.bincount([topology.node_of[rank] for rank, _ in held], minlength=8)
             assert on_node.max() - on_node.min() <= 1
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tests.workers.parallel.holders import holders
 from workers.parallel.copies import copies_of, turns
 from workers.parallel.placement import Placement, Topology, round_robin
 from workers.parallel.planner import plan
@@ -57,10 +58,10 @@ def test_copies_get_equal_parts_and_the_nearest_get_all_they_may(case: tuple[Pla
     node_of = np.asarray(topology.node_of)
     supply = np.bincount(node_of) / topology.num_ranks
     np.testing.assert_allclose(copies.shares.sum(axis=2), 1.0)
-    for expert, holders in enumerate(placement.holders(0)):
-        m = len(holders)
+    for expert, held in enumerate(holders(placement, 0)):
+        m = len(held)
         np.testing.assert_allclose(supply @ copies.shares[:, expert, :m], 1 / m)
-        assert copies.ranks[expert, :m].tolist() == [rank for rank, _ in holders]
+        assert copies.ranks[expert, :m].tolist() == [rank for rank, _ in held]
         nodes = node_of[copies.ranks[expert, :m]]
         for node in range(topology.num_nodes):
             stays = copies.shares[node, expert, :m][nodes == node].sum()
@@ -75,7 +76,7 @@ def test_a_turn_always_takes_a_rank_that_holds_the_expert(case: tuple[Placement,
         for expert in range(placement.num_experts):
             which = (np.array(turn)[:, None] >= copies.bounds[node, expert]).sum(axis=1)
             assert all(expert in placement.held(0, rank) for rank in copies.ranks[expert, which])
-            assert (which < len(placement.holders(0)[expert])).all()
+            assert (which < len(holders(placement, 0)[expert])).all()
 
 
 def test_slots_are_numbered_rank_by_rank() -> None:

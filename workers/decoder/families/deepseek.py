@@ -176,7 +176,7 @@ def _published(attention: str) -> dict[str, str]:
 
 
 def _latent_sources(ours: str, config: LatentAttentionConfig, named: Mapping[str, str]) -> dict[str, Source]:
-    """Each head's part of `heads`, [N + Dv, R], is what makes its key of a latent above what makes its value."""
+    """Each head's part of `heads`, [N + Dv, Z], is what makes its key of a latent above what makes its value."""
     heads, plain, value = config.spec.num_heads, config.plain_width, config.head_value_width
     query, latent = (
         (RotatedInHalves(heads, plain), RotatedInHalves(1, config.spec.value_width))

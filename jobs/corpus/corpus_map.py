@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from pipeline.commits import Commit
-from pipeline.errors import JobError
+from pipeline.errors import JobError, one_line
 from pipeline.found_rows import FoundRow, FoundRows
 from pipeline.index.faiss_files import faiss_threads
 from pipeline.index.manifest import MANIFEST_NAME, read_manifest
@@ -177,7 +177,7 @@ def _failed(
                 columns=["row", "id", "error_code", "error_message"], filter=is_failed
             )
         except (OSError, pa.ArrowException) as error:
-            raise JobError(f"{path}: can't be read ({' '.join(str(error).split())}); run verify") from error
+            raise JobError(f"{path}: can't be read ({one_line(error)}); run verify") from error
         found += [
             FailedRow(
                 row=record["row"],

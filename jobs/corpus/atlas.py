@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from jobs.status import index_summary, open_job
 from pipeline.commits import Commit
 from pipeline.durable import storage_errors
-from pipeline.errors import JobError, UserError
+from pipeline.errors import JobError, UserError, one_line
 from pipeline.found_rows import FoundRows
 from pipeline.index.search import VectorIndex
 from pipeline.index.vectors import FIELDS, VectorBatch, committed_vectors, part_vectors
@@ -180,7 +180,7 @@ def _records(folder: JobFolder, split: int, found_rows: FoundRows) -> pa.Table:
     try:
         return ds.dataset(path, format="parquet").to_table(columns=columns)
     except (OSError, pa.ArrowException) as error:
-        raise JobError(f"{path}: can't be read ({' '.join(str(error).split())}); run verify") from error
+        raise JobError(f"{path}: can't be read ({one_line(error)}); run verify") from error
 
 
 def _texts(
