@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from tests.jobs.processes import actors_of
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ROOT / "tests" / "workers"
@@ -183,18 +186,10 @@ def rows_of() -> Callable[[Path | str], list[dict[str, Any]]]:
     return read_rows
 
 
-def is_shard(process: psutil.Process) -> bool:
-    """Whether it is an actor that holds a decoder shard, by the title that Ray gives it, whichever thread it was in."""
-    try:
-        return " ".join(process.cmdline()).startswith("ray::ShardActor")
-    except psutil.NoSuchProcess:
-        return False
-
-
 @pytest.fixture
 def shards_of() -> Callable[[psutil.Process], list[psutil.Process]]:
     """A process -> the actors among what it started that hold decoder shards."""
-    return lambda process: [child for child in process.children(recursive=True) if is_shard(child)]
+    return partial(actors_of, "ShardActor")
 
 
 class Controller:

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from pipeline.audit import audit
+from tests.jobs.processes import outliving
 
 pytestmark = pytest.mark.ray
 
@@ -56,13 +57,11 @@ def test_jobs_with_a_ray_of_their_own_survive_interrupts_and_kills(
     (shard,) = shards_of(psutil.Process(second.process.pid))
     node = shard.parent()
     second.process.kill()
-    _, alive = psutil.wait_procs([shard, node], timeout=20)
-    assert alive == [], "an actor and its node outlive the controller"
+    assert outliving([shard, node]) == [], "an actor and its node outlive the controller"
     status, stdout, stderr = first.end()
     assert (status, stdout) == (130, ""), stderr
     assert "Traceback" not in stderr
-    psutil.wait_procs(tree, timeout=10)
-    assert [process for process in tree if process.is_running() and process.status() != "zombie"] == []
+    assert outliving(tree) == []
 
     cheap_model()
     for settings in (interrupted, killed):

@@ -17,6 +17,7 @@ import pytest
 
 from jobs.client import DEFAULT_ENGINE
 from pipeline.audit import audit
+from tests.jobs.processes import outliving
 
 pytestmark = pytest.mark.ray
 
@@ -141,8 +142,7 @@ def test_a_job_whose_controller_and_then_its_only_node_are_killed_holds_nothing_
     (shard,) = shards_of(nodes.raylet("large"))
     running.process.kill()
     running.process.communicate()
-    _, alive = psutil.wait_procs([shard], timeout=20)
-    assert alive == [], "an actor outlives the controller"
+    assert outliving([shard]) == [], "an actor outlives the controller"
     wait_until(nodes.is_idle, "Ray to take back what the controller held")
     first = rows_of(out)
     assert 8 <= len(first) < 64

@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def head() -> Iterator[Head]:
         except subprocess.TimeoutExpired:
             process.kill()
         for child in started:
-            if child.is_running():
+            with suppress(psutil.NoSuchProcess):
                 child.kill()
         shutil.rmtree(folder, ignore_errors=True)
         log.unlink()
