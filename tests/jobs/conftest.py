@@ -143,6 +143,24 @@ def moe_rows(moe_alone: Any) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
+def begin_together(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`begin_together(2)`: jobs of this test lease no split until so many replicas ask for one, however late one is."""
+    from jobs.leases import LeaseBook
+
+    def set_up(num_replicas: int) -> None:
+        grant, complete = LeaseBook.grant, set[LeaseBook]()
+
+        def grant_once_all_ask(book: LeaseBook) -> list[Any]:
+            if len({shard.replica for shard in book._shards}) == num_replicas:
+                complete.add(book)
+            return grant(book) if book in complete else []
+
+        monkeypatch.setattr(LeaseBook, "grant", grant_once_all_ask)
+
+    return set_up
+
+
+@pytest.fixture
 def run_job(ray_cluster: str) -> Callable[..., Any]:
     from jobs.client import run
 

@@ -113,6 +113,7 @@ def test_a_replica_whose_node_is_lost_waits_for_another_and_the_others_lose_noth
     both = [nodes.raylet("a"), nodes.raylet("b")]
     wait_until(lambda: all(map(shards_of, both)), "a replica on each node")
     wait_for_commits(out, 2, running.process)
+    cheap_model(step_s=2.0, rows_a_step=2)  # until the node is back
     nodes.kill("b")
     wait_until(lambda: "has room for 0 ranks" in (out / "run.log").read_text(), "the replica to wait")
     nodes.mend()
