@@ -99,6 +99,7 @@ def test_rows_that_are_deleted_are_not_found_a_moment_later_and_no_query_sees_ha
     everything = frozenset(range(60))
     assert set(answers) == {everything, everything - DELETED}
     assert following.client.about["vectors"] == 57
+    following.wait(lambda: bool(following.heard))  # which comes after the first answers
     assert following.heard == ["now serving version 2: 57 vectors"]
     assert shard_processes() == before, "what is in memory stays there"
 

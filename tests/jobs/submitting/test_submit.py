@@ -160,8 +160,10 @@ def undisturbed(head: Head, job_file: Path) -> Path:
     before = len(head.jobs())
     run = head.gristmill("run", job_file, "--output", folder / "undisturbed", *(f"--set={path}" for path in paths))
     assert run.returncode == 0, run.stderr
-    (joined,) = head.jobs()[before:]
-    assert (joined["type"], joined["status"]) == ("DRIVER", "SUCCEEDED")
+    deadline = time.monotonic() + 30
+    while (joined := head.jobs()[before:])[0]["status"] == "RUNNING" and time.monotonic() < deadline:
+        time.sleep(0.2)  # Ray hears that the process has ended after us
+    assert [(one["type"], one["status"]) for one in joined] == [("DRIVER", "SUCCEEDED")]
     return folder / "undisturbed"
 
 
