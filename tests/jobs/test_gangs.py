@@ -65,13 +65,17 @@ def test_rows_are_the_same_over_several_ranks_and_replicas_and_after_a_rank_was_
     assert [record["gang"] for record in records] == ["worker-0.0", "worker-0.1"]
     assert records[0]["placement"] == records[1]["placement"]
 
-    result = run(moe_job("spread", expert_parallel=2, replicas=2))
+    earlier = len(result.report["experts"]["gangs"])
+    begin_together(2)
+    result = run(small_splits(replicas=2))
     assert rows_of(out) == alone
     assert audit(out).ok
     layout, engine = (result.report["runs"][-1][key] for key in ("layout", "engine"))
     assert (layout["replicas"], layout["ranks"]) == (2, 2)
     assert engine["exchanges"] > 0
-    for gang in result.report["experts"]["gangs"][-2:]:
+    gangs = result.report["experts"]["gangs"][earlier:]
+    assert len(gangs) == 2
+    for gang in gangs:
         assert np.shape(gang["rows"]) == (4, 2)
         assert gang["nodes"] == [0, 0]
         assert 1 <= gang["balance"]["achieved"] < 2
