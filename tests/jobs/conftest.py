@@ -249,7 +249,7 @@ class Controller:
                 continue
         self.process.communicate()
 
-    def end(self, timeout_s: float = 60.0) -> tuple[int, str, str]:
+    def end(self, timeout_s: float = 180.0) -> tuple[int, str, str]:
         """Exit status, stdout and stderr."""
         try:
             out, err = self.process.communicate(timeout=timeout_s)

@@ -32,7 +32,7 @@ def undisturbed(job, run_job, rows_of, tmp_path, kept):
     return kept
 
 
-def wait_for_commits(out: Path, num_commits: int, process, timeout_s: float = 90.0) -> None:
+def wait_for_commits(out: Path, num_commits: int, process, timeout_s: float = 180.0) -> None:
     deadline = time.monotonic() + timeout_s
     while len(list(out.glob("commits/*.json"))) < num_commits:
         assert process.poll() is None, process.communicate()

@@ -145,7 +145,7 @@ def test_a_row_that_kills_its_worker_is_found_and_the_job_goes_on(job, run_job, 
 
 
 def test_workers_that_break_or_fall_silent_are_replaced(job, run_job, cheap_model, monkeypatch, tmp_path, rows_of):
-    monkeypatch.setattr("workers.replica.SILENCE_S", 2.0)
+    monkeypatch.setattr("workers.replica.SILENCE_S", 4.0)
     cheap_model(once=str(tmp_path / "once"), rows_a_step=1)
     result = run_job(job(["BREAK", "HANG", *TEXTS[:6]]))
     assert [row["error_code"] for row in rows_of(result.out)] == [None] * 8

@@ -58,7 +58,7 @@ def command(tmp_path):
             process.communicate()
 
 
-def wait_until(condition, process, timeout_s=90.0):
+def wait_until(condition, process, timeout_s=180.0):
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, process.communicate()

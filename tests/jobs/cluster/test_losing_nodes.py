@@ -85,10 +85,10 @@ def test_a_gang_whose_actors_and_node_are_lost_at_random_times_ends_with_the_sam
 
     run = last_run(out)
     killed, stopped, lost = run["deaths"]
-    assert killed["unheard_s"] < 3, "a busy machine is given its time"
+    assert killed["unheard_s"] < 5, "sooner than by its silence; a busy machine is given its time"
     assert "has said nothing for" in stopped["reason"]
-    assert 5 <= stopped["unheard_s"] < 9
-    assert lost["unheard_s"] < 9
+    assert 5 <= stopped["unheard_s"] < 20
+    assert lost["unheard_s"] < 20
     assert [death.get("ranks") for death in run["deaths"]] == [None, None, 2]
     assert all(death["recovered_after_s"] < 60 for death in run["deaths"])
     assert only_what_was_lost_is_done_again(run, num_splits=36)

@@ -27,7 +27,7 @@ from workers.serving.query_wire import Wire
 pytestmark = pytest.mark.ray
 
 CHEAP = "cheap_engine:load"
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 DELETED = {3, 30, 50}  # one of each shard
 
 

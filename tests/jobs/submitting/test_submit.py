@@ -113,7 +113,7 @@ def head() -> Iterator[Head]:
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not found.is_up():
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
@@ -168,7 +168,7 @@ def undisturbed(head: Head, job_file: Path) -> Path:
 
 
 def wait_for_commits(out: Path, num_commits: int) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while len(list(out.glob("commits/*.json"))) < num_commits:
         assert time.monotonic() < deadline, "no commits"
         time.sleep(0.02)

@@ -153,7 +153,7 @@ def test_the_clock_stops_what_no_count_does() -> None:
     started = time.thread_time()
     result = rendered("{% set t = 'ab' * 400000 %}{% for i in range(99999) %}{{ t.count('b') }}{% endfor %}", slow)
     assert result == RowError("template_error", "the template takes more than 0.2 seconds")
-    assert time.thread_time() - started < 1
+    assert time.thread_time() - started < 5
 
 
 def test_a_result_that_is_too_long_is_an_error() -> None:

@@ -121,7 +121,7 @@ def test_each_rank_holds_the_shared_weights_and_its_share_of_the_experts_in_memo
     (alone,) = gang(task | {"shares": [0] * 16}, None).results()
     ranks = gang(task | {"shares": [0, 1, 2, 0] * 4}, round_robin(range(4), 24, 3)).results()
     assert alone["bank_bytes"] == experts
-    rest = 8_000_000
+    rest = 20_000_000  # less than another rank's share of the experts
     assert experts < alone["resident_bytes"] < experts + rest
     for rank in ranks:
         assert rank["bank_bytes"] == experts / 3
@@ -156,7 +156,7 @@ def test_a_rank_that_dies_fails_the_others_exchange(gang: Callable[..., Any]) ->
     begun = time.monotonic()
     ranks = gang({"kind": "stopped", "signal": "SIGKILL"}, round_robin([0], 5, 3))
     survivors = ranks.results()[:2]
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 100
     assert ranks.processes[2].exitcode == -signal.SIGKILL
     for survivor in survivors:
         assert survivor["error"], "an exchange with a dead rank can't succeed"
