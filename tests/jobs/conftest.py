@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from tests.jobs.processes import actors_of
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ROOT / "tests" / "workers"
@@ -140,6 +143,24 @@ def moe_rows(moe_alone: Any) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
+def begin_together(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`begin_together(2)`: jobs of this test lease no split until so many replicas ask for one, however late one is."""
+    from jobs.leases import LeaseBook
+
+    def set_up(num_replicas: int) -> None:
+        grant, complete = LeaseBook.grant, set[LeaseBook]()
+
+        def grant_once_all_ask(book: LeaseBook) -> list[Any]:
+            if len({shard.replica for shard in book._shards}) == num_replicas:
+                complete.add(book)
+            return grant(book) if book in complete else []
+
+        monkeypatch.setattr(LeaseBook, "grant", grant_once_all_ask)
+
+    return set_up
+
+
+@pytest.fixture
 def run_job(ray_cluster: str) -> Callable[..., Any]:
     from jobs.client import run
 
@@ -183,18 +204,10 @@ def rows_of() -> Callable[[Path | str], list[dict[str, Any]]]:
     return read_rows
 
 
-def is_shard(process: psutil.Process) -> bool:
-    """Whether it is an actor that holds a decoder shard, by the title that Ray gives it, whichever thread it was in."""
-    try:
-        return " ".join(process.cmdline()).startswith("ray::ShardActor")
-    except psutil.NoSuchProcess:
-        return False
-
-
 @pytest.fixture
 def shards_of() -> Callable[[psutil.Process], list[psutil.Process]]:
     """A process -> the actors among what it started that hold decoder shards."""
-    return lambda process: [child for child in process.children(recursive=True) if is_shard(child)]
+    return partial(actors_of, "ShardActor")
 
 
 class Controller:
@@ -236,7 +249,7 @@ class Controller:
                 continue
         self.process.communicate()
 
-    def end(self, timeout_s: float = 60.0) -> tuple[int, str, str]:
+    def end(self, timeout_s: float = 180.0) -> tuple[int, str, str]:
         """Exit status, stdout and stderr."""
         try:
             out, err = self.process.communicate(timeout=timeout_s)

@@ -27,13 +27,21 @@ def test_rows_are_the_same_over_several_ranks_and_replicas_and_after_a_rank_was_
     moe_rows: list[dict[str, Any]],
     rows_of: Callable[..., list[dict[str, Any]]],
     shards_of: Callable[[psutil.Process], list[psutil.Process]],
+    begin_together: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("workers.replica.CAUSE_S", 10.0)  # no longer than it takes, on a busy machine
     alone, experts = moe_rows, moe_alone.report["experts"]
     assert (experts["layers"], experts["gangs"]) == ([0, 1, 2, 3], [])
     (chosen,) = {sum(rows) for rows in experts["rows"]}
     assert chosen > 2 * moe_alone.report["runs"][-1]["engine"]["prefill_tokens"], "two experts a token"
 
-    out = Path(moe_job("spread")["output"]["path"])
+    def small_splits(**options: Any) -> dict[str, Any]:
+        settings = moe_job("spread", expert_parallel=2, **options)
+        settings["output"]["rows_per_split"] = 4
+        return settings
+
+    out = Path(small_splits()["output"]["path"])
     killed: list[int] = []
 
     def kill_a_rank() -> None:
@@ -45,7 +53,7 @@ def test_rows_are_the_same_over_several_ranks_and_replicas_and_after_a_rank_was_
 
     killer = threading.Thread(target=kill_a_rank, daemon=True)
     killer.start()
-    result = run(moe_job("spread", expert_parallel=2), limit=42)
+    result = run(small_splits(engine={"max_sequences": 2}), limit=42)
     killer.join(10)
     assert killed
     assert result.report["rows"]["done"] == 42
@@ -57,13 +65,17 @@ def test_rows_are_the_same_over_several_ranks_and_replicas_and_after_a_rank_was_
     assert [record["gang"] for record in records] == ["worker-0.0", "worker-0.1"]
     assert records[0]["placement"] == records[1]["placement"]
 
-    result = run(moe_job("spread", expert_parallel=2, replicas=2))
+    earlier = len(result.report["experts"]["gangs"])
+    begin_together(2)
+    result = run(small_splits(replicas=2))
     assert rows_of(out) == alone
     assert audit(out).ok
     layout, engine = (result.report["runs"][-1][key] for key in ("layout", "engine"))
     assert (layout["replicas"], layout["ranks"]) == (2, 2)
     assert engine["exchanges"] > 0
-    for gang in result.report["experts"]["gangs"][-2:]:
+    gangs = result.report["experts"]["gangs"][earlier:]
+    assert len(gangs) == 2
+    for gang in gangs:
         assert np.shape(gang["rows"]) == (4, 2)
         assert gang["nodes"] == [0, 0]
         assert 1 <= gang["balance"]["achieved"] < 2

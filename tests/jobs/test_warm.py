@@ -12,20 +12,20 @@ import pytest
 
 import jobs
 from pipeline.errors import JobError, UserError
+from tests.jobs.processes import outliving
 
 pytestmark = pytest.mark.ray
 
 Shards = Callable[[psutil.Process], list[psutil.Process]]
 
 
-def ended(pids: set[int]) -> bool:
-    """Whether these are gone, or go within seconds: Ray kills without waiting for it."""
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
-    return not alive
+def ended(processes: set[psutil.Process]) -> bool:
+    """Whether these are gone, or go soon: Ray kills without waiting for it."""
+    return outliving(processes) == []
 
 
-def ids(shards_of: Shards) -> set[int]:
-    return {process.pid for process in shards_of(psutil.Process())}
+def living(shards_of: Shards) -> set[psutil.Process]:
+    return set(shards_of(psutil.Process()))
 
 
 def test_a_gang_runs_a_second_job_as_if_it_had_just_been_formed(
@@ -38,10 +38,10 @@ def test_a_gang_runs_a_second_job_as_if_it_had_just_been_formed(
 ) -> None:
     with jobs.WarmReplicas() as warm:
         first = jobs.run(moe_job("first", max_new_tokens=3, expert_parallel=2), warm=warm, limit=20)
-        gang = ids(shards_of)
+        gang = living(shards_of)
         assert len(gang) == 2
         second = jobs.run(moe_job("second", expert_parallel=2), warm=warm)
-        assert ids(shards_of) == gang
+        assert living(shards_of) == gang
         assert rows_of(second.out) == moe_rows
         assert len(rows_of(first.out)) == 20
         counted, of_first, of_alone = (
@@ -55,7 +55,7 @@ def test_a_gang_runs_a_second_job_as_if_it_had_just_been_formed(
         alone = jobs.run(moe_job("third", expert_parallel=1), warm=warm, limit=8)
         assert rows_of(alone.out) == moe_rows[:8]
         assert ended(gang), "what holds something else makes room"
-        last = ids(shards_of)
+        last = living(shards_of)
         assert len(last) == 1
     assert ended(last)
 
@@ -78,9 +78,9 @@ def test_what_broke_is_not_kept_and_what_was_only_asked_wrongly_costs_the_next_j
 
     with jobs.WarmReplicas() as warm:
         first = run_job(settings("first", [f"one {row}" for row in range(9)], index={"kind": "Flat"}), warm=warm)
-        [shard] = ids(shards_of)
+        [shard] = living(shards_of)
         second = run_job(settings("second", [f"two {row}" for row in range(9)]), warm=warm)
-        assert ids(shards_of) == {shard}
+        assert living(shards_of) == {shard}
         assert [row["text"][-4:] for row in rows_of(second.out)] == [f" {row}.0" for row in range(9)]
         assert rows_of(first.out)[3]["text"] != rows_of(second.out)[3]["text"]
 
@@ -88,9 +88,9 @@ def test_what_broke_is_not_kept_and_what_was_only_asked_wrongly_costs_the_next_j
             run_job(settings("third", ["FAIL", "FAIL", "FAIL"]), warm=warm)
         run_job(settings("fourth", ["DIE", *(f"four {row}" for row in range(9))]), warm=warm)
         assert ended({shard})
-        [survivor] = ids(shards_of)
+        [survivor] = living(shards_of)
         run_job(settings("fifth", ["five"]), warm=warm)
-        assert ids(shards_of) == {survivor}
+        assert living(shards_of) == {survivor}
         run_job(settings("sixth", ["six"], engine={"max_context": 64}), warm=warm)
         assert ended({survivor}), "another engine is another replica"
         with pytest.raises(UserError, match=r"cluster.address: 10\.0\.0\.1:6379, but these replicas are kept on"):

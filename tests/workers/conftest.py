@@ -55,7 +55,7 @@ class Desk:
         self._thread = threading.Thread(target=self.runner.run, daemon=True)
         self._thread.start()
 
-    def run(self, assignments: list[Assignment], *, timeout_s: float = 20.0) -> dict[int, FinishedAssignment]:
+    def run(self, assignments: list[Assignment], *, timeout_s: float = 60.0) -> dict[int, FinishedAssignment]:
         if self._thread is None:
             self.start()
         self.runner.grant(assignments)
@@ -74,7 +74,7 @@ class Desk:
     def stop(self) -> None:
         self.runner.stop()
         if self._thread is not None:
-            self._thread.join(10)
+            self._thread.join(60)
             assert not self._thread.is_alive()
 
 

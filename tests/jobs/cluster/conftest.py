@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
+
+from tests.jobs.processes import outliving
 
 OBJECT_STORE_BYTES = 80 << 20
 # Ray would need 15 seconds to see that a node is dead.
@@ -81,8 +83,9 @@ class Nodes:
         raylet = self.raylet(name)
         killed = [*raylet.children(recursive=True), raylet]
         for process in killed:
-            process.kill()
-        psutil.wait_procs(killed[:-1], timeout=10)
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        outliving(killed[:-1], 10)
         self._named[name].all_processes["raylet"][0].process.wait(10)
 
     def remove(self, name: str) -> None:

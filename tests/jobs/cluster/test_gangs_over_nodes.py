@@ -27,7 +27,7 @@ def test_a_gang_over_two_nodes_gives_the_rows_of_one_rank(nodes, moe_job, moe_ro
     assert rows_of(out) == moe_rows
     (record,) = placements(out)
     assert set(record["nodes"]) == {nodes.id_of("a"), nodes.id_of("b")}
-    wait_until(nodes.is_idle, 10)
+    wait_until(nodes.is_idle, 60)
 
 
 def test_a_job_waits_for_the_nodes_that_it_names_and_leaves_nothing_on_them_when_it_is_killed(
@@ -40,13 +40,14 @@ def test_a_job_waits_for_the_nodes_that_it_names_and_leaves_nothing_on_them_when
     wait_until(lambda: running.process.poll() is not None or "more nodes" in said(out), 120)
     assert "waiting up to 90 seconds for more nodes: cluster: each shard needs 1 CPU, and of the one node" in said(out)
     nodes.add("late", num_cpus=2)
-    wait_until(lambda: running.process.poll() is not None or list(out.glob("commits/*.json")), 120)
+    wait_until(lambda: running.process.poll() is not None or list(out.glob("parts/*.parquet")), 120)
     assert not nodes.is_idle()
     running.kill_tree()
-    wait_until(nodes.is_idle, 20)
+    wait_until(nodes.is_idle, 60)
     (record,) = placements(out)
     assert record["nodes"] == [nodes.id_of("late")] * 2
     rows = rows_of(out)
+    assert rows
     assert rows == [row for row in moe_rows if row["row"] in {one["row"] for one in rows}]
 
 

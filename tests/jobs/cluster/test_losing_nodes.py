@@ -17,6 +17,7 @@ import pytest
 
 from jobs.client import DEFAULT_ENGINE
 from pipeline.audit import audit
+from tests.jobs.processes import outliving
 
 pytestmark = pytest.mark.ray
 
@@ -84,10 +85,10 @@ def test_a_gang_whose_actors_and_node_are_lost_at_random_times_ends_with_the_sam
 
     run = last_run(out)
     killed, stopped, lost = run["deaths"]
-    assert killed["unheard_s"] < 3, "a busy machine is given its time"
+    assert killed["unheard_s"] < 5, "sooner than by its silence; a busy machine is given its time"
     assert "has said nothing for" in stopped["reason"]
-    assert 5 <= stopped["unheard_s"] < 9
-    assert lost["unheard_s"] < 9
+    assert 5 <= stopped["unheard_s"] < 20
+    assert lost["unheard_s"] < 20
     assert [death.get("ranks") for death in run["deaths"]] == [None, None, 2]
     assert all(death["recovered_after_s"] < 60 for death in run["deaths"])
     assert only_what_was_lost_is_done_again(run, num_splits=36)
@@ -112,6 +113,7 @@ def test_a_replica_whose_node_is_lost_waits_for_another_and_the_others_lose_noth
     both = [nodes.raylet("a"), nodes.raylet("b")]
     wait_until(lambda: all(map(shards_of, both)), "a replica on each node")
     wait_for_commits(out, 2, running.process)
+    cheap_model(step_s=2.0, rows_a_step=2)  # until the node is back
     nodes.kill("b")
     wait_until(lambda: "has room for 0 ranks" in (out / "run.log").read_text(), "the replica to wait")
     nodes.mend()
@@ -141,8 +143,7 @@ def test_a_job_whose_controller_and_then_its_only_node_are_killed_holds_nothing_
     (shard,) = shards_of(nodes.raylet("large"))
     running.process.kill()
     running.process.communicate()
-    _, alive = psutil.wait_procs([shard], timeout=20)
-    assert alive == [], "an actor outlives the controller"
+    assert outliving([shard]) == [], "an actor outlives the controller"
     wait_until(nodes.is_idle, "Ray to take back what the controller held")
     first = rows_of(out)
     assert 8 <= len(first) < 64

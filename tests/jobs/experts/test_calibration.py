@@ -58,8 +58,13 @@ def test_a_gang_places_experts_by_what_the_jobs_prompts_choose(
 
 
 def test_gangs_that_die_while_they_calibrate_are_replaced_and_in_the_end_by_one_that_does_not(
-    ray_cluster: str, skewed_job: Callable[..., dict[str, Any]], biased_model: Path, tmp_path: Path
+    ray_cluster: str,
+    skewed_job: Callable[..., dict[str, Any]],
+    biased_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("workers.replica.CAUSE_S", 10.0)  # no longer than it takes, on a busy machine
     model = Path(shutil.copytree(biased_model, tmp_path / "model"))
     (model / "deaths").write_text("2")
     settings = skewed_job("mended", model=model, expert_parallel=2, calibration_rows=4)

@@ -113,10 +113,10 @@ def test_killed_at_any_time_it_goes_on_and_repeats_nothing(
     script = (
         "from pathlib import Path\n"
         "import jobs.index.bulk_query as bulk, time\n"
-        "written = bulk.neighbour_table\n"
+        "written, naps = bulk.neighbour_table, iter((0, 600))\n"
         "def slowly(*arguments):\n"
         "    print('searching', flush=True)\n"
-        "    time.sleep(0.5)\n"
+        "    time.sleep(next(naps))\n"
         "    return written(*arguments)\n"
         "bulk.neighbour_table = slowly\n"
         f"bulk.bulk_query(Path({str(indexed_job)!r}), {str(queries)!r}, Path({str(tmp_path / 'found')!r}), k=3,\n"

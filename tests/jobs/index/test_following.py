@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from jobs.client import connect
@@ -22,12 +21,13 @@ from pipeline.index.build import build_index
 from pipeline.index.manifest import MANIFEST_NAME, read_manifest
 from pipeline.indexed_jobs import latest_commits
 from pipeline.job_folder import JobFolder
+from tests.jobs.processes import actors_of
 from workers.serving.query_wire import Wire
 
 pytestmark = pytest.mark.ray
 
 CHEAP = "cheap_engine:load"
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 DELETED = {3, 30, 50}  # one of each shard
 
 
@@ -73,14 +73,7 @@ def rows_found_or_none(client: ServedIndex) -> frozenset[int] | None:
 
 
 def shard_processes() -> set[int]:
-    found = set()
-    for child in psutil.Process().children(recursive=True):
-        try:
-            if "IndexShardActor" in " ".join(child.cmdline()):
-                found.add(child.pid)
-        except psutil.NoSuchProcess:
-            continue
-    return found
+    return {process.pid for process in actors_of("IndexShardActor")}
 
 
 def test_rows_that_are_deleted_are_not_found_a_moment_later_and_no_query_sees_half_of_it(following: Following) -> None:
@@ -106,6 +99,7 @@ def test_rows_that_are_deleted_are_not_found_a_moment_later_and_no_query_sees_ha
     everything = frozenset(range(60))
     assert set(answers) == {everything, everything - DELETED}
     assert following.client.about["vectors"] == 57
+    following.wait(lambda: bool(following.heard))  # which comes after the first answers
     assert following.heard == ["now serving version 2: 57 vectors"]
     assert shard_processes() == before, "what is in memory stays there"
 
@@ -116,8 +110,7 @@ def test_a_killed_front_and_a_killed_shard_come_back_with_the_version_that_was_s
     following.await_version(3)
     expected = frozenset(range(60)) - DELETED - {8}
     for kind in ("FrontActor", "IndexShardActor"):
-        children = psutil.Process().children(recursive=True)
-        next(child for child in children if kind in " ".join(child.cmdline())).kill()
+        actors_of(kind)[0].kill()
         following.wait(lambda: rows_found_or_none(following.client) is not None)
         assert rows_found(following.client) == expected
 

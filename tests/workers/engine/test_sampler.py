@@ -234,9 +234,9 @@ def test_a_greedy_batch_costs_about_its_argmax() -> None:
     def fastest(work: Any) -> float:
         times = []
         for _ in range(7):
-            start = time.perf_counter()
+            start = time.thread_time()  # so that a busy machine doesn't count
             work()
-            times.append(time.perf_counter() - start)
+            times.append(time.thread_time() - start)
         return min(times)
 
     assert fastest(lambda: choose(raw, draws, rows)) < 3 * fastest(lambda: raw.numpy().argmax(-1)) + 0.001

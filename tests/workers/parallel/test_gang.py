@@ -121,7 +121,7 @@ def test_each_rank_holds_the_shared_weights_and_its_share_of_the_experts_in_memo
     (alone,) = gang(task | {"shares": [0] * 16}, None).results()
     ranks = gang(task | {"shares": [0, 1, 2, 0] * 4}, round_robin(range(4), 24, 3)).results()
     assert alone["bank_bytes"] == experts
-    rest = 8_000_000
+    rest = 20_000_000  # less than another rank's share of the experts
     assert experts < alone["resident_bytes"] < experts + rest
     for rank in ranks:
         assert rank["bank_bytes"] == experts / 3
@@ -152,25 +152,25 @@ def test_a_rank_without_rows_is_lent_some_and_holds_only_its_share_of_the_weight
     assert second["bank_bytes"] == alone["bank_bytes"] * 2 / 5
 
 
-def test_a_rank_that_dies_fails_the_others_exchange_while_their_other_threads_go_on(
-    gang: Callable[..., Any],
-) -> None:
+def test_a_rank_that_dies_fails_the_others_exchange(gang: Callable[..., Any]) -> None:
     begun = time.monotonic()
     ranks = gang({"kind": "stopped", "signal": "SIGKILL"}, round_robin([0], 5, 3))
     survivors = ranks.results()[:2]
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < 100
     assert ranks.processes[2].exitcode == -signal.SIGKILL
     for survivor in survivors:
         assert survivor["error"], "an exchange with a dead rank can't succeed"
 
 
-def test_a_rank_blocked_by_a_stopped_one_can_be_killed_and_a_new_generation_forms(gang: Callable[..., Any]) -> None:
+def test_a_rank_blocked_by_a_stopped_one_goes_on_in_other_threads_and_can_be_killed_and_a_new_generation_forms(
+    gang: Callable[..., Any],
+) -> None:
     stuck = gang({"kind": "stopped", "signal": "SIGSTOP"}, round_robin([0], 5, 2))
-    deadline = time.monotonic() + 30
-    while not (stuck.folder / "dead").exists():
+    deadline = time.monotonic() + 60
+    beats = stuck.folder / "beats"
+    while not (stuck.folder / "dead").exists() or not beats.exists() or beats.stat().st_size < 10:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(0.5)
     assert stuck.processes[0].is_alive(), "it waits in the exchange"
     stuck.end()
     task = {"kind": "dispatched", "width": 4, "top_k": 2, "tokens": [5, 6]}

@@ -61,13 +61,13 @@ def test_who_shows_the_key_too_slowly_is_hung_up_on(listener: QueryListener, mon
     begun = time.monotonic()
 
     def send_slowly(connection: socket.socket) -> None:
-        while time.monotonic() - begun < 3.0:
+        while time.monotonic() - begun < 20.0:
             connection.sendall(b"x")
             time.sleep(0.1)
 
     with socket.create_connection((listener.door.host, listener.door.port), 5.0) as stranger, pytest.raises(OSError):
         send_slowly(stranger)
-    assert time.monotonic() - begun < 2.0
+    assert time.monotonic() - begun < 10.0
     assert asked(listener.door, b"abc") == b"cba"
 
 
