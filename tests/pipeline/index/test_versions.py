@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import faiss
 import numpy as np
 import pytest
 
+from pipeline import durable
 from pipeline.audit import audit
 from pipeline.errors import JobError, UserError
 from pipeline.index.build import build_index, index_is_current
@@ -19,10 +21,13 @@ from pipeline.index.deletions import delete_vectors
 from pipeline.index.expression import Filter
 from pipeline.index.manifest import Provenance, read_manifest
 from pipeline.index.matching import matching_vectors
+from pipeline.index.merging import merge_indexes
 from pipeline.index.rebuilding import kept_changes
 from pipeline.index.search import IndexShard, VectorIndex
-from pipeline.index.versions import change_index, folder_of_version
+from pipeline.index.versions import change_index, folder_of_version, lacks_name, put_back
 from pipeline.indexed_jobs import IndexedRows, job_folder
+from pipeline.job_folder import JobFolder
+from pipeline.lock import lock
 from tests.pipeline.index.indexed_job import KINDS, Make, assert_whole, unit
 
 
@@ -157,8 +162,14 @@ def test_unchanged_files_are_not_copied(job: Make) -> None:
     assert os.stat(one.folder.index / "shard-000.faiss").st_ino == before
 
 
+@pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("change", ["add", "delete", "rebuild", "compact"])
-def test_a_crash_at_any_step_leaves_the_old_version_or_the_new(job: Make, filesystem: Any, change: str) -> None:
+def test_a_crash_at_any_step_leaves_the_old_version_or_the_new(
+    job: Make, filesystem: Any, monkeypatch: pytest.MonkeyPatch, change: str, exchange: bool
+) -> None:
+    """Where two names can't be exchanged it may leave the old one under another name, until who comes next."""
+    if not exchange:
+        monkeypatch.setattr(durable, "_exchange", lambda one, other: False)
     one, two = job("one", unit(20, seed=1)), job("two", unit(7, seed=2))
     one.delete(4)
     old = read_manifest(one.folder.index)
@@ -173,6 +184,7 @@ def test_a_crash_at_any_step_leaves_the_old_version_or_the_new(job: Make, filesy
     num_steps = len(filesystem.trace)
     assert num_steps > 5
     new = read_manifest(one.folder.index)
+    num_put_back = 0
     for step in range(num_steps):
         one.build()
         change_index(one.folder, lambda draft, manifest: delete_vectors(draft, manifest, np.array([4])))
@@ -180,6 +192,8 @@ def test_a_crash_at_any_step_leaves_the_old_version_or_the_new(job: Make, filesy
         with filesystem.dies_at(step):
             work()
         assert filesystem.died
+        num_put_back += lacks_name(one.folder)
+        put_back(one.folder)
         manifest = read_manifest(one.folder.index)
         expected = old if manifest.version == 2 else new
         assert (manifest.jobs, manifest.num_deleted) == (expected.jobs, expected.num_deleted)
@@ -193,6 +207,35 @@ def test_a_crash_at_any_step_leaves_the_old_version_or_the_new(job: Make, filesy
             work()
             assert read_manifest(one.folder.index).num_deleted == new.num_deleted
             assert read_manifest(one.folder.index).num_absent == new.num_absent
+    assert bool(num_put_back) != exchange
+
+
+def test_an_index_that_a_crash_left_without_its_name_is_found_by_all_who_ask(
+    job: Make, tmp_path: Path, filesystem: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable, "_exchange", lambda one, other: False)
+    one, two = job("one", unit(20, seed=1)), job("two", unit(7, seed=2))
+    merged = JobFolder(tmp_path / "merged")
+    merge_indexes(merged, [one.folder, two.folder])
+
+    def die_between_the_names(folder: JobFolder) -> None:
+        for step in itertools.count():
+            with filesystem.dies_at(step):
+                change_index(folder, lambda draft, manifest: delete_vectors(draft, manifest, np.array([3])))
+            if lacks_name(folder):
+                return
+
+    die_between_the_names(merged)
+    assert audit(merged.root).pending == (
+        f"the index was being replaced and lies in index-versions/: `gristmill index show {merged.root}` puts it back",
+    )
+    put_back(merged)
+    assert_whole(merged)
+    die_between_the_names(one.folder)
+    with pytest.raises(JobError, match="in use by"), lock(one.folder):
+        put_back(one.folder)
+    change_index(one.folder, lambda draft, manifest: delete_vectors(draft, manifest, np.array([5])))
+    assert_whole(one.folder)
 
 
 def test_a_job_that_is_indexed_again_keeps_what_was_added_and_deleted(job: Make) -> None:
