@@ -20,6 +20,8 @@ from pipeline.index.manifest_soundness import manifest_problem
 MANIFEST_NAME: Final = "index.json"
 ROWS_NAME: Final = "rows.parquet"
 FORMAT: Final = 2
+BUILT_AGAIN: Final = "run again, which loses nothing that was added or deleted (a merged index: merge again)"
+_UNREADABLE: Final = "`gristmill run` builds it anew from the parts, where nothing was added to it or deleted from it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,12 +228,11 @@ def read_manifest(folder: Path) -> IndexManifest:
         manifest = IndexManifest.from_json(document)
     except (TypeError, KeyError, ValueError) as error:
         raise JobError(
-            f"{path} is not an index that this version of gristmill reads: {error}; "
-            "`gristmill run` builds it anew from the parts"
+            f"{path} is not an index that this version of gristmill reads: {error}; {_UNREADABLE}"
         ) from error
     problem = manifest_problem(manifest)
     if problem is not None:
-        raise JobError(f"{path} is not sound: {problem}; remove index/ and run again")
+        raise JobError(f"{path} is not sound: {problem}; {_UNREADABLE}")
     return manifest
 
 

@@ -23,7 +23,7 @@ from typing import Final
 
 from pipeline.durable import removed_on_failure, replace_folder, seal, storage_errors, sync_folder, write_new
 from pipeline.errors import JobError, UserError
-from pipeline.index.manifest import MANIFEST_NAME, IndexManifest, VersionNote, read_manifest
+from pipeline.index.manifest import BUILT_AGAIN, MANIFEST_NAME, IndexManifest, VersionNote, read_manifest
 from pipeline.job_folder import JobFolder
 from pipeline.lock import lock
 
@@ -128,7 +128,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except FileNotFoundError:
-        raise JobError(f"{source} is missing: build the index again (`gristmill run` does)") from None
+        raise JobError(f"{source} is missing; {BUILT_AGAIN}") from None
     except OSError:
         shutil.copyfile(source, target)
         with target.open("rb") as file:

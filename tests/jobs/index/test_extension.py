@@ -232,8 +232,9 @@ def test_rows_that_somebody_added_or_deleted_are_known(
     assert extend(out) == [], "they were deleted on purpose"
     run_job(settings)
     assert index_contents(out)["vectors"] == 19
-    # Removed and built again, the index gets back what extended it.
+    # Removed with the version before and built again, the index gets back what extended it.
     shutil.rmtree(out / "index")
+    shutil.rmtree(out / "index-versions")
     (tmp_path / "corpus" / "second.parquet").unlink()  # which only the index knew
     run_job(settings)
     assert index_contents(out)["vectors"] == 12

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import itertools
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from pipeline import durable
 from pipeline.audit import audit
+from pipeline.durable import seal, unseal
 from pipeline.errors import JobError, UserError
 from pipeline.index.build import build_index, index_is_current
 from pipeline.index.deletions import delete_vectors
@@ -28,7 +30,7 @@ from pipeline.index.versions import change_index, folder_of_version, lacks_name,
 from pipeline.indexed_jobs import IndexedRows, job_folder
 from pipeline.job_folder import JobFolder
 from pipeline.lock import lock
-from tests.pipeline.index.indexed_job import KINDS, Make, assert_whole, unit
+from tests.pipeline.index.indexed_job import KINDS, Job, Make, assert_whole, unit
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -251,6 +253,77 @@ def test_a_job_that_is_indexed_again_keeps_what_was_added_and_deleted(job: Make)
     assert_whole(one.folder)
 
 
+@pytest.mark.parametrize("name", ["shard-000.faiss", "shard-001.faiss", "center.npy"])
+def test_a_damaged_file_is_removed_and_built_again_with_what_was_added_and_deleted(job: Make, name: str) -> None:
+    one, two = job("one", unit(40, seed=1), center=True), job("two", unit(7, seed=2))
+    one.add(two)
+    one.delete(4, 42)
+    every = sorted(one.found(unit(1, seed=3), 100)[0])
+    path = one.folder.index / name
+    content = path.read_bytes()
+    path.unlink()  # and no other name of it, in index-versions/, is written to
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert any(f"{name} is damaged" in line and "; remove it and run again" in line for line in _problems(one))
+    path.unlink()
+    assert not index_is_current(one.folder, one.log.commits, **one.arguments)
+    one.build(change=kept_changes(one.folder))
+    assert sorted(one.found(unit(1, seed=3), 100)[0]) == every
+    assert_whole(one.folder)
+
+
+def _problems(job: Job) -> tuple[str, ...]:
+    return audit(job.folder.root).problems
+
+
+@pytest.mark.parametrize("name", ["index.json", "deleted.parquet", "rows.parquet"])
+@pytest.mark.parametrize("damage", ["changed", "removed", "format"])
+def test_an_index_is_not_built_again_where_what_was_added_and_deleted_is_not_known(
+    job: Make, name: str, damage: str
+) -> None:
+    one, two = job("one", unit(20, seed=1)), job("two", unit(7, seed=2))
+    one.add(two)
+    one.delete(4, 22)
+    path = one.folder.index / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "changed":
+        path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    elif damage == "format" and name == "index.json":
+        path.write_bytes(seal({**unseal(content, path), "format": 1}))
+    with pytest.raises(JobError) as refused:
+        kept_changes(one.folder)
+    assert str(path) in str(refused.value)
+    assert f"have {one.folder.root / 'index-versions' / '000002'}, the version before, take the" in str(refused.value)
+    shutil.rmtree(one.folder.index)
+    with pytest.raises(JobError, match=r"index\.json is missing"):
+        kept_changes(one.folder)
+    (one.folder.root / "index-versions" / "000002").rename(one.folder.index)
+    assert index_is_current(one.folder, one.log.commits, **one.arguments)
+    one.build(change=kept_changes(one.folder))
+    assert len(one.found(unit(1, seed=3), 100)[0]) == 27, "the job that was added is there"
+    shutil.rmtree(one.folder.index)
+    shutil.rmtree(one.folder.root / "index-versions")
+    assert kept_changes(one.folder) is None, "who removes all of it knows"
+
+
+@pytest.mark.parametrize("change", ["none", "add", "delete"])
+def test_an_index_that_can_not_be_read_is_built_again_where_nothing_was_added_or_deleted(
+    job: Make, change: str
+) -> None:
+    one, two = job("one", unit(20, seed=1)), job("two", unit(7, seed=2))
+    if change != "none":
+        one.add(two) if change == "add" else one.delete(3)
+        shutil.rmtree(one.folder.root / "index-versions")
+    (one.folder.index / "index.json").write_bytes(b"{")
+    if change == "none":
+        assert kept_changes(one.folder) is None
+        one.build()
+        assert_whole(one.folder)
+    else:
+        with pytest.raises(JobError, match=r"index\.json is missing or can't be read: what was added .* back, or"):
+            kept_changes(one.folder)
+
+
 def test_what_was_deleted_stays_deleted_when_all_is_indexed_again(job: Make, tmp_path: Path) -> None:
     one, two, three = (job(name, unit(20, seed=number)) for number, name in enumerate(("one", "two", "three")))
     one.add(two)
@@ -297,7 +370,7 @@ def test_a_damaged_list_of_deletions_is_never_read_as_none(job: Make) -> None:
     (one.folder.index / "deleted.parquet").write_bytes(b"")
     with pytest.raises(JobError, match="damaged"):
         VectorIndex.open(one.folder.index)
-    with pytest.raises(JobError, match="damaged"):
+    with pytest.raises(JobError, match=r"deleted\.parquet is missing or can't be read"):
         kept_changes(one.folder)
     assert any("deleted.parquet" in problem for problem in audit(one.folder.root).problems)
 
