@@ -79,6 +79,11 @@ class Shard(Contents):
     def num_held(self) -> int:
         return self.num_vectors - self.absent
 
+    @property
+    def identity(self) -> tuple[str, int, int]:
+        """By which a shard is known in another version of its index. Empty ones differ in their numbers alone."""
+        return self.sha256, self.first_vector, self.num_vectors
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
