@@ -81,9 +81,14 @@ def compact(
     assert again, "nothing to compact"
     centering = read_centering(draft, manifest)
     gone = np.empty(0, np.int64) if deleted is None else deleted
-    standing = sum(ranges[number].count - _count_in(gone, ranges[number]) for number in again)
+    standing = [ranges[number].count - _count_in(gone, ranges[number]) for number in again]
     budget = build_budget(
-        manifest.kind, standing, manifest.dimension, memory_bytes=memory_bytes, shards=max(min(len(again), standing), 1)
+        manifest.kind,
+        sum(standing),
+        manifest.dimension,
+        memory_bytes=memory_bytes,
+        shards=len(again),
+        largest=max(standing),
     )
     scratch = draft.with_name(f"{draft.name}-shards")
     scratch.mkdir()
