@@ -169,12 +169,17 @@ def index_is_current(
     return (
         wanted is not None
         and manifest.kind == wanted.kind
-        and sum(shard.first_vector < max(source.num_vectors, 1) for shard in manifest.shards) == wanted.shards
+        and _num_shards_of(source.num_vectors, manifest) == wanted.shards
         and manifest.recall.target == settings.recall
         and manifest.provenance == provenance
         and (manifest.center is not None) == center
         and all(_has_size(folder.index, contents) for contents in manifest.files)
     )
+
+
+def _num_shards_of(num_vectors: int, manifest: IndexManifest) -> int:
+    """Shards of the first job, of so many vectors; of none it has one, which compaction may have joined with others."""
+    return sum(shard.first_vector < num_vectors for shard in manifest.shards) if num_vectors else 1
 
 
 def _wanted(settings: _Settings, num_vectors: int, dimension: int, missed: list[str]) -> BuildBudget | None:

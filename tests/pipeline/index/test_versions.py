@@ -97,6 +97,20 @@ def test_records_are_read_from_the_job_that_a_hit_is_of(job: Make) -> None:
     assert any("the rows of job 'two'" in problem for problem in audit(one.folder.root).problems)
 
 
+def test_a_job_whose_rows_all_failed_is_added_to_and_done(job: Make, committed: Any, provenance: Provenance) -> None:
+    folder, log = committed(np.full((9, 8), np.nan, np.float32))
+    arguments: dict[str, Any] = {"job": "mine", "provenance": provenance}
+    build_index(folder, log.commits, **arguments)
+    mine, two = Job(folder, log, "mine", np.empty((0, 8), np.float32), arguments), job("two", unit(7, seed=2))
+    mine.add(two)
+    assert index_is_current(folder, log.commits, **arguments)
+    mine.delete(3)
+    mine.compact([two])
+    assert index_is_current(folder, log.commits, **arguments)
+    assert not index_is_current(folder, log.commits, **arguments | {"recall": 0.5})
+    assert len(mine.found(unit(1, seed=3), 20)[0]) == 6
+
+
 def test_what_can_not_be_compared_or_is_there_is_refused_and_nothing_changes(job: Make, provenance: Provenance) -> None:
     one, two = job("one", unit(10, seed=1)), job("two", unit(7, seed=2))
     before = read_manifest(one.folder.index)
