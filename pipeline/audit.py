@@ -146,7 +146,7 @@ class Auditor:
         except JobError as error:
             self._problems.append(str(error))
             return
-        indexed = {job.path for job in index.jobs} if index is not None else set()
+        indexed = {job.directory(self._folder.root) for job in index.jobs} if index is not None else set()
         for one in extensions:
             if not one.began(self._folder):
                 continue
@@ -154,7 +154,7 @@ class Auditor:
             found = audit(root)
             self._problems.extend(found.problems)
             self._pending.extend(found.pending)
-            if one.path not in indexed and (found.pending or found.vectors):
+            if one.directory(self._folder) not in indexed and (found.pending or found.vectors):
                 left = "still to be run and added" if found.pending else "still to be added"
                 self._pending.append(f"the rows of {root} are {left}: gristmill index extend {self._folder.root}")
 

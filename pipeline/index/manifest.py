@@ -125,6 +125,10 @@ class IndexedJob:
     num_vectors: int
     path: str = "."  # its directory, seen from the one that index/ is in
 
+    def directory(self, out: Path) -> Path:
+        """The same, absolute and without links, of the index in `out`."""
+        return (out / self.path).resolve()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionNote:
