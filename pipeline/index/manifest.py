@@ -217,15 +217,6 @@ class IndexManifest:
         values["missed"] = tuple(MissedKind(**missed) for missed in values["missed"])
         return IndexManifest(**values)
 
-    def refuse_other_embedding(self, query: Provenance) -> None:
-        """UserError if vectors made as `query` says can't be compared with the index's."""
-        difference = self.provenance.difference(query)
-        if difference is not None:
-            raise UserError(
-                f"the index was made with {self.provenance.model} and another {difference}; "
-                "embed the query as index.json says"
-            )
-
 
 def read_manifest(folder: Path) -> IndexManifest:
     """The manifest of the index in `folder`. UserError if there is none, JobError if it is damaged."""
