@@ -42,7 +42,6 @@ from pipeline.index.manifest import (
     Provenance,
     Recall,
     Shard,
-    parts_digest,
     read_manifest,
 )
 from pipeline.index.recall import Queries, query_numbers
@@ -98,7 +97,7 @@ def build_index(
     dimension = dimension_of(folder, commits)
     if dimension is None:
         raise UserError(f"{folder.root} holds no embeddings to index: its job has no `embed`, or nothing is done yet")
-    source = _source(commits, job)
+    source = IndexedJob.of(job, commits)
     draft = folder.attempts / f"index-{uuid.uuid4().hex}"
     scratch = draft.with_name(f"{draft.name}-shards")
     builders = builders or ThreadBuilders(threads or faiss.omp_get_max_threads())
@@ -161,7 +160,7 @@ def index_is_current(
         manifest = read_manifest(folder.index)
     except (UserError, JobError):
         return False
-    source = _source(commits, job)
+    source = IndexedJob.of(job, commits)
     if manifest.jobs[:1] != (source,):
         return False
     settings = _Settings(kind=kind, shards=shards, memory_bytes=memory_bytes, recall=recall)
@@ -316,16 +315,6 @@ def shares(num_vectors: int, shards: int) -> list[int]:
     """
     shards = max(min(shards, num_vectors), 1)
     return [num_vectors // shards + (number < num_vectors % shards) for number in range(shards)]
-
-
-def _source(commits: Mapping[int, Commit], job: str) -> IndexedJob:
-    return IndexedJob(
-        job=job,
-        fingerprint=next((commit.fingerprint for commit in commits.values()), ""),
-        num_parts=len(commits),
-        parts_digest=parts_digest(commits),
-        num_vectors=sum(sum(commit.vectors.values()) for commit in commits.values()),
-    )
 
 
 def _centering(folder: JobFolder, commits: Mapping[int, Commit], dimension: int) -> Centering:

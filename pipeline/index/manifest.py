@@ -125,6 +125,17 @@ class IndexedJob:
     num_vectors: int
     path: str = "."  # its directory, seen from the one that index/ is in
 
+    @staticmethod
+    def of(job: str, commits: Mapping[int, Commit], *, path: str = ".") -> IndexedJob:
+        return IndexedJob(
+            job=job,
+            fingerprint=next((commit.fingerprint for commit in commits.values()), ""),
+            num_parts=len(commits),
+            parts_digest=parts_digest(commits),
+            num_vectors=sum(sum(commit.vectors.values()) for commit in commits.values()),
+            path=path,
+        )
+
     def directory(self, out: Path) -> Path:
         """The same, absolute and without links, of the index in `out`."""
         return (out / self.path).resolve()
