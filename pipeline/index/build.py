@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +54,7 @@ from pipeline.index.shard_build import (
     write_queries,
 )
 from pipeline.index.vectors import VectorRun, committed_vectors, dimension_of
-from pipeline.index.versions import Change, publish, write_manifest
+from pipeline.index.versions import Change, new_draft, publish, write_manifest
 from pipeline.job_folder import JobFolder
 
 Matrix = npt.NDArray[np.float32]
@@ -98,7 +97,7 @@ def build_index(
     if dimension is None:
         raise UserError(f"{folder.root} holds no embeddings to index: its job has no `embed`, or nothing is done yet")
     source = IndexedJob.of(job, commits)
-    draft = folder.attempts / f"index-{uuid.uuid4().hex}"
+    draft = new_draft(folder)
     scratch = draft.with_name(f"{draft.name}-shards")
     builders = builders or ThreadBuilders(threads or faiss.omp_get_max_threads())
     with (

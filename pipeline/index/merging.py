@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import uuid
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -29,7 +28,7 @@ from pipeline.index.manifest import ROWS_NAME, IndexedJob, IndexManifest, Shard,
 from pipeline.index.row_map import RowMapWriter
 from pipeline.index.search import flat_matrix
 from pipeline.index.selection import sparse_numbers
-from pipeline.index.versions import clear_drafts, link_or_copy, write_manifest
+from pipeline.index.versions import clear_drafts, link_or_copy, new_draft, write_manifest
 from pipeline.job_folder import JobFolder
 from pipeline.lock import lock_existing
 
@@ -50,7 +49,7 @@ def merge_indexes(out: JobFolder, sources: Sequence[JobFolder]) -> IndexManifest
     with lock_existing(out):
         _refuse_full(out)  # another merge may have ended just now
         clear_drafts(out)
-        draft = out.attempts / f"index-{uuid.uuid4().hex}"
+        draft = new_draft(out)
         with removed_on_failure(draft), storage_errors("writing the index in", draft):
             while (merged := _merged(out, draft, sources)) is None:
                 shutil.rmtree(draft)

@@ -29,7 +29,7 @@ from pipeline.lock import lock
 
 VERSIONS_NAME: Final = "index-versions"
 REPLACED_NAME: Final = "replaced"
-DRAFT_PREFIX: Final = "index-"
+_DRAFT_PREFIX: Final = "index-"
 MOST_NOTES: Final = 1000  # of what versions were
 
 # What a draft folder holds, which has the files of the manifest -> the manifest of what it holds then.
@@ -45,7 +45,7 @@ def change_index(folder: JobFolder, change: Change) -> IndexManifest:
     put_back_locked(folder)
     before = read_manifest(folder.index)
     clear_drafts(folder)
-    draft = folder.attempts / f"{DRAFT_PREFIX}{uuid.uuid4().hex}"
+    draft = new_draft(folder)
     with removed_on_failure(draft), storage_errors("writing the index in", draft):
         draft.mkdir(parents=True)
         for contents in before.files:
@@ -117,9 +117,14 @@ def lacks_name(folder: JobFolder) -> bool:
     return not folder.index.exists() and (folder.root / VERSIONS_NAME / REPLACED_NAME / MANIFEST_NAME).is_file()
 
 
+def new_draft(folder: JobFolder) -> Path:
+    """Where the next version is to be made; names that begin with it are the draft's, too. Makes nothing."""
+    return folder.attempts / f"{_DRAFT_PREFIX}{uuid.uuid4().hex}"
+
+
 def clear_drafts(folder: JobFolder) -> None:
     """Removes what a change that was cut off has left."""
-    for path in folder.attempts.glob(f"{DRAFT_PREFIX}*") if folder.attempts.is_dir() else ():
+    for path in folder.attempts.glob(f"{_DRAFT_PREFIX}*") if folder.attempts.is_dir() else ():
         shutil.rmtree(path, ignore_errors=True)
 
 
