@@ -99,7 +99,7 @@ def build_index(
     source = IndexedJob.of(job, commits)
     draft = new_draft(folder)
     scratch = draft.with_name(f"{draft.name}-shards")
-    builders = builders or ThreadBuilders(threads or faiss.omp_get_max_threads())
+    builders = builders or ThreadBuilders(threads)
     with (
         removed_on_failure(draft, scratch),
         storage_errors("writing the index in", draft),

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 
@@ -116,7 +115,7 @@ def compact(
                     draft, manifest.shards[0], scratch / TEMPLATE_NAME, dimension=manifest.dimension
                 )
                 write_queries(scratch, _queries(tasks, centering, manifest.dimension))
-            builders = builders or ThreadBuilders(threads or faiss.omp_get_max_threads())
+            builders = builders or ThreadBuilders(threads)
             results = builders(tasks, side_by_side=budget.side_by_side)
             results, recall = measured(manifest.kind, tasks, results, manifest.recall.target)
         if recall.reached is not None and recall.reached < recall.target:

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 
 from pipeline.commits import Commit
@@ -70,7 +69,7 @@ def add_job(
     source = dataclasses.replace(source, job=free_name(source.job, [job.job for job in manifest.jobs]))
     centering = read_centering(draft, manifest)
     budget = build_budget(manifest.kind, source.num_vectors, manifest.dimension, memory_bytes=memory_bytes)
-    builders = builders or ThreadBuilders(threads or faiss.omp_get_max_threads())
+    builders = builders or ThreadBuilders(threads)
     scratch = draft.with_name(f"{draft.name}-shards")
     scratch.mkdir()
     try:
