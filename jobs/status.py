@@ -14,6 +14,7 @@ from pipeline.audit import Audit
 from pipeline.commits import Commit
 from pipeline.errors import UserError
 from pipeline.index.manifest import MANIFEST_NAME, parts_digest, read_manifest
+from pipeline.index.versions import put_back
 from pipeline.indexed_jobs import latest_commits
 from pipeline.job_folder import JobFolder, read_job, read_plan
 from pipeline.lock import lock_holder
@@ -24,6 +25,7 @@ def open_job(out: Path) -> JobFolder:
     folder = JobFolder(out)
     if not out.is_dir():
         raise UserError(f"{out}: no such job directory")
+    put_back(folder)
     if not folder.job_file.is_file():
         merged = (folder.index / MANIFEST_NAME).is_file()
         hint = f"; it holds a merged index, whose jobs `gristmill index show {out}` names" if merged else ""
@@ -34,6 +36,7 @@ def open_job(out: Path) -> JobFolder:
 def open_index(out: Path) -> JobFolder:
     """The directory `out`, which has an index: a job's, or one that indexes were merged into. UserError otherwise."""
     folder = JobFolder(out)
+    put_back(folder)
     return folder if (folder.index / MANIFEST_NAME).is_file() else open_job(out)
 
 

@@ -19,6 +19,7 @@ from pipeline.commits import CommitLog
 from pipeline.errors import JobError, UserError, one_line
 from pipeline.extensions import known_files
 from pipeline.index.manifest import parts_digest
+from pipeline.index.versions import put_back_locked
 from pipeline.job_folder import JobFolder, read_job, read_plan, write_job, write_plan
 from pipeline.lock import lock
 from pipeline.source import Split
@@ -69,6 +70,7 @@ def open_store(spec: JobSpec) -> Iterator[JobStore]:
         _refuse_foreign(folder)
         job = resolve(spec)  # a job that can't be run leaves nothing behind
     with lock(folder):
+        put_back_locked(folder)
         planned = read_planned(folder)
         if planned is not None:
             job, date = resolve(spec, planned, extended_by=known_files(folder)), planned.date

@@ -21,6 +21,7 @@ from pipeline.extensions import read_extensions
 from pipeline.index.check import IndexedParts, index_problems, is_of_these_parts
 from pipeline.index.deletions import is_all_deleted, read_deleted
 from pipeline.index.manifest import MANIFEST_NAME, IndexManifest, read_manifest
+from pipeline.index.versions import lacks_name
 from pipeline.indexed_jobs import job_folder, latest_commits
 from pipeline.job_folder import JobFolder, PlannedSplit, parse_commit_name, parse_splits, part_name, read_job, read_plan
 from pipeline.lock import lock_holder
@@ -71,7 +72,8 @@ def audit(out: Path) -> Audit:
         from pipeline.search_audit import SearchAuditor  # which is one of these
 
         return SearchAuditor(folder).run()
-    if not folder.job_file.exists() and (folder.index / MANIFEST_NAME).exists() and not _listed(folder.commits):
+    has_index = (folder.index / MANIFEST_NAME).exists() or lacks_name(folder)
+    if not folder.job_file.exists() and has_index and not _listed(folder.commits):
         return Auditor(folder).run_index()
     if not any(path.exists() for path in (folder.job_file, folder.plan_file, folder.commits)):
         raise UserError(f"{out} is not a job directory: it has no job.json, no plan.json and no commits/")
@@ -144,7 +146,7 @@ class Auditor:
         except JobError as error:
             self._problems.append(str(error))
             return
-        indexed = {job.path for job in index.jobs} if index is not None else set()
+        indexed = {job.directory(self._folder.root) for job in index.jobs} if index is not None else set()
         for one in extensions:
             if not one.began(self._folder):
                 continue
@@ -152,7 +154,7 @@ class Auditor:
             found = audit(root)
             self._problems.extend(found.problems)
             self._pending.extend(found.pending)
-            if one.path not in indexed and (found.pending or found.vectors):
+            if one.directory(self._folder) not in indexed and (found.pending or found.vectors):
                 left = "still to be run and added" if found.pending else "still to be added"
                 self._pending.append(f"the rows of {root} are {left}: gristmill index extend {self._folder.root}")
 
@@ -282,7 +284,12 @@ class Auditor:
 
     def _index(self, latest: Mapping[int, Commit], *, wanted: bool, parts_are_whole: bool) -> IndexManifest | None:
         if not self._folder.index.exists():
-            if wanted:
+            if lacks_name(self._folder):
+                self._pending.append(
+                    "the index was being replaced and lies in index-versions/: "
+                    f"`gristmill index show {self._folder.root}` puts it back"
+                )
+            elif wanted:
                 self._pending.append("the index is not built yet, or was removed")
             return None
         try:

@@ -162,22 +162,25 @@ def _c_library() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def replace_folder(new: Path, target: Path, *, discarded: Path, kept: Path | None = None) -> None:
+def replace_folder(new: Path, target: Path, *, aside: Path, kept: Path | None = None) -> None:
     """Moves the folder `new`, whose files are flushed, to `target`, in place of a folder that may be there.
 
-    In one step where the system can exchange two names (Linux, local filesystems); elsewhere `target` is missing for a
-    moment, and after a crash in that moment. The folder that was there ends as `discarded`, a name that is free, or
-    `new`: both are to lie where leftovers are cleared. It is removed, or where `kept` is given ends under that name.
+    In one step where the system can exchange two names (Linux, local filesystems). Elsewhere `target` is missing for a
+    moment, and after a crash in that moment: the folder that was there is `aside` then, a name that is free, to be put
+    back from there. In the end it is removed, or where `kept` is given it has that name. `new` is to lie where
+    leftovers are cleared.
     """
     if not target.exists():
         os.rename(new, target)
         sync_folder(target.parent)
         return
+    before = new
     if not _exchange(new, target):
-        os.rename(target, discarded)
+        before = aside
+        os.rename(target, aside)
+        sync_folder(aside.parent)
         os.rename(new, target)
     sync_folder(target.parent)
-    before = new if new.exists() else discarded
     if kept is None:
         shutil.rmtree(before)
     else:

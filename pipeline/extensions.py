@@ -36,6 +36,10 @@ class Extension:
     def folder(self, of: JobFolder) -> JobFolder:
         return JobFolder(of.root / self.path)
 
+    def directory(self, of: JobFolder) -> Path:
+        """Absolute and without links, as `IndexedJob.directory`."""
+        return self.folder(of).root.resolve()
+
     def began(self, of: JobFolder) -> bool:
         return self.folder(of).job_file.is_file()
 

@@ -40,6 +40,13 @@ def lock(folder: JobFolder) -> Iterator[None]:
     Children don't inherit the lock: not across exec, and not by fork, whose child closes its copy of the handle.
     """
     folder.create()
+    with lock_existing(folder):
+        yield
+
+
+@contextmanager
+def lock_existing(folder: JobFolder) -> Iterator[None]:
+    """As `lock`, for a directory that is there: makes nothing in it but the lock's file."""
     with storage_errors("locking", folder.lock_file):
         handle = _acquire(folder)
     if handle is None:

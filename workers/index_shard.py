@@ -116,8 +116,8 @@ class IndexShardActor:
         )
 
     def _contents_in(self, manifest: IndexManifest) -> Shard | None:
-        wanted = self._manifest.shards[self._number].sha256
-        return next((shard for shard in manifest.shards if shard.sha256 == wanted), None)
+        wanted = self._manifest.shards[self._number].identity
+        return next((shard for shard in manifest.shards if shard.identity == wanted), None)
 
     def _load(self) -> None:
         try:

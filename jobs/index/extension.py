@@ -27,7 +27,7 @@ from jobs.tally import OnProgress
 from pipeline.errors import UserError
 from pipeline.extensions import Extension, free_path, read_extensions, write_extensions
 from pipeline.index.growth import free_name
-from pipeline.index.manifest import IndexManifest, read_manifest
+from pipeline.index.manifest import read_manifest
 from pipeline.indexed_jobs import latest_commits
 from pipeline.job_folder import JobFolder, read_job, read_plan
 from pipeline.lock import lock
@@ -115,14 +115,12 @@ def _next(folder: JobFolder, output: Path | None) -> Extension | None:
         spec = JobSpec.model_validate(read_job(folder)["spec"])
         _refuse_kind_of_job(folder, spec)
         refuse_changed_model(manifest.provenance, resolve_model(spec.model))
-        indexed = {job.path for job in manifest.jobs}
-        extensions = [
-            one for one in read_extensions(folder) if one.began(folder) or os.path.normpath(one.path) in indexed
-        ]
-        waiting = [one for one in extensions if _is_waiting(folder, manifest, one)]
-        new = new_files(folder, manifest, extensions, waiting=[os.path.normpath(one.path) for one in waiting])
+        indexed = {job.directory(folder.root) for job in manifest.jobs}
+        extensions = [one for one in read_extensions(folder) if one.began(folder) or one.directory(folder) in indexed]
+        waiting = [one for one in extensions if one.directory(folder) not in indexed and _is_waiting(folder, one)]
+        new = new_files(folder, manifest, extensions, waiting=[one.directory(folder) for one in waiting])
         if waiting:
-            if output is not None and waiting[0].folder(folder).root.resolve() != output.resolve():
+            if output is not None and waiting[0].directory(folder) != output.resolve():
                 raise UserError(
                     f"--output {output}: an extension was begun in {waiting[0].folder(folder).root}; go on with it "
                     f"first: gristmill index extend {folder.root}"
@@ -152,10 +150,8 @@ def _refuse_kind_of_job(folder: JobFolder, spec: JobSpec) -> None:
         )
 
 
-def _is_waiting(folder: JobFolder, manifest: IndexManifest, extension: Extension) -> bool:
-    """Whether there are rows of it to run, or to be added."""
-    if os.path.normpath(extension.path) in {job.path for job in manifest.jobs}:
-        return False
+def _is_waiting(folder: JobFolder, extension: Extension) -> bool:
+    """Whether there are rows to run, or to be added, of one that is not in the index."""
     its = extension.folder(folder)
     commits = latest_commits(its).values()
     planned = sum(split["num_rows"] for split in read_plan(its)["splits"])

@@ -6,8 +6,8 @@ with it. It may be gone, and where it is another by now it is new.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -25,30 +25,34 @@ from pipeline.source import Source
 
 
 def new_files(
-    folder: JobFolder, manifest: IndexManifest, extensions: Sequence[Extension], *, waiting: Collection[str]
+    folder: JobFolder, manifest: IndexManifest, extensions: Sequence[Extension], *, waiting: Collection[Path]
 ) -> list[str]:
     """What no job of the index, and none of `extensions`, has read, by path. JobError where a known file is another.
 
-    `waiting`: paths of the extensions that are not whole in the index yet, whose files are all to be as they were.
+    `waiting`: directories of extensions that are not whole in the index yet, whose files are all to be as they were.
     """
-    ours = {os.path.normpath(one.path): one for one in extensions}
+    own = folder.root.resolve()
+    ours = {one.directory(folder): one for one in extensions}
     known = set[str]()
-    jobs = {".": _source(folder)}
-    jobs |= {path: _source(one.folder(folder)) for path, one in ours.items() if one.began(folder)}
+    jobs = {own: _source(folder)}
+    jobs |= {directory: _source(one.folder(folder)) for directory, one in ours.items() if one.began(folder)}
     deleted = read_deleted(folder.index, manifest)
     for job, first in zip(manifest.jobs, manifest.first_vectors, strict=True):
-        if is_all_deleted(deleted, first, job.num_vectors) and not (folder.root / job.path).is_dir():
-            known |= set(ours[job.path].files) if job.path in ours else set()
-        elif job.path not in jobs:
-            jobs[job.path] = _source(job_folder(folder.root, job))
-    places = jobs["."].listed()
+        directory = job.directory(folder.root)
+        if is_all_deleted(deleted, first, job.num_vectors) and not directory.is_dir():
+            known |= set(ours[directory].files) if directory in ours else set()
+        elif directory not in jobs:
+            jobs[directory] = _source(job_folder(folder.root, job))
+    places = jobs[own].listed()
     listed = {place.name for place in places}
-    for path, source in jobs.items():
-        mine = source.files if path == "." or path in ours else [file for file in source.files if file.path in listed]
+    for directory, source in jobs.items():
+        is_ours = directory == own or directory in ours
+        mine = source.files if is_ours else [file for file in source.files if file.path in listed]
         changes = changes_among(mine, places)
         known |= {file.path for file in mine if file.path not in changes}
         if changes:
-            _refuse(folder, manifest, path, source, changes, is_waiting=path in waiting)
+            must_be_whole = directory == own or directory in waiting
+            _refuse(folder, manifest, directory, source, changes, must_be_whole=must_be_whole)
     return [place.name for place in places if place.name not in known]
 
 
@@ -59,19 +63,20 @@ def _source(folder: JobFolder) -> Source:
 def _refuse(
     folder: JobFolder,
     manifest: IndexManifest,
-    path: str,
+    directory: Path,
     source: Source,
     changes: Mapping[str, str],
     *,
-    is_waiting: bool,
+    must_be_whole: bool,
 ) -> None:
-    """JobError for the first of the job's changed files that the index still finds a row of."""
-    job = next((job for job in manifest.jobs if job.path == path), None)
+    """JobError for the first of the job's changed files that the index still finds a row of. `must_be_whole`: where it
+    holds none of the job yet, for the first of all."""
+    job = next((job for job in manifest.jobs if job.directory(folder.root) == directory), None)
     if job is None:
-        if is_waiting or path == ".":
+        if must_be_whole:
             raise JobError(next(iter(changes.values())))
         return  # its job is done and had no vectors
-    rows = _standing_rows(folder, manifest, path)
+    rows = _standing_rows(folder, manifest, directory)
     end = 0
     for file in source.files:
         first, end = end, end + file.num_rows
@@ -82,12 +87,12 @@ def _refuse(
             )
 
 
-def _standing_rows(folder: JobFolder, manifest: IndexManifest, path: str) -> npt.NDArray[np.int64]:
-    """The rows of the job at `path` that the index finds, once for each of their vectors."""
+def _standing_rows(folder: JobFolder, manifest: IndexManifest, directory: Path) -> npt.NDArray[np.int64]:
+    """The rows of the job in `directory` that the index finds, once for each of their vectors."""
     deleted = read_deleted(folder.index, manifest)
     rows = RowMap(faiss_files.check_file(folder.index, manifest.rows))
     for job, first in zip(manifest.jobs, manifest.first_vectors, strict=True):
-        if job.path == path:
+        if job.directory(folder.root) == directory:
             numbers = np.arange(first, first + job.num_vectors)
             standing = numbers if deleted is None else np.setdiff1d(numbers, deleted, assume_unique=True)
             found: npt.NDArray[np.int64] = rows.table(standing)["row"].to_numpy()

@@ -54,12 +54,19 @@ class BuildBudget:
 
 
 def build_budget(
-    kind: str, num_vectors: int, dimension: int, *, memory_bytes: int = DEFAULT_MEMORY_BYTES, shards: int | None = None
+    kind: str,
+    num_vectors: int,
+    dimension: int,
+    *,
+    memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    shards: int | None = None,
+    largest: int = 0,
 ) -> BuildBudget:
     """How `kind`, a FAISS factory string, is built within `memory_bytes`; `shards` None: as few as that allows.
 
-    That is one shard for each SHARD_VECTORS vectors begun, and more only where one would not fit. UserError where the
-    kind is none, or can't be built within the budget.
+    That is one shard for each SHARD_VECTORS vectors begun, and more only where one would not fit. They share the
+    vectors equally, unless one is to hold as many as `largest`. UserError where the kind is none, or can't be built
+    within the budget.
     """
     index = make_index(kind, dimension)
     batch_bytes = min(_MOST_BATCH_BYTES, max((memory_bytes - _BASE_BYTES) // 64, 4 * dimension))
@@ -74,7 +81,7 @@ def build_budget(
             index_bytes=num_vectors * _id_bytes(index, number) + bytes_of(index, num_vectors),
             training_vectors=count,
             training_bytes=2 * 4 * dimension * count,
-            shard_bytes=_shard_bytes(index, kind, -(-num_vectors // number)) + _BATCHES * batch_bytes,
+            shard_bytes=_shard_bytes(index, kind, max(-(-num_vectors // number), largest)) + _BATCHES * batch_bytes,
             batch_bytes=batch_bytes,
             memory_bytes=memory_bytes,
         )

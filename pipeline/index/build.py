@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,6 @@ from pipeline.index.manifest import (
     Provenance,
     Recall,
     Shard,
-    parts_digest,
     read_manifest,
 )
 from pipeline.index.recall import Queries, query_numbers
@@ -56,7 +54,7 @@ from pipeline.index.shard_build import (
     write_queries,
 )
 from pipeline.index.vectors import VectorRun, committed_vectors, dimension_of
-from pipeline.index.versions import Change, publish, write_manifest
+from pipeline.index.versions import Change, new_draft, publish, write_manifest
 from pipeline.job_folder import JobFolder
 
 Matrix = npt.NDArray[np.float32]
@@ -98,10 +96,10 @@ def build_index(
     dimension = dimension_of(folder, commits)
     if dimension is None:
         raise UserError(f"{folder.root} holds no embeddings to index: its job has no `embed`, or nothing is done yet")
-    source = _source(commits, job)
-    draft = folder.attempts / f"index-{uuid.uuid4().hex}"
+    source = IndexedJob.of(job, commits)
+    draft = new_draft(folder)
     scratch = draft.with_name(f"{draft.name}-shards")
-    builders = builders or ThreadBuilders(threads or faiss.omp_get_max_threads())
+    builders = builders or ThreadBuilders(threads)
     with (
         removed_on_failure(draft, scratch),
         storage_errors("writing the index in", draft),
@@ -161,7 +159,7 @@ def index_is_current(
         manifest = read_manifest(folder.index)
     except (UserError, JobError):
         return False
-    source = _source(commits, job)
+    source = IndexedJob.of(job, commits)
     if manifest.jobs[:1] != (source,):
         return False
     settings = _Settings(kind=kind, shards=shards, memory_bytes=memory_bytes, recall=recall)
@@ -169,12 +167,17 @@ def index_is_current(
     return (
         wanted is not None
         and manifest.kind == wanted.kind
-        and sum(shard.first_vector < max(source.num_vectors, 1) for shard in manifest.shards) == wanted.shards
+        and _num_shards_of(source.num_vectors, manifest) == wanted.shards
         and manifest.recall.target == settings.recall
         and manifest.provenance == provenance
         and (manifest.center is not None) == center
         and all(_has_size(folder.index, contents) for contents in manifest.files)
     )
+
+
+def _num_shards_of(num_vectors: int, manifest: IndexManifest) -> int:
+    """Shards of the first job, of so many vectors; of none it has one, which compaction may have joined with others."""
+    return sum(shard.first_vector < num_vectors for shard in manifest.shards) if num_vectors else 1
 
 
 def _wanted(settings: _Settings, num_vectors: int, dimension: int, missed: list[str]) -> BuildBudget | None:
@@ -311,16 +314,6 @@ def shares(num_vectors: int, shards: int) -> list[int]:
     """
     shards = max(min(shards, num_vectors), 1)
     return [num_vectors // shards + (number < num_vectors % shards) for number in range(shards)]
-
-
-def _source(commits: Mapping[int, Commit], job: str) -> IndexedJob:
-    return IndexedJob(
-        job=job,
-        fingerprint=next((commit.fingerprint for commit in commits.values()), ""),
-        num_parts=len(commits),
-        parts_digest=parts_digest(commits),
-        num_vectors=sum(sum(commit.vectors.values()) for commit in commits.values()),
-    )
 
 
 def _centering(folder: JobFolder, commits: Mapping[int, Commit], dimension: int) -> Centering:

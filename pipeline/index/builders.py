@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+import faiss
+
 from pipeline.index.shard_build import ShardResult, ShardTask, build_shard
 
 
@@ -18,10 +20,13 @@ class Builders(Protocol):
 
 
 class ThreadBuilders:
-    """In this process: a shard a thread, since FAISS does not hold Python up. At most `num_threads` of them."""
+    """In this process: a shard a thread, since FAISS does not hold Python up.
 
-    def __init__(self, num_threads: int) -> None:
-        self._num_threads = num_threads
+    At most `num_threads` of them; None: as many as FAISS would take for one.
+    """
+
+    def __init__(self, num_threads: int | None = None) -> None:
+        self._num_threads = num_threads or faiss.omp_get_max_threads()
 
     def __call__(self, tasks: Sequence[ShardTask], *, side_by_side: int) -> list[ShardResult]:
         workers = min(side_by_side, self._num_threads, len(tasks))

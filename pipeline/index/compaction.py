@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 
@@ -81,9 +80,14 @@ def compact(
     assert again, "nothing to compact"
     centering = read_centering(draft, manifest)
     gone = np.empty(0, np.int64) if deleted is None else deleted
-    standing = sum(ranges[number].count - _count_in(gone, ranges[number]) for number in again)
+    standing = [ranges[number].count - _count_in(gone, ranges[number]) for number in again]
     budget = build_budget(
-        manifest.kind, standing, manifest.dimension, memory_bytes=memory_bytes, shards=max(min(len(again), standing), 1)
+        manifest.kind,
+        sum(standing),
+        manifest.dimension,
+        memory_bytes=memory_bytes,
+        shards=len(again),
+        largest=max(standing),
     )
     scratch = draft.with_name(f"{draft.name}-shards")
     scratch.mkdir()
@@ -111,7 +115,7 @@ def compact(
                     draft, manifest.shards[0], scratch / TEMPLATE_NAME, dimension=manifest.dimension
                 )
                 write_queries(scratch, _queries(tasks, centering, manifest.dimension))
-            builders = builders or ThreadBuilders(threads or faiss.omp_get_max_threads())
+            builders = builders or ThreadBuilders(threads)
             results = builders(tasks, side_by_side=budget.side_by_side)
             results, recall = measured(manifest.kind, tasks, results, manifest.recall.target)
         if recall.reached is not None and recall.reached < recall.target:

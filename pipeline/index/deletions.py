@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pipeline.durable import HashedFile
 from pipeline.errors import JobError
 from pipeline.index import faiss_files
-from pipeline.index.manifest import Contents, IndexManifest
+from pipeline.index.manifest import BUILT_AGAIN, Contents, IndexManifest
 
 DELETED_NAME: Final = "deleted.parquet"
 SCHEMA: Final = pa.schema({"vector": pa.int64()})
@@ -50,7 +50,7 @@ def read_deleted(folder: Path, manifest: IndexManifest) -> Numbers | None:
     try:
         with pq.ParquetFile(path) as file:
             if not file.schema_arrow.equals(SCHEMA):
-                raise JobError(f"{path} is no list of vector numbers; remove index/ and run again")
+                raise JobError(f"{path} is no list of vector numbers; remove it and {BUILT_AGAIN}")
             listed = file.metadata.num_rows
             column: Any = file.read()["vector"].combine_chunks() if listed == count else pa.nulls(0)
     except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
@@ -61,7 +61,7 @@ def read_deleted(folder: Path, manifest: IndexManifest) -> Numbers | None:
         if is_within and (np.diff(numbers) > 0).all():
             return numbers
     raise JobError(
-        f"{path} does not list {count} vectors of the index, each once, in order; remove index/ and run again"
+        f"{path} does not list {count} vectors of the index, each once, in order; remove it and {BUILT_AGAIN}"
     )
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pipeline.durable import HashedFile, file_sha256, storage_errors
 from pipeline.errors import JobError, UserError
 from pipeline.index.kinds import SMALLER, faiss_reason
-from pipeline.index.manifest import Contents, Shard
+from pipeline.index.manifest import BUILT_AGAIN, Contents, Shard
 
 _faiss: Final[Any] = faiss  # its type stubs leave PyCallbackIOWriter out
 _BLOCK_BYTES: Final = 1 << 20
@@ -143,11 +143,11 @@ def check_file(folder: Path, contents: Contents) -> Path:
     """The path of one file of the index. JobError unless its bytes are those that were written."""
     path = folder / contents.file
     if not path.is_file():
-        raise JobError(f"{path} is missing: build the index again (`gristmill run` does)")
+        raise JobError(f"{path} is missing; {BUILT_AGAIN}")
     with storage_errors("reading", path):
         damaged = path.stat().st_size != contents.size_bytes or file_sha256(path) != contents.sha256
     if damaged:
-        raise JobError(f"{path} is damaged: its sha256 is not the one in index.json; remove index/ and run again")
+        raise JobError(f"{path} is damaged: its sha256 is not the one in index.json; remove it and {BUILT_AGAIN}")
     return path
 
 

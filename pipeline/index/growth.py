@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 
 from pipeline.commits import Commit
@@ -26,7 +25,7 @@ from pipeline.index.builders import Builders, ThreadBuilders
 from pipeline.index.centering import Centering
 from pipeline.index.deletions import is_all_deleted, read_deleted
 from pipeline.index.kinds import DEFAULT_MEMORY_BYTES, FLAT
-from pipeline.index.manifest import ROWS_NAME, IndexedJob, IndexManifest, Provenance, parts_digest
+from pipeline.index.manifest import ROWS_NAME, IndexedJob, IndexManifest, Provenance
 from pipeline.index.recall import Queries, query_numbers
 from pipeline.index.row_map import RowMapWriter
 from pipeline.index.search import read_centering
@@ -47,14 +46,7 @@ class Addition:
 
     @property
     def source(self) -> IndexedJob:
-        return IndexedJob(
-            job=self.job,
-            fingerprint=next((commit.fingerprint for commit in self.commits.values()), ""),
-            num_parts=len(self.commits),
-            parts_digest=parts_digest(self.commits),
-            num_vectors=sum(sum(commit.vectors.values()) for commit in self.commits.values()),
-            path=self.path,
-        )
+        return IndexedJob.of(self.job, self.commits, path=self.path)
 
 
 def add_job(
@@ -77,7 +69,7 @@ def add_job(
     source = dataclasses.replace(source, job=free_name(source.job, [job.job for job in manifest.jobs]))
     centering = read_centering(draft, manifest)
     budget = build_budget(manifest.kind, source.num_vectors, manifest.dimension, memory_bytes=memory_bytes)
-    builders = builders or ThreadBuilders(threads or faiss.omp_get_max_threads())
+    builders = builders or ThreadBuilders(threads)
     scratch = draft.with_name(f"{draft.name}-shards")
     scratch.mkdir()
     try:

@@ -20,6 +20,8 @@ from pipeline.index.manifest_soundness import manifest_problem
 MANIFEST_NAME: Final = "index.json"
 ROWS_NAME: Final = "rows.parquet"
 FORMAT: Final = 2
+BUILT_AGAIN: Final = "run again, which loses nothing that was added or deleted (a merged index: merge again)"
+_UNREADABLE: Final = "`gristmill run` builds it anew from the parts, where nothing was added to it or deleted from it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,11 @@ class Shard(Contents):
     def num_held(self) -> int:
         return self.num_vectors - self.absent
 
+    @property
+    def identity(self) -> tuple[str, int, int]:
+        """By which a shard is known in another version of its index. Empty ones differ in their numbers alone."""
+        return self.sha256, self.first_vector, self.num_vectors
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
@@ -117,6 +124,21 @@ class IndexedJob:
     parts_digest: str  # see `parts_digest`
     num_vectors: int
     path: str = "."  # its directory, seen from the one that index/ is in
+
+    @staticmethod
+    def of(job: str, commits: Mapping[int, Commit], *, path: str = ".") -> IndexedJob:
+        return IndexedJob(
+            job=job,
+            fingerprint=next((commit.fingerprint for commit in commits.values()), ""),
+            num_parts=len(commits),
+            parts_digest=parts_digest(commits),
+            num_vectors=sum(sum(commit.vectors.values()) for commit in commits.values()),
+            path=path,
+        )
+
+    def directory(self, out: Path) -> Path:
+        """The same, absolute and without links, of the index in `out`."""
+        return (out / self.path).resolve()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,15 +228,6 @@ class IndexManifest:
         values["missed"] = tuple(MissedKind(**missed) for missed in values["missed"])
         return IndexManifest(**values)
 
-    def refuse_other_embedding(self, query: Provenance) -> None:
-        """UserError if vectors made as `query` says can't be compared with the index's."""
-        difference = self.provenance.difference(query)
-        if difference is not None:
-            raise UserError(
-                f"the index was made with {self.provenance.model} and another {difference}; "
-                "embed the query as index.json says"
-            )
-
 
 def read_manifest(folder: Path) -> IndexManifest:
     """The manifest of the index in `folder`. UserError if there is none, JobError if it is damaged."""
@@ -226,12 +239,11 @@ def read_manifest(folder: Path) -> IndexManifest:
         manifest = IndexManifest.from_json(document)
     except (TypeError, KeyError, ValueError) as error:
         raise JobError(
-            f"{path} is not an index that this version of gristmill reads: {error}; "
-            "`gristmill run` builds it anew from the parts"
+            f"{path} is not an index that this version of gristmill reads: {error}; {_UNREADABLE}"
         ) from error
     problem = manifest_problem(manifest)
     if problem is not None:
-        raise JobError(f"{path} is not sound: {problem}; remove index/ and run again")
+        raise JobError(f"{path} is not sound: {problem}; {_UNREADABLE}")
     return manifest
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import uuid
+import shutil
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -17,8 +17,8 @@ from typing import Any
 import faiss
 import numpy as np
 
-from pipeline.durable import removed_on_failure, storage_errors
-from pipeline.errors import UserError
+from pipeline.durable import removed_on_failure, storage_errors, sync_folder
+from pipeline.errors import JobError, UserError
 from pipeline.index import faiss_files
 from pipeline.index.deletions import DELETED_NAME, Numbers, read_deleted, write_deleted
 from pipeline.index.flat_file import FlatFile
@@ -28,8 +28,9 @@ from pipeline.index.manifest import ROWS_NAME, IndexedJob, IndexManifest, Shard,
 from pipeline.index.row_map import RowMapWriter
 from pipeline.index.search import flat_matrix
 from pipeline.index.selection import sparse_numbers
-from pipeline.index.versions import clear_drafts, link_or_copy, write_manifest
+from pipeline.index.versions import clear_drafts, link_or_copy, new_draft, write_manifest
 from pipeline.job_folder import JobFolder
+from pipeline.lock import lock_existing
 
 _ROWS_AT_ONCE = 1 << 14
 
@@ -38,20 +39,50 @@ def merge_indexes(out: JobFolder, sources: Sequence[JobFolder]) -> IndexManifest
     """Makes `out`, a folder that is not there or empty, with an index of all that the indexes of `sources` hold.
 
     UserError where their vectors can't be compared, a job is in two of them, or `out` holds something; JobError where
-    one is damaged or the storage fails. Memory: a shard at a time.
+    one is damaged, another process works in `out`, or the storage fails. Begins again where a source has changed
+    meanwhile. Memory: a shard at a time.
     """
-    if out.root.exists() and any(name != "_attempts" for name in os.listdir(out.root)):
-        raise UserError(f"{out.root} is not empty; name a new folder for the merged index")
-    manifests = [read_manifest(source.index) for source in sources]
-    _refuse(sources, manifests)
-    clear_drafts(out)
-    draft = out.attempts / f"index-{uuid.uuid4().hex}"
-    with removed_on_failure(draft), storage_errors("writing the index in", draft):
-        draft.mkdir(parents=True)
-        merged = _Merge(out, draft).run(sources, manifests)
-        write_manifest(draft, merged)
-        os.rename(draft, out.index)
+    _refuse_full(out)
+    _refuse(sources, _manifests(sources))
+    with storage_errors("creating", out.attempts):
+        out.attempts.mkdir(parents=True, exist_ok=True)
+    with lock_existing(out):
+        _refuse_full(out)  # another merge may have ended just now
+        clear_drafts(out)
+        draft = new_draft(out)
+        with removed_on_failure(draft), storage_errors("writing the index in", draft):
+            while (merged := _merged(out, draft, sources)) is None:
+                shutil.rmtree(draft)
+            write_manifest(draft, merged)
+            os.rename(draft, out.index)
+            sync_folder(out.root)
     return merged
+
+
+def _refuse_full(out: JobFolder) -> None:
+    """UserError where `out` is a file, or holds more than a merge that was cut off leaves there."""
+    if out.root.exists() and not out.root.is_dir():
+        raise UserError(f"{out.root} is a file; name a new folder for the merged index")
+    if out.root.exists() and set(out.root.iterdir()) - {out.attempts, out.lock_file}:
+        raise UserError(f"{out.root} is not empty; name a new folder for the merged index")
+
+
+def _manifests(sources: Sequence[JobFolder]) -> list[IndexManifest]:
+    return [read_manifest(source.index) for source in sources]
+
+
+def _merged(out: JobFolder, draft: Path, sources: Sequence[JobFolder]) -> IndexManifest | None:
+    """All files but index.json in `draft`, which is made. None where a source changed, so that they may be of both."""
+    manifests = _manifests(sources)
+    _refuse(sources, manifests)
+    draft.mkdir()
+    try:
+        merged = _Merge(out, draft).run(sources, manifests)
+    except JobError:
+        if _manifests(sources) == manifests:
+            raise
+        return None
+    return merged if _manifests(sources) == manifests else None
 
 
 def _refuse(sources: Sequence[JobFolder], manifests: Sequence[IndexManifest]) -> None:

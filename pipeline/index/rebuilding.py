@@ -8,6 +8,7 @@ old one's place.
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,13 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import JobError, UserError
 from pipeline.index.builders import Builders
-from pipeline.index.deletions import delete_vectors, is_all_deleted, read_deleted
+from pipeline.index.deletions import DELETED_NAME, delete_vectors, is_all_deleted, read_deleted
 from pipeline.index.faiss_files import check_file
 from pipeline.index.growth import Addition, add_job
 from pipeline.index.kinds import DEFAULT_MEMORY_BYTES
-from pipeline.index.manifest import ROWS_NAME, IndexedJob, IndexManifest, read_manifest
+from pipeline.index.manifest import MANIFEST_NAME, ROWS_NAME, IndexedJob, IndexManifest, read_manifest
 from pipeline.index.row_map import SCHEMA, RowMap
-from pipeline.index.versions import Change, with_history
+from pipeline.index.versions import VERSIONS_NAME, Change, versions_present, with_history
 from pipeline.indexed_jobs import job_folder, latest_commits
 from pipeline.job_folder import JobFolder
 
@@ -33,14 +34,20 @@ def kept_changes(
 ) -> Change | None:
     """What was added to `index/` and deleted from it, as a change to an index that is to take its place.
 
-    That becomes the version after it. None where there is no index that can be read. JobError where a job that was
-    added is gone. `memory_bytes` and `builders` as `add_job` has them.
+    That becomes the version after it. None where there is no index, or one that can't be read and is as it was built.
+    JobError where a job that was added is gone, or files are that say what was added and deleted. `memory_bytes` and
+    `builders` as `add_job` has them.
     """
     try:
         before = read_manifest(folder.index)
-    except (UserError, JobError):
-        return None
-    deleted = read_deleted(folder.index, before)
+    except (UserError, JobError) as error:
+        if not _may_be_changed(folder):
+            return None
+        raise _unknown_changes(folder, MANIFEST_NAME) from error
+    try:
+        deleted = read_deleted(folder.index, before)
+    except JobError as error:
+        raise _unknown_changes(folder, DELETED_NAME) from error
     added = [
         (job, job_folder(folder.root, job))
         for job, first in list(zip(before.jobs, before.first_vectors, strict=True))[1:]
@@ -48,7 +55,10 @@ def kept_changes(
     ]
     gone = SCHEMA.empty_table()
     if deleted is not None:
-        gone = RowMap(check_file(folder.index, before.rows)).table(deleted)
+        try:
+            gone = RowMap(check_file(folder.index, before.rows)).table(deleted)
+        except JobError as error:
+            raise _unknown_changes(folder, ROWS_NAME) from error
 
     def change(draft: Path, manifest: IndexManifest) -> IndexManifest:
         manifest = _without(draft, manifest, gone, before.jobs[0].job)
@@ -63,6 +73,38 @@ def kept_changes(
         return with_history(manifest, before, folder.index, f"built again, as {manifest.kind}")
 
     return change
+
+
+def _may_be_changed(folder: JobFolder) -> bool:
+    """Of an index that no index.json tells of: whether something may have been added to it or deleted from it.
+
+    A change keeps the version before it, which may have been removed since; what it deleted has a file of its own, and
+    what it added another job's name in rows.parquet.
+    """
+    versions = folder.root / VERSIONS_NAME
+    if (versions.is_dir() and os.listdir(versions)) or (folder.index / DELETED_NAME).exists():
+        return True
+    if not folder.index.is_dir() or not os.listdir(folder.index):
+        return False
+    jobs = set[str | None]()
+    try:
+        with pq.ParquetFile(folder.index / ROWS_NAME) as file:
+            for batch in file.iter_batches(columns=["job"]):
+                jobs.update(pc.unique(batch["job"]).to_pylist())
+    except (pa.ArrowException, OSError):
+        return True
+    return len(jobs) > 1
+
+
+def _unknown_changes(folder: JobFolder, name: str) -> JobError:
+    """`name`: the file of the index that would say what was added or deleted."""
+    kept = [path for path, _ in versions_present(folder.index) if path != folder.index]
+    before = f", or have {kept[0]}, the version before, take the place of {folder.index}" if kept else ""
+    return JobError(
+        f"{folder.index / name} is missing or can't be read: what was added to the index and deleted from it would be "
+        f"lost. Put the file back{before}, or remove index/ and index-versions/ to have an index of this job's rows "
+        "alone; then run again"
+    )
 
 
 def _is_there(folder: JobFolder, job: IndexedJob) -> bool:

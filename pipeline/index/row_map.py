@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.durable import HashedFile
 from pipeline.errors import JobError
-from pipeline.index.manifest import Contents
+from pipeline.index.manifest import BUILT_AGAIN, Contents
 from pipeline.index.vectors import FIELDS, VectorBatch
 
 _FIELDS: Final[list[pa.Field[Any]]] = [
@@ -156,7 +156,7 @@ class RowMap:
             raise JobError(f"{self._path} can't be read: {' '.join(str(error).split())[:200]}") from error
         if not is_whole.all():
             silent = vectors[~is_whole][0]
-            raise JobError(f"{self._path} does not say what vector {silent} belongs to; remove index/ and run again")
+            raise JobError(f"{self._path} does not say what vector {silent} belongs to; remove it and {BUILT_AGAIN}")
         return group.places(offsets)
 
     def table(self, vectors: npt.NDArray[np.int64]) -> pa.Table:

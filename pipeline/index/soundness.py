@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from pipeline.errors import JobError
 from pipeline.index.effort import effort_name, most_effort
-from pipeline.index.manifest import Shard
+from pipeline.index.manifest import BUILT_AGAIN, Shard
 
 Numbers = npt.NDArray[np.int64]
 
@@ -39,7 +39,7 @@ def refuse_unsound_shard(index: Any, path: Path, shard: Shard, *, exact: bool, d
     if problem is None and shard.absent:
         problem = _lost_problem(index, shard, deleted)
     if problem is not None:
-        raise JobError(f"{path} is not sound: {problem}; remove index/ and run again")
+        raise JobError(f"{path} is not sound: {problem}; remove it and {BUILT_AGAIN}")
 
 
 def kept_numbers(index: Any) -> Numbers | None:

@@ -4,7 +4,8 @@
     index/                  the newest
     index-versions/000003   the one before it, until the next change: who still works with it finds its files there
 
-A crash at any moment leaves the old version or the new one. What makes a change holds the directory's lock.
+A crash at any moment leaves the old version or the new one. Where two names can't be exchanged in one step it may leave
+the old one as index-versions/replaced, from where `put_back` brings it. What makes a change holds the directory's lock.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,11 +23,13 @@ from typing import Final
 
 from pipeline.durable import removed_on_failure, replace_folder, seal, storage_errors, sync_folder, write_new
 from pipeline.errors import JobError, UserError
-from pipeline.index.manifest import MANIFEST_NAME, IndexManifest, VersionNote, read_manifest
+from pipeline.index.manifest import BUILT_AGAIN, MANIFEST_NAME, IndexManifest, VersionNote, read_manifest
 from pipeline.job_folder import JobFolder
+from pipeline.lock import lock
 
 VERSIONS_NAME: Final = "index-versions"
-DRAFT_PREFIX: Final = "index-"
+REPLACED_NAME: Final = "replaced"
+_DRAFT_PREFIX: Final = "index-"
 MOST_NOTES: Final = 1000  # of what versions were
 
 # What a draft folder holds, which has the files of the manifest -> the manifest of what it holds then.
@@ -38,9 +42,10 @@ def change_index(folder: JobFolder, change: Change) -> IndexManifest:
     It must not write into a file that is there: those belong to the old version, too. UserError where there is no
     index, JobError where it is damaged or the storage fails; the old version stays then.
     """
+    put_back_locked(folder)
     before = read_manifest(folder.index)
     clear_drafts(folder)
-    draft = folder.attempts / f"{DRAFT_PREFIX}{uuid.uuid4().hex}"
+    draft = new_draft(folder)
     with removed_on_failure(draft), storage_errors("writing the index in", draft):
         draft.mkdir(parents=True)
         for contents in before.files:
@@ -82,9 +87,44 @@ def write_manifest(draft: Path, manifest: IndexManifest) -> None:
     sync_folder(draft)
 
 
+def put_back(folder: JobFolder) -> None:
+    """Gives an index its name back that a crash has left without. Where one is being replaced just now it waits.
+
+    JobError where that can't be done.
+    """
+    for attempt in range(10):
+        if not lacks_name(folder):
+            return
+        try:
+            with lock(folder):
+                put_back_locked(folder)
+        except JobError:
+            if attempt == 9:
+                raise
+            time.sleep(0.1)
+
+
+def put_back_locked(folder: JobFolder) -> None:
+    """The same for who holds the directory's lock."""
+    if lacks_name(folder):
+        with storage_errors("putting back", folder.index):
+            os.rename(folder.root / VERSIONS_NAME / REPLACED_NAME, folder.index)
+            sync_folder(folder.root)
+
+
+def lacks_name(folder: JobFolder) -> bool:
+    """Whether the index is there, and not under its name."""
+    return not folder.index.exists() and (folder.root / VERSIONS_NAME / REPLACED_NAME / MANIFEST_NAME).is_file()
+
+
+def new_draft(folder: JobFolder) -> Path:
+    """Where the next version is to be made; names that begin with it are the draft's, too. Makes nothing."""
+    return folder.attempts / f"{_DRAFT_PREFIX}{uuid.uuid4().hex}"
+
+
 def clear_drafts(folder: JobFolder) -> None:
     """Removes what a change that was cut off has left."""
-    for path in folder.attempts.glob(f"{DRAFT_PREFIX}*") if folder.attempts.is_dir() else ():
+    for path in folder.attempts.glob(f"{_DRAFT_PREFIX}*") if folder.attempts.is_dir() else ():
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -93,7 +133,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except FileNotFoundError:
-        raise JobError(f"{source} is missing: build the index again (`gristmill run` does)") from None
+        raise JobError(f"{source} is missing; {BUILT_AGAIN}") from None
     except OSError:
         shutil.copyfile(source, target)
         with target.open("rb") as file:
@@ -128,14 +168,11 @@ def versions_present(folder: Path) -> list[tuple[Path, IndexManifest]]:
 
 def publish(folder: JobFolder, draft: Path) -> None:
     """`draft`, an index whose files are flushed, takes the place of the one that is there, which is kept beside it."""
-    try:
-        before = read_manifest(folder.index)
-    except (UserError, JobError):  # none, or one that nobody can read
-        replace_folder(draft, folder.index, discarded=draft.with_name(f"{draft.name}-old"))
-        return
-    versions = folder.root / VERSIONS_NAME
-    versions.mkdir(exist_ok=True)
-    for path in versions.iterdir():
-        shutil.rmtree(path)
-    kept = kept_folder(folder, before.version)
-    replace_folder(draft, folder.index, discarded=draft.with_name(f"{draft.name}-old"), kept=kept)
+    versions, kept = folder.root / VERSIONS_NAME, None
+    if folder.index.exists():
+        with suppress(UserError, JobError):  # one that nobody can read is not kept
+            kept = kept_folder(folder, read_manifest(folder.index).version)
+        versions.mkdir(exist_ok=True)
+        for path in versions.iterdir():
+            shutil.rmtree(path)
+    replace_folder(draft, folder.index, aside=versions / REPLACED_NAME, kept=kept)

@@ -121,13 +121,13 @@ def test_a_folder_takes_the_place_of_another(
 ) -> None:
     if not exchange:
         monkeypatch.setattr(durable, "_exchange", lambda one, other: False)
-    new, target, discarded = tmp_path / "new", tmp_path / "target", tmp_path / "discarded"
+    new, target, aside = tmp_path / "new", tmp_path / "target", tmp_path / "aside"
     new.mkdir()
     (new / "new").write_text("")
     if there:
         target.mkdir()
         (target / "old").write_text("")
-    replace_folder(new, target, discarded=discarded)
+    replace_folder(new, target, aside=aside)
     assert os.listdir(tmp_path) == ["target"]
     assert os.listdir(target) == ["new"]
 

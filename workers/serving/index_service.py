@@ -94,12 +94,13 @@ class IndexService:
         if difference is not None:
             raise UserError(f"its vectors were made with another {difference}: start serve-index again")
         before, old = self._manifest, self._shards
-        held = {shard.sha256: actor for shard, actor in zip(before.shards, old, strict=True)}
-        numbers = [number for number, shard in enumerate(manifest.shards) if shard.sha256 not in held]
+        held = {shard.identity: actor for shard, actor in zip(before.shards, old, strict=True)}
+        numbers = [number for number, shard in enumerate(manifest.shards) if shard.identity not in held]
         self._starting = self._start_shards(manifest, numbers)
         started = dict(zip(numbers, self._starting, strict=True))
         shards = [
-            started[number] if number in started else held[shard.sha256] for number, shard in enumerate(manifest.shards)
+            started[number] if number in started else held[shard.identity]
+            for number, shard in enumerate(manifest.shards)
         ]
         try:
             await_ready({f"shard {number}": actor for number, actor in started.items()})

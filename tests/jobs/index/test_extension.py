@@ -123,6 +123,20 @@ def test_new_files_become_rows_and_nothing_new_is_said(
     assert extend(tmp_path / "moved") == []
 
 
+def test_extensions_may_be_on_another_disk(out: Path, tmp_path: Path) -> None:
+    drop(tmp_path / "corpus", "second", 3)
+    extend(out)
+    (out / "extensions").rename(tmp_path / "disk")
+    (out / "extensions").symlink_to(tmp_path / "disk")
+    assert extend(out) == []
+    drop(tmp_path / "corpus", "third", 2)
+    (done,) = extend(out)
+    assert (done.path, done.vectors) == ("extensions/000002", 2)
+    assert_whole(out)
+    assert extend(out) == []
+    assert len(texts_found(out)) == 17
+
+
 def test_cut_off_anywhere_it_goes_on(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drop(tmp_path / "corpus", "second", 100)
     run = jobs.index.extension.run
@@ -232,8 +246,9 @@ def test_rows_that_somebody_added_or_deleted_are_known(
     assert extend(out) == [], "they were deleted on purpose"
     run_job(settings)
     assert index_contents(out)["vectors"] == 19
-    # Removed and built again, the index gets back what extended it.
+    # Removed with the version before and built again, the index gets back what extended it.
     shutil.rmtree(out / "index")
+    shutil.rmtree(out / "index-versions")
     (tmp_path / "corpus" / "second.parquet").unlink()  # which only the index knew
     run_job(settings)
     assert index_contents(out)["vectors"] == 12

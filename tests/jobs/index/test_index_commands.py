@@ -163,6 +163,12 @@ def test_an_index_grows_forgets_and_is_merged(
     assert answer("verify", "both")[0] == 0
     assert len(hits("both")) == 5
 
+    # As a crash leaves it where two names can't be exchanged in one step.
+    (tmp_path / "both" / "index").rename(tmp_path / "both" / "index-versions" / "replaced")
+    assert "puts it back" in answer("verify", "both")[1]["pending"][0]
+    assert len(hits("both")) == 5
+    assert answer("verify", "both")[0] == 0
+
 
 def test_what_can_not_be_is_one_line(
     jobs_done: dict[str, Any], answer: Callable[..., tuple[int, Any]], tmp_path: Path

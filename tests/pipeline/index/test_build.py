@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable
@@ -263,14 +264,23 @@ def test_index_json_is_read_back_as_it_was_written(committed: Committed, provena
         assert read_manifest(folder.index) == manifest
 
 
-def test_an_index_made_another_way_refuses_the_query(committed: Committed, provenance: Provenance) -> None:
+def test_an_index_made_another_way_is_told_by_what_differs(committed: Committed, provenance: Provenance) -> None:
     folder, log = committed(unit(9))
-    manifest = build_index(folder, log.commits, job="mine", provenance=provenance)
-    read_manifest(folder.index).refuse_other_embedding(provenance)
-    for changed in [{"pooling": "last"}, {"model_files": {"model.safetensors": "cc"}}, {"settings": {"echo": True}}]:
-        other = Provenance(**{**manifest.to_json()["provenance"], **changed})
-        with pytest.raises(UserError, match=next(iter(changed))):
-            manifest.refuse_other_embedding(other)
+    build_index(folder, log.commits, job="mine", provenance=provenance)
+    made = read_manifest(folder.index).provenance
+    assert made.difference(provenance) is None
+    assert (
+        made.difference(dataclasses.replace(provenance, model="elsewhere", query_template="query: {{ text }}")) is None
+    )
+    changes: list[dict[str, Any]] = [
+        {"pooling": "last"},
+        {"model_files": {"model.safetensors": "cc"}},
+        {"settings": {"echo": True}},
+    ]
+    for changed in changes:
+        difference = made.difference(dataclasses.replace(provenance, **changed))
+        assert difference is not None
+        assert difference.startswith(next(iter(changed)))
 
 
 @pytest.mark.parametrize("exchange", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline.audit import audit
 from pipeline.durable import seal
 from pipeline.errors import JobError
 from pipeline.index.build import index_is_current
+from pipeline.index.builders import ThreadBuilders
 from pipeline.index.check import IndexedParts
 from pipeline.index.compaction import compact, planned_ranges
 from pipeline.index.deletions import write_deleted
@@ -23,6 +25,7 @@ from pipeline.index.manifest import IndexManifest, read_manifest
 from pipeline.index.merging import merge_indexes
 from pipeline.index.rebuilding import kept_changes
 from pipeline.index.search import VectorIndex
+from pipeline.index.shard_build import ShardResult, ShardTask
 from pipeline.index.versions import change_index
 from pipeline.job_folder import JobFolder
 from tests.pipeline.index.indexed_job import KINDS, Make, all_found, assert_whole, unit
@@ -107,6 +110,20 @@ def test_what_holds_nothing_deleted_is_left_as_it_is(job: Make) -> None:
     after = [os.stat(one.folder.index / f"shard-00{n}.faiss").st_ino for n in range(3)]
     assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, True]
     assert index_is_current(one.folder, one.log.commits, **one.arguments), "a job that is done does nothing"
+
+
+def test_the_largest_shard_says_how_many_are_built_side_by_side(job: Make) -> None:
+    one, two = (job(f"of {count}", unit(count, seed=1), kind="HNSW8", recall=0.1) for count in (1000, 60))
+    one.add(two)
+    one.delete(0, 1000)
+    asked = list[int]()
+
+    def builders(tasks: Sequence[ShardTask], *, side_by_side: int) -> list[ShardResult]:
+        asked.append(side_by_side)
+        return ThreadBuilders(1)(tasks, side_by_side=side_by_side)
+
+    one.compact([two], memory_bytes=(24 << 20) + 300_000, builders=builders)  # one of 1,000 fits, two don't
+    assert asked == [1]
 
 
 def test_a_compacted_index_that_misses_its_recall_is_refused_and_left(

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.errors import JobError, UserError
+from pipeline.index import merging
 from pipeline.index.manifest import Provenance
 from pipeline.index.merging import merge_indexes
 from pipeline.index.search import VectorIndex
 from pipeline.job_folder import JobFolder
+from pipeline.lock import lock_existing
 from tests.pipeline.index.indexed_job import KINDS, Make, assert_whole, found_in, unit
 
 
@@ -44,6 +46,7 @@ def test_a_merge_that_dies_at_any_step_leaves_no_index_or_the_whole(job: Make, t
         merge_indexes(JobFolder(tmp_path / "merged"), sources)
     num_steps = len(filesystem.trace)
     assert num_steps > 5
+    assert filesystem.trace[-3:] == ["rename", "open", "fsync"], "the name lasts"
     for step in range(num_steps):
         merged = JobFolder(tmp_path / f"merged-{step}")
         with filesystem.dies_at(step):
@@ -55,6 +58,44 @@ def test_a_merge_that_dies_at_any_step_leaves_no_index_or_the_whole(job: Make, t
         assert len(found_in(merged, unit(1, seed=3), 100)[0]) == 26
         assert not list(merged.attempts.iterdir())
     assert_whole(one.folder)
+
+
+def test_what_another_process_or_a_file_holds_is_no_place_to_merge_into(job: Make, tmp_path: Path) -> None:
+    one, two = job("one", unit(20, seed=1)), job("two", unit(7, seed=2))
+    merged = JobFolder(tmp_path / "merged")
+    merged.attempts.mkdir(parents=True)
+    with lock_existing(merged):
+        (merged.attempts / "index-of-another").mkdir()
+        with pytest.raises(JobError, match="merged is in use by process"):
+            merge_indexes(merged, [one.folder, two.folder])
+        assert (merged.attempts / "index-of-another").is_dir()
+    merge_indexes(merged, [one.folder, two.folder])
+    assert sorted(path.name for path in merged.root.iterdir()) == [".lock", "_attempts", "index"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file; name a new folder"):
+        merge_indexes(JobFolder(tmp_path / "file"), [one.folder, two.folder])
+
+
+@pytest.mark.parametrize("change", ["delete", "compact"])
+def test_a_source_that_changes_meanwhile_is_merged_as_it_is_then(
+    job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    one, two = job("one", unit(20, seed=1)), job("two", unit(7, seed=2))
+    one.delete(4)
+    two.delete(4)
+    renumbered, changes = merging._renumbered, [(lambda: one.delete(2)) if change == "delete" else two.compact]
+
+    def changed_first(*arguments: Any) -> Any:
+        if changes:
+            changes.pop()()
+        return renumbered(*arguments)
+
+    monkeypatch.setattr(merging, "_renumbered", changed_first)
+    merged = JobFolder(tmp_path / "merged")
+    manifest = merge_indexes(merged, [one.folder, two.folder])
+    assert (manifest.num_deleted, manifest.num_absent) == ((3, 0) if change == "delete" else (2, 1))
+    assert len(found_in(merged, unit(1, seed=3), 100)[0]) == 27 - manifest.num_deleted
+    assert_whole(merged)
 
 
 def test_indexes_that_do_not_belong_together_are_not_merged(job: Make, tmp_path: Path, provenance: Provenance) -> None:

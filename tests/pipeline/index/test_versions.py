@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +14,23 @@ import faiss
 import numpy as np
 import pytest
 
+from pipeline import durable
 from pipeline.audit import audit
+from pipeline.durable import seal, unseal
 from pipeline.errors import JobError, UserError
 from pipeline.index.build import build_index, index_is_current
 from pipeline.index.deletions import delete_vectors
 from pipeline.index.expression import Filter
 from pipeline.index.manifest import Provenance, read_manifest
 from pipeline.index.matching import matching_vectors
+from pipeline.index.merging import merge_indexes
 from pipeline.index.rebuilding import kept_changes
 from pipeline.index.search import IndexShard, VectorIndex
-from pipeline.index.versions import change_index, folder_of_version
+from pipeline.index.versions import change_index, folder_of_version, lacks_name, put_back
 from pipeline.indexed_jobs import IndexedRows, job_folder
-from tests.pipeline.index.indexed_job import KINDS, Make, assert_whole, unit
+from pipeline.job_folder import JobFolder
+from pipeline.lock import lock
+from tests.pipeline.index.indexed_job import KINDS, Job, Make, assert_whole, unit
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,6 +95,20 @@ def test_records_are_read_from_the_job_that_a_hit_is_of(job: Make) -> None:
     with pytest.raises(JobError, match=r"the rows of job 'two' are in .*two, and there is no job directory there"):
         IndexedRows(one.folder.root, manifest).read([hits[0].place])
     assert any("the rows of job 'two'" in problem for problem in audit(one.folder.root).problems)
+
+
+def test_a_job_whose_rows_all_failed_is_added_to_and_done(job: Make, committed: Any, provenance: Provenance) -> None:
+    folder, log = committed(np.full((9, 8), np.nan, np.float32))
+    arguments: dict[str, Any] = {"job": "mine", "provenance": provenance}
+    build_index(folder, log.commits, **arguments)
+    mine, two = Job(folder, log, "mine", np.empty((0, 8), np.float32), arguments), job("two", unit(7, seed=2))
+    mine.add(two)
+    assert index_is_current(folder, log.commits, **arguments)
+    mine.delete(3)
+    mine.compact([two])
+    assert index_is_current(folder, log.commits, **arguments)
+    assert not index_is_current(folder, log.commits, **arguments | {"recall": 0.5})
+    assert len(mine.found(unit(1, seed=3), 20)[0]) == 6
 
 
 def test_what_can_not_be_compared_or_is_there_is_refused_and_nothing_changes(job: Make, provenance: Provenance) -> None:
@@ -157,8 +178,14 @@ def test_unchanged_files_are_not_copied(job: Make) -> None:
     assert os.stat(one.folder.index / "shard-000.faiss").st_ino == before
 
 
+@pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("change", ["add", "delete", "rebuild", "compact"])
-def test_a_crash_at_any_step_leaves_the_old_version_or_the_new(job: Make, filesystem: Any, change: str) -> None:
+def test_a_crash_at_any_step_leaves_the_old_version_or_the_new(
+    job: Make, filesystem: Any, monkeypatch: pytest.MonkeyPatch, change: str, exchange: bool
+) -> None:
+    """Where two names can't be exchanged it may leave the old one under another name, until who comes next."""
+    if not exchange:
+        monkeypatch.setattr(durable, "_exchange", lambda one, other: False)
     one, two = job("one", unit(20, seed=1)), job("two", unit(7, seed=2))
     one.delete(4)
     old = read_manifest(one.folder.index)
@@ -173,6 +200,7 @@ def test_a_crash_at_any_step_leaves_the_old_version_or_the_new(job: Make, filesy
     num_steps = len(filesystem.trace)
     assert num_steps > 5
     new = read_manifest(one.folder.index)
+    num_put_back = 0
     for step in range(num_steps):
         one.build()
         change_index(one.folder, lambda draft, manifest: delete_vectors(draft, manifest, np.array([4])))
@@ -180,6 +208,8 @@ def test_a_crash_at_any_step_leaves_the_old_version_or_the_new(job: Make, filesy
         with filesystem.dies_at(step):
             work()
         assert filesystem.died
+        num_put_back += lacks_name(one.folder)
+        put_back(one.folder)
         manifest = read_manifest(one.folder.index)
         expected = old if manifest.version == 2 else new
         assert (manifest.jobs, manifest.num_deleted) == (expected.jobs, expected.num_deleted)
@@ -193,6 +223,35 @@ def test_a_crash_at_any_step_leaves_the_old_version_or_the_new(job: Make, filesy
             work()
             assert read_manifest(one.folder.index).num_deleted == new.num_deleted
             assert read_manifest(one.folder.index).num_absent == new.num_absent
+    assert bool(num_put_back) != exchange
+
+
+def test_an_index_that_a_crash_left_without_its_name_is_found_by_all_who_ask(
+    job: Make, tmp_path: Path, filesystem: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable, "_exchange", lambda one, other: False)
+    one, two = job("one", unit(20, seed=1)), job("two", unit(7, seed=2))
+    merged = JobFolder(tmp_path / "merged")
+    merge_indexes(merged, [one.folder, two.folder])
+
+    def die_between_the_names(folder: JobFolder) -> None:
+        for step in itertools.count():
+            with filesystem.dies_at(step):
+                change_index(folder, lambda draft, manifest: delete_vectors(draft, manifest, np.array([3])))
+            if lacks_name(folder):
+                return
+
+    die_between_the_names(merged)
+    assert audit(merged.root).pending == (
+        f"the index was being replaced and lies in index-versions/: `gristmill index show {merged.root}` puts it back",
+    )
+    put_back(merged)
+    assert_whole(merged)
+    die_between_the_names(one.folder)
+    with pytest.raises(JobError, match="in use by"), lock(one.folder):
+        put_back(one.folder)
+    change_index(one.folder, lambda draft, manifest: delete_vectors(draft, manifest, np.array([5])))
+    assert_whole(one.folder)
 
 
 def test_a_job_that_is_indexed_again_keeps_what_was_added_and_deleted(job: Make) -> None:
@@ -206,6 +265,77 @@ def test_a_job_that_is_indexed_again_keeps_what_was_added_and_deleted(job: Make)
     every = {hit for hits in one.found(unit(1, seed=3), 100) for hit in hits}
     assert every == {("one", row) for row in range(40) if row != 4} | {("two", row) for row in range(7) if row != 2}
     assert_whole(one.folder)
+
+
+@pytest.mark.parametrize("name", ["shard-000.faiss", "shard-001.faiss", "center.npy"])
+def test_a_damaged_file_is_removed_and_built_again_with_what_was_added_and_deleted(job: Make, name: str) -> None:
+    one, two = job("one", unit(40, seed=1), center=True), job("two", unit(7, seed=2))
+    one.add(two)
+    one.delete(4, 42)
+    every = sorted(one.found(unit(1, seed=3), 100)[0])
+    path = one.folder.index / name
+    content = path.read_bytes()
+    path.unlink()  # and no other name of it, in index-versions/, is written to
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert any(f"{name} is damaged" in line and "; remove it and run again" in line for line in _problems(one))
+    path.unlink()
+    assert not index_is_current(one.folder, one.log.commits, **one.arguments)
+    one.build(change=kept_changes(one.folder))
+    assert sorted(one.found(unit(1, seed=3), 100)[0]) == every
+    assert_whole(one.folder)
+
+
+def _problems(job: Job) -> tuple[str, ...]:
+    return audit(job.folder.root).problems
+
+
+@pytest.mark.parametrize("name", ["index.json", "deleted.parquet", "rows.parquet"])
+@pytest.mark.parametrize("damage", ["changed", "removed", "format"])
+def test_an_index_is_not_built_again_where_what_was_added_and_deleted_is_not_known(
+    job: Make, name: str, damage: str
+) -> None:
+    one, two = job("one", unit(20, seed=1)), job("two", unit(7, seed=2))
+    one.add(two)
+    one.delete(4, 22)
+    path = one.folder.index / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "changed":
+        path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    elif damage == "format" and name == "index.json":
+        path.write_bytes(seal({**unseal(content, path), "format": 1}))
+    with pytest.raises(JobError) as refused:
+        kept_changes(one.folder)
+    assert str(path) in str(refused.value)
+    assert f"have {one.folder.root / 'index-versions' / '000002'}, the version before, take the" in str(refused.value)
+    shutil.rmtree(one.folder.index)
+    with pytest.raises(JobError, match=r"index\.json is missing"):
+        kept_changes(one.folder)
+    (one.folder.root / "index-versions" / "000002").rename(one.folder.index)
+    assert index_is_current(one.folder, one.log.commits, **one.arguments)
+    one.build(change=kept_changes(one.folder))
+    assert len(one.found(unit(1, seed=3), 100)[0]) == 27, "the job that was added is there"
+    shutil.rmtree(one.folder.index)
+    shutil.rmtree(one.folder.root / "index-versions")
+    assert kept_changes(one.folder) is None, "who removes all of it knows"
+
+
+@pytest.mark.parametrize("change", ["none", "add", "delete"])
+def test_an_index_that_can_not_be_read_is_built_again_where_nothing_was_added_or_deleted(
+    job: Make, change: str
+) -> None:
+    one, two = job("one", unit(20, seed=1)), job("two", unit(7, seed=2))
+    if change != "none":
+        one.add(two) if change == "add" else one.delete(3)
+        shutil.rmtree(one.folder.root / "index-versions")
+    (one.folder.index / "index.json").write_bytes(b"{")
+    if change == "none":
+        assert kept_changes(one.folder) is None
+        one.build()
+        assert_whole(one.folder)
+    else:
+        with pytest.raises(JobError, match=r"index\.json is missing or can't be read: what was added .* back, or"):
+            kept_changes(one.folder)
 
 
 def test_what_was_deleted_stays_deleted_when_all_is_indexed_again(job: Make, tmp_path: Path) -> None:
@@ -254,7 +384,7 @@ def test_a_damaged_list_of_deletions_is_never_read_as_none(job: Make) -> None:
     (one.folder.index / "deleted.parquet").write_bytes(b"")
     with pytest.raises(JobError, match="damaged"):
         VectorIndex.open(one.folder.index)
-    with pytest.raises(JobError, match="damaged"):
+    with pytest.raises(JobError, match=r"deleted\.parquet is missing or can't be read"):
         kept_changes(one.folder)
     assert any("deleted.parquet" in problem for problem in audit(one.folder.root).problems)
 

@@ -1,0 +1,28 @@
+"""A shard's actor, without Ray: it answers by the shard that it was started for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.index.manifest import Provenance
+from tests.pipeline.index.indexed_job import finished_job, unit
+from workers.index_shard import IndexShardActor
+
+
+def test_empty_shards_are_told_apart_by_their_numbers(tmp_path: Path) -> None:
+    provenance = Provenance(model="tiny", model_files={}, tokenizer="aa", pooling="mean")
+    one = finished_job(tmp_path, "one", unit(5, seed=1), provenance=provenance, shards=2)
+    two = finished_job(tmp_path, "two", unit(4, seed=2), provenance=provenance)
+    one.add(two)
+    one.delete(*range(5))
+    manifest = one.compact([two])
+    assert manifest.shards[0].sha256 == manifest.shards[1].sha256
+    queries = unit(1, seed=3)
+    found = []
+    for number, shard in enumerate(manifest.shards):
+        actor = IndexShardActor(str(one.folder.index), manifest, number, neighbours=1)
+        _, numbers = actor.search(manifest.digest, queries, 9, np.ones(shard.num_vectors, np.bool_))
+        found.extend(numbers[numbers >= 0].tolist())
+    assert sorted(found) == [5, 6, 7, 8]
