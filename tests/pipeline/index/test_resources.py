@@ -91,7 +91,8 @@ def test_building_keeps_to_its_budget(tmp_path: Any, kind: str, memory_bytes: in
     assert shards == budget.shards
     assert (shards > 1) == (kind == "IVF16,Flat" and memory_bytes < 1 << 30)
     assert budget.peak_bytes(1) <= memory_bytes
-    assert 0 < taken <= budget.peak_bytes(1) + ALLOCATORS_BYTES
+    assert taken <= budget.peak_bytes(1) + ALLOCATORS_BYTES
+    assert taken > 0 or kind == "Flat", "which takes less than can be told"
 
 
 KILLED = (
