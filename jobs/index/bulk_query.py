@@ -91,13 +91,13 @@ def bulk_query(
     refuse_changed_model(manifest.provenance, resolve_model(manifest.provenance.model))
     queries = query_job(source, column, id_column, output, manifest.provenance, spec)
     target = JobFolder(output.expanduser().absolute())
+    settings = queries.to_json()
     asked = {
         "index": str(out.resolve()),
         "index_digest": manifest.digest,
         "k": k,
         "filter": filter,
-        "input": queries.to_json()["input"],
-        "prompt": queries.to_json()["prompt"],
+        **{name: settings[name] for name in ("input", "prompt", "embed")},
     }
     with lock(target):
         _begin(target, asked)

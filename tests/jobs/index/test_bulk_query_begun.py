@@ -1,0 +1,45 @@
+"""What a bulk search holds its folder to, before any worker is started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import jobs.index.bulk_query
+from jobs.index.bulk_query import bulk_query
+from pipeline.errors import UserError
+from pipeline.job_folder import JobFolder
+
+
+class WorkersAreStartedError(Exception):
+    pass
+
+
+@pytest.fixture
+def queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of two columns; a search for its rows ends where it would start workers."""
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise WorkersAreStartedError
+
+    monkeypatch.setattr(jobs.index.bulk_query, "ray_session", refuse)
+    path = tmp_path / "queries.parquet"
+    pq.write_table(pa.table({"one": ["a"], "other": ["b"]}), path)
+    return path
+
+
+@pytest.mark.parametrize("template", ["{{ text }}", "What is {{ text }}?"])
+def test_another_column_is_another_search(
+    made_index: Callable[..., JobFolder], queries: Path, tmp_path: Path, template: str
+) -> None:
+    out, found = made_index(["a", "b"], query_template=template).root, tmp_path / "found"
+    for _ in range(2):
+        with pytest.raises(WorkersAreStartedError):
+            bulk_query(out, str(queries), found, column="one")
+    with pytest.raises(UserError, match=r"--output .*/found holds another search, with another (embed|prompt);"):
+        bulk_query(out, str(queries), found, column="other")
