@@ -346,9 +346,8 @@ def _query_many(answers: Answers, out: Path, file: str, output: Path, **options:
     except (KeyboardInterrupt, SystemExit) as stop:
         return answers.stopped(stop)
     failed = f", {result['errors']:,} of them failed" if result["errors"] else ""
-    answers.answer(
-        result, f"{result['queries']:,} queries{failed}: {result['neighbours']:,} neighbours in {output / 'parts'}"
-    )
+    parts = Path(result["output"], "parts")
+    answers.answer(result, f"{result['queries']:,} queries{failed}: {result['neighbours']:,} neighbours in {parts}")
     return 0
 
 

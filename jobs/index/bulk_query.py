@@ -86,11 +86,12 @@ def bulk_query(
     or `output` holds another search; JobError if the index was built anew since the search began.
     """
     folder = open_index(out)
+    output = output.expanduser()
     manifest = read_manifest(folder.index)
     spec = embedding_spec(out, manifest)
     refuse_changed_model(manifest.provenance, resolve_model(manifest.provenance.model))
     queries = query_job(source, column, id_column, output, manifest.provenance, spec)
-    target = JobFolder(output.expanduser().absolute())
+    target = JobFolder(output.absolute())
     settings = queries.to_json()
     asked = {
         "index": str(out.resolve()),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +16,7 @@ import jobs.index.bulk_query
 from jobs.index.bulk_query import bulk_query
 from pipeline.errors import UserError
 from pipeline.job_folder import JobFolder
+from pipeline.neighbours import SCHEMA
 
 
 class WorkersAreStartedError(Exception):
@@ -43,3 +46,19 @@ def test_another_column_is_another_search(
             bulk_query(out, str(queries), found, column="one")
     with pytest.raises(UserError, match=r"--output .*/found holds another search, with another (embed|prompt);"):
         bulk_query(out, str(queries), found, column="other")
+
+
+def test_a_tilde_is_the_home_folder_from_the_begin_to_the_end(
+    made_index: Callable[..., JobFolder], queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def search(embedded: Path, target: JobFolder, *arguments: Any) -> None:
+        assert embedded == target.root / "queries" == tmp_path / "found" / "queries"
+        pq.write_table(pa.Table.from_pylist([{"query_row": 0, "rank": 1}], SCHEMA), target.parts / "part.parquet")
+
+    monkeypatch.setattr(jobs.index.bulk_query, "ray_session", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(jobs.index.bulk_query, "run", lambda spec, **_: SimpleNamespace(out=Path(spec.output.path)))
+    monkeypatch.setattr(jobs.index.bulk_query, "_search_all", search)
+    answer = bulk_query(made_index(["a"]).root, str(queries), Path("~/found"), column="one")
+    assert (answer["output"], answer["neighbours"]) == (str(tmp_path / "found"), 1)
