@@ -73,7 +73,7 @@ def matching_vectors(folder: Path, manifest: IndexManifest, wanted: Wanted, fold
 
     Its columns are those that were carried over, by their names in the input; where no input column is called so also
     row, id, sample, text (the generation) and job. A job that does not carry a column has it missing everywhere.
-    UserError for a column that no job has; JobError where parts are gone or damaged.
+    UserError for a column that no job with rows left has; JobError where parts are gone or damaged.
     """
     mask = np.zeros(manifest.num_vectors, np.bool_)
     deleted = read_deleted(folder, manifest)
@@ -82,6 +82,8 @@ def matching_vectors(folder: Path, manifest: IndexManifest, wanted: Wanted, fold
         for job, first in zip(manifest.jobs, manifest.first_vectors, strict=True)
         if not is_all_deleted(deleted, first, job.num_vectors)  # or else its directory may be gone
     ]
+    if not tables:
+        return mask
     known = list(dict.fromkeys(name for table, _ in tables for name in table.names))
     for name in sorted(wanted.columns - {*known, _ID}):
         raise UserError(

@@ -125,6 +125,12 @@ def test_what_the_values_make_impossible_is_told_of_the_filter(found: Found) -> 
         found("year * 9223372036854775807 > 1")
 
 
+def test_where_all_rows_are_deleted_a_filter_means_none(job: JobFolder) -> None:
+    everything = np.arange(read_manifest(job.index).num_vectors)
+    manifest = change_index(job, lambda draft, before: delete_vectors(draft, before, everything))
+    assert not matching_vectors(job.index, manifest, Filter.parse("lang == 'en'"), lambda _: job).any()
+
+
 def test_a_column_that_only_another_job_has_is_missing_here(job: JobFolder, tmp_path: Path) -> None:
     manifest: Any = read_manifest(job.index)
     bare = JobFolder(tmp_path / "bare")
