@@ -65,7 +65,11 @@ class OfIds:
         return frozenset([_ID])
 
     def over(self, schema: pa.Schema) -> pc.Expression:
-        return pc.field(_ID).isin(pa.array(self.ids, pa.string()))
+        try:
+            ids = pa.array(self.ids, pa.string())
+        except UnicodeEncodeError as error:
+            raise UserError(f"id {error.object!a} is no valid UTF-8, and ids are") from None
+        return pc.field(_ID).isin(ids)
 
 
 def matching_vectors(folder: Path, manifest: IndexManifest, wanted: Wanted, folder_of: FolderOf) -> Mask:

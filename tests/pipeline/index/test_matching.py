@@ -18,7 +18,7 @@ from pipeline.index.compaction import compact
 from pipeline.index.deletions import delete_vectors
 from pipeline.index.expression import Filter
 from pipeline.index.manifest import Provenance, read_manifest
-from pipeline.index.matching import matching_vectors
+from pipeline.index.matching import OfIds, matching_vectors
 from pipeline.index.search import VectorIndex
 from pipeline.index.versions import change_index
 from pipeline.indexed_jobs import latest_commits
@@ -118,6 +118,11 @@ def test_a_carried_column_goes_before_the_parts_own_of_that_name(found: Found) -
 def test_an_unknown_column_names_those_there_are(found: Found) -> None:
     with pytest.raises(UserError, match=r"no column 'years'; did you mean 'year'\?; there are lang, year, text, row"):
         found("years == 3")
+
+
+def test_an_id_that_is_no_text_is_refused_in_one_line(job: JobFolder) -> None:
+    with pytest.raises(UserError, match=r"^id '\\udcff' is no valid UTF-8"):
+        matching_vectors(job.index, read_manifest(job.index), OfIds(["4", "\udcff"]), lambda _: job)
 
 
 def test_what_the_values_make_impossible_is_told_of_the_filter(found: Found) -> None:
