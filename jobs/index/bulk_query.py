@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from jobs.client import run
-from jobs.index.query import allowed_vectors, embedding_spec
+from jobs.index.query import allowed_vectors, embedding_spec, refuse_no_hits
 from jobs.progress import Progress
 from jobs.ray_session import is_joined, ray_session
 from jobs.spec import JobSpec, JsonObject
@@ -83,8 +83,9 @@ def bulk_query(
     With a `filter` only among the rows that it means (see `pipeline.index.expression`).
 
     Gives {"output", "queries", "errors", "neighbours"}. UserError where there is no index, the model is another by now,
-    or `output` holds another search; JobError if the index was built anew since the search began.
+    k is below 1, or `output` holds another search; JobError if the index was built anew since the search began.
     """
+    refuse_no_hits(k)
     folder = open_index(out)
     output = output.expanduser()
     manifest = read_manifest(folder.index)

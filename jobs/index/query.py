@@ -64,11 +64,15 @@ class QueryResult:
 def query_texts(out: Path, texts: Sequence[str], k: int, *, filter: str | None = None) -> list[QueryResult]:
     """The k rows nearest to each text, of those that `filter` means (see `pipeline.index.expression`).
 
-    UserError where there is no index, the model is another than the index's, or the filter is not understood.
+    UserError where there is no index, the model is another than the index's, the filter is not understood, or k is
+    below 1.
     """
     refuse_empty(texts)
+    refuse_no_hits(k)
     index = VectorIndex.open(open_index(out).index)
     allowed = allowed_vectors(out, index.manifest, filter)
+    if not texts:
+        return []
     vectors = embed_queries(texts, index.manifest.provenance, embedding_spec(out, index.manifest))
     return _search(out, index, list(texts), vectors, k, allowed)
 
@@ -97,8 +101,14 @@ def refuse_empty(texts: Sequence[str]) -> None:
         raise UserError("query: the text is empty; say what to look for")
 
 
+def refuse_no_hits(k: int) -> None:
+    if k < 1:
+        raise UserError(f"query: k {k} is not in the range k >= 1")
+
+
 def query_vectors(out: Path, file: Path, k: int, *, filter: str | None = None) -> list[QueryResult]:
     """The same for vectors in a .npy file, [d] or [n, d]."""
+    refuse_no_hits(k)
     index = VectorIndex.open(open_index(out).index)
     names, vectors = read_vectors(file)
     return _search(out, index, names, vectors, k, allowed_vectors(out, index.manifest, filter))
