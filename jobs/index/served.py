@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from jobs.index.query import QueryResult, embedding_spec, hit_of, query_engine, refuse_empty, refuse_no_hits
 from jobs.ray_session import is_joined, ray_session
 from jobs.status import open_index
-from pipeline.errors import UserError
+from pipeline.errors import JobError, UserError
 from pipeline.index.manifest import read_manifest
 from workers import devices
 from workers.settings import DEFAULT_ENGINE
@@ -154,11 +154,21 @@ def connect(index: str | Path, address: str | None = None) -> ServedIndex:
         name = str(index)
         if name not in names:
             name = directory_name(Path(index))
-        if name not in names:  # it may be served under a name of its own
-            outs = {other: IndexClient(other).output() for other in names}
-            name = next((other for other, out in outs.items() if directory_name(Path(out)) == name), str(index))
+        if name not in names:
+            name = _own_name(name, names) or str(index)
         return ServedIndex(IndexClient(name), session.pop_all())
     raise AssertionError
+
+
+def _own_name(directory: str, names: Sequence[str]) -> str | None:
+    """Which of `names` the index of the job directory is served under; None where none says so."""
+    from workers.serving.index_client import IndexClient
+
+    for name in names:
+        with suppress(UserError, JobError):  # one that is just being started, or broken, is not to hide the others
+            if directory_name(Path(IndexClient(name).output())) == directory:
+                return name
+    return None
 
 
 def directory_name(out: Path) -> str:
