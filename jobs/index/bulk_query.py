@@ -40,6 +40,7 @@ from pipeline.index.manifest import IndexManifest, Provenance, read_manifest
 from pipeline.index.row_map import RowMap
 from pipeline.index.search import best, prepare_queries, read_centering
 from pipeline.index.selection import Mask
+from pipeline.index.version_files import read_version
 from pipeline.indexed_jobs import IndexedRows, latest_commits
 from pipeline.job_folder import JobFolder, read_plan
 from pipeline.lock import lock
@@ -225,8 +226,11 @@ def _search_all(
 
     queries = JobFolder(queries_out)
     wanted = [commit for split, commit in sorted(latest_commits(queries).items()) if split not in log.commits]
-    rows = RowMap(check_file(indexed.index, manifest.rows))
-    centering = read_centering(indexed.index, manifest)
+    rows, centering = read_version(
+        indexed.index,
+        manifest,
+        lambda where: (RowMap(check_file(where, manifest.rows)), read_centering(where, manifest)),
+    )
     records = IndexedRows(indexed.root, manifest, cache_bytes=CACHE_BYTES)
     batch_rows = max(BATCH_BYTES // max(4 * manifest.dimension, 16 * k), 1)
     shards = start_shards(indexed.index, manifest)

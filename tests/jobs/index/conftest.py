@@ -42,7 +42,7 @@ def made_index(tmp_path: Path, tiny_tokenizer_dir: Path) -> Callable[..., JobFol
             "output": {"path": str(folder.root), "columns": ["key"]},
         }
         spec = parse_spec(settings)
-        log = CommitLog(folder, fingerprint="this job")
+        log = CommitLog(folder, fingerprint=f"of {name}")
         log.recover()
         carried = pa.record_batch({"key": ids})
         key = carried.schema.field("key")
@@ -54,8 +54,8 @@ def made_index(tmp_path: Path, tiny_tokenizer_dir: Path) -> Callable[..., JobFol
             builder.add_vector(row, "prompt", vector / np.linalg.norm(vector), prompt_tokens=1)
         log.publish(log.commit(builder.write(folder)))
         splits = [{"index": 0, "first_row": 0, "num_rows": len(ids)}]
-        write_plan(folder, fingerprint="this job", splits=splits, document={})
-        write_job(folder, fingerprint="this job", document={"spec": spec.to_json()})
+        write_plan(folder, fingerprint=f"of {name}", splits=splits, document={})
+        write_job(folder, fingerprint=f"of {name}", document={"spec": spec.to_json()})
         assert spec.embed is not None
         provenance = Provenance(
             model=str(model),
