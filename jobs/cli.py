@@ -122,7 +122,7 @@ def query(
     ] = None,
     file: Annotated[
         str | None,
-        typer.Option("--file", "--input", metavar="FILE", help="Texts to look for instead: a row each, of any format."),
+        typer.Option(metavar="FILE", help="Texts to look for instead: a row each, of any format."),
     ] = None,
     column: Annotated[str | None, typer.Option(metavar="C", help="The column of --file that holds them.")] = None,
     where: Annotated[
