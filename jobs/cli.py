@@ -122,7 +122,7 @@ def query(
     ] = None,
     file: Annotated[
         str | None,
-        typer.Option("--file", "--input", metavar="FILE", help="Texts to look for instead: a row each, of any format."),
+        typer.Option(metavar="FILE", help="Texts to look for instead: a row each, of any format."),
     ] = None,
     column: Annotated[str | None, typer.Option(metavar="C", help="The column of --file that holds them.")] = None,
     where: Annotated[
@@ -346,9 +346,8 @@ def _query_many(answers: Answers, out: Path, file: str, output: Path, **options:
     except (KeyboardInterrupt, SystemExit) as stop:
         return answers.stopped(stop)
     failed = f", {result['errors']:,} of them failed" if result["errors"] else ""
-    answers.answer(
-        result, f"{result['queries']:,} queries{failed}: {result['neighbours']:,} neighbours in {output / 'parts'}"
-    )
+    parts = Path(result["output"], "parts")
+    answers.answer(result, f"{result['queries']:,} queries{failed}: {result['neighbours']:,} neighbours in {parts}")
     return 0
 
 

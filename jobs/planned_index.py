@@ -5,8 +5,8 @@ from __future__ import annotations
 from jobs.embedding import vector_width
 from jobs.resolve import ResolvedJob
 from jobs.spec import IndexSpec, JobSpec
-from pipeline.index.budget import BuildBudget, build_budget
-from pipeline.index.kinds import AUTO, DEFAULT_MEMORY_BYTES, FLAT, refuse_untrainable, settled_kinds
+from pipeline.index.budget import BuildBudget, build_budget, refuse_untrainable
+from pipeline.index.kinds import AUTO, DEFAULT_MEMORY_BYTES, FLAT, settled_kinds
 
 
 def most_vectors(spec: JobSpec, num_rows: int) -> int:
@@ -20,9 +20,10 @@ def planned_index(asked: IndexSpec, *, num_vectors: int, dimension: int) -> tupl
     """The kinds to be tried in turn, and how the first is built. UserError where it can't be."""
     memory_bytes = DEFAULT_MEMORY_BYTES if asked.memory_bytes == "auto" else asked.memory_bytes
     kinds = settled_kinds(asked.kind, num_vectors=num_vectors, dimension=dimension, memory_bytes=memory_bytes)
-    refuse_untrainable(kinds[0], num_vectors=num_vectors, dimension=dimension)
     shards = None if asked.shards == "auto" else asked.shards
-    return kinds, build_budget(kinds[0], num_vectors, dimension, memory_bytes=memory_bytes, shards=shards)
+    budget = build_budget(kinds[0], num_vectors, dimension, memory_bytes=memory_bytes, shards=shards)
+    refuse_untrainable(budget, num_vectors, dimension)
+    return kinds, budget
 
 
 def refuse_unbuildable(job: ResolvedJob) -> None:

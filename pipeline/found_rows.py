@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import JobError, UserError
 from pipeline.job_folder import JobFolder, read_job, read_plan
+from pipeline.python_values import UNREADABLE, in_microseconds
 from pipeline.records import carried_names
 from pipeline.row_text import RowText
 from pipeline.schemas import InputSchema
@@ -196,12 +197,20 @@ def _columns(table: pa.Table) -> dict[str, pa.ChunkedArray[Any]]:
 
 
 def _plain_values(column: pa.ChunkedArray[Any]) -> list[Any]:
-    """As JSON has them. Text that is not valid UTF-8 is shown with replacement characters."""
+    """As JSON has them. Text that is not valid UTF-8 is shown with replacement characters; None for what Python can't
+    hold, as a date after the year 9999."""
+    column = in_microseconds(column)
     try:
         return [_plain(value) for value in column.to_pylist()]
-    except UnicodeDecodeError:
-        raw = pc.cast(column, pa.large_binary()).to_pylist() if _is_text(column.type) else [None] * len(column)
-        return [None if value is None else value.decode("utf-8", "replace") for value in raw]
+    except UNREADABLE:
+        return [_plain_value(value) for value in column]
+
+
+def _plain_value(value: Any) -> Any:
+    try:
+        return _plain(value.as_py())
+    except UNREADABLE:
+        return value.cast(pa.large_binary()).as_py().decode("utf-8", "replace") if _is_text(value.type) else None
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -77,25 +77,29 @@ def query_batches(folder: JobFolder, commit: Commit, batch_rows: int) -> Iterato
 
 
 class NeighbourPart:
-    """Writes the part of one split of queries under a name of its own in `_attempts/`; `close` flushes it."""
+    """Writes the part of one split of queries under a name of its own in `_attempts/`; `close` flushes it.
+
+    JobError where the storage fails.
+    """
 
     def __init__(self, folder: JobFolder, queries: Commit) -> None:
         self._folder = folder
         self._queries = queries
         self._path = folder.attempts / attempt_name(queries.split, 0)
         self._file = HashedFile(self._path)
-        self._file.__enter__()
-        self._writer = pq.ParquetWriter(self._file.sink, SCHEMA, compression="zstd")
+        with storage_errors("writing", self._path):
+            self._file.__enter__()
+            self._writer = pq.ParquetWriter(self._file.sink, SCHEMA, compression="zstd")
         self._records = 0
         self._codes: Counter[str] = Counter()
 
     def add(self, batch: pa.Table) -> None:
-        self._writer.write_table(batch)
+        with storage_errors("writing", self._path):
+            self._writer.write_table(batch)
         self._records += batch.num_rows
         self._codes.update(str(code) for code in batch["error_code"].drop_null().to_pylist())
 
     def close(self) -> Attempt:
-        """JobError where the storage fails."""
         with storage_errors("writing", self._path):
             self._writer.close()
             self._file.__exit__(None, None, None)

@@ -26,7 +26,7 @@ from pipeline.commits import Commit
 from pipeline.durable import storage_errors
 from pipeline.errors import JobError, UserError, one_line
 from pipeline.found_rows import FoundRows
-from pipeline.index.search import VectorIndex
+from pipeline.index.search import VectorIndex, have_direction
 from pipeline.index.vectors import FIELDS, VectorBatch, committed_vectors, part_vectors
 from pipeline.indexed_jobs import latest_commits
 from pipeline.job_folder import JobFolder
@@ -202,14 +202,17 @@ def _texts(
 def _neighbours(index: VectorIndex, batch: VectorBatch, keys: npt.NDArray[np.int64]) -> pa.Array[Any]:
     """The nearest vectors of each, as places in the file, and 1 - cosine; without the vector itself.
 
-    Of an index that holds other jobs too, only this one's, which are the file's.
+    Of an index that holds other jobs too, only this one's, which are the file's. The mean of a centred index has none.
     """
     mine = None
     if len(index.manifest.jobs) > 1:
         mine = np.arange(index.manifest.num_vectors) < index.manifest.jobs[0].num_vectors
     own = np.searchsorted(keys, _keys(batch.rows, batch.samples, batch.fields))
+    asks = have_direction(batch.matrix, index.manifest, index.centering)
+    answers = iter(index.search(batch.matrix[asks], NUM_NEIGHBOURS + 1, allowed=mine))
     found: list[dict[str, list[Any]]] = []
-    for number, hits in zip(own.tolist(), index.search(batch.matrix, NUM_NEIGHBOURS + 1, allowed=mine), strict=True):
+    for number, has_asked in zip(own.tolist(), asks.tolist(), strict=True):
+        hits = next(answers) if has_asked else []
         near = np.searchsorted(
             keys,
             _keys(

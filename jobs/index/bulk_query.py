@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from jobs.client import run
-from jobs.index.query import allowed_vectors, embedding_spec
+from jobs.index.query import allowed_vectors, embedding_spec, refuse_no_hits
 from jobs.progress import Progress
 from jobs.ray_session import is_joined, ray_session
 from jobs.spec import JobSpec, JsonObject
@@ -40,6 +40,7 @@ from pipeline.index.manifest import IndexManifest, Provenance, read_manifest
 from pipeline.index.row_map import RowMap
 from pipeline.index.search import best, prepare_queries, read_centering
 from pipeline.index.selection import Mask
+from pipeline.index.version_files import read_version
 from pipeline.indexed_jobs import IndexedRows, latest_commits
 from pipeline.job_folder import JobFolder, read_plan
 from pipeline.lock import lock
@@ -83,21 +84,23 @@ def bulk_query(
     With a `filter` only among the rows that it means (see `pipeline.index.expression`).
 
     Gives {"output", "queries", "errors", "neighbours"}. UserError where there is no index, the model is another by now,
-    or `output` holds another search; JobError if the index was built anew since the search began.
+    k is below 1, or `output` holds another search; JobError if the index was built anew since the search began.
     """
+    refuse_no_hits(k)
     folder = open_index(out)
+    output = output.expanduser()
     manifest = read_manifest(folder.index)
     spec = embedding_spec(out, manifest)
     refuse_changed_model(manifest.provenance, resolve_model(manifest.provenance.model))
     queries = query_job(source, column, id_column, output, manifest.provenance, spec)
-    target = JobFolder(output.expanduser().absolute())
+    target = JobFolder(output.absolute())
+    settings = queries.to_json()
     asked = {
         "index": str(out.resolve()),
         "index_digest": manifest.digest,
         "k": k,
         "filter": filter,
-        "input": queries.to_json()["input"],
-        "prompt": queries.to_json()["prompt"],
+        **{name: settings[name] for name in ("input", "prompt", "embed")},
     }
     with lock(target):
         _begin(target, asked)
@@ -223,8 +226,11 @@ def _search_all(
 
     queries = JobFolder(queries_out)
     wanted = [commit for split, commit in sorted(latest_commits(queries).items()) if split not in log.commits]
-    rows = RowMap(check_file(indexed.index, manifest.rows))
-    centering = read_centering(indexed.index, manifest)
+    rows, centering = read_version(
+        indexed.index,
+        manifest,
+        lambda where: (RowMap(check_file(where, manifest.rows)), read_centering(where, manifest)),
+    )
     records = IndexedRows(indexed.root, manifest, cache_bytes=CACHE_BYTES)
     batch_rows = max(BATCH_BYTES // max(4 * manifest.dimension, 16 * k), 1)
     shards = start_shards(indexed.index, manifest)

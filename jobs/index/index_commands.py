@@ -250,11 +250,13 @@ def describe_history(history: list[dict[str, Any]]) -> str:
 
 
 def read_ids(file: Path) -> list[str]:
-    """One id a line. UserError where there is no such file, or it holds no id."""
+    """One id a line; of what ends lines in Unicode only newlines do. UserError where there is no such file, or no id
+    in it."""
     try:
-        ids = [line for line in file.read_text(encoding="utf-8").splitlines() if line]
+        lines = file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--ids {file}: can't be read ({' '.join(str(error).split())})") from None
+    ids = [line for line in lines if line]
     if not ids:
         raise UserError(f"--ids {file}: it holds no id")
     return ids

@@ -28,6 +28,7 @@ from pipeline.index.matching import matching_vectors
 from pipeline.index.row_map import Place
 from pipeline.index.search import VectorIndex
 from pipeline.index.selection import Mask
+from pipeline.index.version_files import read_version
 from pipeline.indexed_jobs import IndexedRows, job_folder
 from pipeline.job_folder import read_job
 from pipeline.model_path import resolve_model
@@ -64,11 +65,15 @@ class QueryResult:
 def query_texts(out: Path, texts: Sequence[str], k: int, *, filter: str | None = None) -> list[QueryResult]:
     """The k rows nearest to each text, of those that `filter` means (see `pipeline.index.expression`).
 
-    UserError where there is no index, the model is another than the index's, or the filter is not understood.
+    UserError where there is no index, the model is another than the index's, the filter is not understood, or k is
+    below 1.
     """
     refuse_empty(texts)
+    refuse_no_hits(k)
     index = VectorIndex.open(open_index(out).index)
     allowed = allowed_vectors(out, index.manifest, filter)
+    if not texts:
+        return []
     vectors = embed_queries(texts, index.manifest.provenance, embedding_spec(out, index.manifest))
     return _search(out, index, list(texts), vectors, k, allowed)
 
@@ -76,7 +81,7 @@ def query_texts(out: Path, texts: Sequence[str], k: int, *, filter: str | None =
 def embedding_spec(out: Path, manifest: IndexManifest) -> JobSpec:
     """Of the first of the index's jobs that has rows left, since the directory of another may be gone: it says on which
     device and in which number format queries are embedded."""
-    deleted = read_deleted(out / "index", manifest)
+    deleted = read_version(out / "index", manifest, lambda where: read_deleted(where, manifest))
     standing = (
         job
         for job, first in zip(manifest.jobs, manifest.first_vectors, strict=True)
@@ -89,7 +94,12 @@ def allowed_vectors(out: Path, manifest: IndexManifest, filter: str | None) -> M
     """Which vectors may be found; None for all. UserError where the filter is not understood."""
     if filter is None:
         return None
-    return matching_vectors(out / "index", manifest, Filter.parse(filter), lambda job: job_folder(out, job))
+    wanted = Filter.parse(filter)
+    return read_version(
+        out / "index",
+        manifest,
+        lambda where: matching_vectors(where, manifest, wanted, lambda job: job_folder(out, job)),
+    )
 
 
 def refuse_empty(texts: Sequence[str]) -> None:
@@ -97,8 +107,14 @@ def refuse_empty(texts: Sequence[str]) -> None:
         raise UserError("query: the text is empty; say what to look for")
 
 
+def refuse_no_hits(k: int) -> None:
+    if k < 1:
+        raise UserError(f"query: k {k} is not in the range k >= 1")
+
+
 def query_vectors(out: Path, file: Path, k: int, *, filter: str | None = None) -> list[QueryResult]:
     """The same for vectors in a .npy file, [d] or [n, d]."""
+    refuse_no_hits(k)
     index = VectorIndex.open(open_index(out).index)
     names, vectors = read_vectors(file)
     return _search(out, index, names, vectors, k, allowed_vectors(out, index.manifest, filter))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from jobs.index.query import QueryResult, embedding_spec, hit_of, query_engine, refuse_empty
+from jobs.index.query import QueryResult, embedding_spec, hit_of, query_engine, refuse_empty, refuse_no_hits
 from jobs.ray_session import is_joined, ray_session
 from jobs.status import open_index
-from pipeline.errors import UserError
+from pipeline.errors import JobError, UserError
 from pipeline.index.manifest import read_manifest
 from workers import devices
 from workers.settings import DEFAULT_ENGINE
@@ -107,10 +107,11 @@ class ServedIndex:
     def search(self, texts: Sequence[str], k: int = 10, *, filter: str | None = None) -> list[QueryResult]:
         """The k rows nearest to each text, of those that `filter` means, best first. The served model embeds them.
 
-        UserError for a text that can't be embedded or a filter that is not understood; JobError where no answer comes
-        within seconds.
+        UserError for a text that can't be embedded, a filter that is not understood or a k below 1; JobError where no
+        answer comes within seconds.
         """
         refuse_empty(texts)
+        refuse_no_hits(k)
         return _results(texts, self._client.search_texts(texts, k, filter))
 
     def search_vectors(
@@ -122,6 +123,7 @@ class ServedIndex:
         filter: str | None = None,
     ) -> list[QueryResult]:
         """The same for vectors [d] or [n, d] like those in the parts. `names` are what the results call them."""
+        refuse_no_hits(k)
         matrix = np.atleast_2d(np.asarray(vectors))
         called = names if names is not None else [f"[{number}]" for number in range(len(matrix))]
         return _results(called, self._client.search_vectors(matrix, k, filter))
@@ -133,6 +135,7 @@ class ServedIndex:
 
         No rows are read: rows.parquet says what the numbers are.
         """
+        refuse_no_hits(k)
         return self._client.nearest(np.atleast_2d(np.asarray(vectors)), k, filter)
 
 
@@ -151,11 +154,21 @@ def connect(index: str | Path, address: str | None = None) -> ServedIndex:
         name = str(index)
         if name not in names:
             name = directory_name(Path(index))
-        if name not in names:  # it may be served under a name of its own
-            outs = {other: IndexClient(other).output() for other in names}
-            name = next((other for other, out in outs.items() if directory_name(Path(out)) == name), str(index))
+        if name not in names:
+            name = _own_name(name, names) or str(index)
         return ServedIndex(IndexClient(name), session.pop_all())
     raise AssertionError
+
+
+def _own_name(directory: str, names: Sequence[str]) -> str | None:
+    """Which of `names` the index of the job directory is served under; None where none says so."""
+    from workers.serving.index_client import IndexClient
+
+    for name in names:
+        with suppress(UserError, JobError):  # one that is just being started, or broken, is not to hide the others
+            if directory_name(Path(IndexClient(name).output())) == directory:
+                return name
+    return None
 
 
 def directory_name(out: Path) -> str:

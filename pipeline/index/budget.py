@@ -16,7 +16,8 @@ import faiss
 
 from pipeline.errors import UserError
 from pipeline.index.effort import is_graph
-from pipeline.index.kinds import DEFAULT_MEMORY_BYTES, FLAT, bytes_of, make_index
+from pipeline.index.kinds import DEFAULT_MEMORY_BYTES, FLAT, SMALLER, bytes_of, least_training, make_index
+from pipeline.index.recall import num_queries
 
 SHARD_VECTORS: Final = 1 << 20  # a larger index is cut, so that its shards can be built and searched side by side
 
@@ -101,13 +102,30 @@ def build_budget(
 
 
 def num_training_vectors(index: Any, num_vectors: int, memory_bytes: int) -> int:
-    """How many vectors to train on: 64 a list, enough for quantizers, within a quarter of the budget; 0 for none."""
+    """How many vectors to train on: 64 a list, enough for quantizers, within a quarter of the budget; 0 for none.
+
+    Those that the recall is measured with are not among them.
+    """
     if index.is_trained:
         return 0
     ivf = faiss.try_extract_index_ivf(index)
     num_lists = ivf.nlist if ivf is not None else 0
     most = min(_MOST_SAMPLE_BYTES, max(memory_bytes - _BASE_BYTES, 0) // 4) // (4 * index.d)
-    return int(min(max(_TRAINING_PER_LIST * num_lists, _CODES_TRAINING), num_vectors, max(most, 1)))
+    left = num_vectors - num_queries(num_vectors)
+    return int(min(max(_TRAINING_PER_LIST * num_lists, _CODES_TRAINING), left, max(most, 1)))
+
+
+def refuse_untrainable(budget: BuildBudget, num_vectors: int, dimension: int) -> None:
+    """UserError where the kind can't be trained on so few vectors, which FAISS says only when they are all there."""
+    least, count = least_training(budget.kind, dimension), budget.training_vectors
+    if not num_vectors or count >= least:
+        return
+    is_cut = count < num_vectors - num_queries(num_vectors)
+    why = f"index.memory_bytes {budget.memory_bytes:,} allows" if is_cut else f"of {num_vectors:,} there are"
+    mend = f"{SMALLER}, or give it more" if is_cut else SMALLER
+    raise UserError(
+        f"index.kind {budget.kind!r} is trained on {least:,} vectors or more, and {why} {count:,} to train on; {mend}"
+    )
 
 
 def _shard_bytes(index: Any, kind: str, num_vectors: int) -> int:

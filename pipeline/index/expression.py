@@ -218,7 +218,9 @@ class _Translation:
             self._refuse(other, f"is of type {kind}, and {value!r} is none; write it like '{like}'")
 
     def _kind(self, node: ast.expr) -> pa.DataType | None:
-        """The type of a column; None of anything else."""
+        """The type that a column, or a part of one, is compared as; None of anything else."""
+        if isinstance(node, ast.Attribute):
+            return _compared_as(self._part(node)[1])
         name = node.id if isinstance(node, ast.Name) else _called_column(node)
         return _compared_as(self._schema.field(name).type) if name in self._schema.names else None
 
@@ -229,11 +231,14 @@ class _Translation:
                 f"--filter {_shown(self._text)}: there is no column {name!r}{near}; "
                 f"there are {', '.join(self._schema.names)}"
             )
-        kind: pa.DataType = self._schema.field(name).type
-        compared = _compared_as(kind)
-        return pc.field(name) if compared.equals(kind) else pc.field(name).cast(compared)
+        return _to_compare(pc.field(name), self._schema.field(name).type)
 
     def _nested(self, node: ast.Attribute) -> pc.Expression:
+        path, kind = self._part(node)
+        return _to_compare(pc.field(*path), kind)
+
+    def _part(self, node: ast.Attribute) -> tuple[list[str], pa.DataType]:
+        """Where in which column meta.lang is, and its type."""
         path: list[str] = []
         inner: ast.expr = node
         while isinstance(inner, ast.Attribute):
@@ -249,7 +254,7 @@ class _Translation:
                     node, f"is no part of column {inner.id!r}, which is of type {self._schema.field(inner.id).type}"
                 )
             kind = kind.field(name).type
-        return pc.field(inner.id, *path)
+        return [inner.id, *path], kind
 
     def _call(self, node: ast.Call) -> pc.Expression:
         name = _called_column(node)
@@ -301,6 +306,11 @@ def _compared_as(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_decimal(kind):
         return pa.float64()
     return kind
+
+
+def _to_compare(column: pc.Expression, kind: pa.DataType) -> pc.Expression:
+    compared = _compared_as(kind)
+    return column if compared.equals(kind) else column.cast(compared)
 
 
 def _moment(text: str, kind: pa.DataType) -> Any:

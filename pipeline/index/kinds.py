@@ -82,13 +82,9 @@ def refuse_unknown(kind: str) -> None:
             raise UserError(f"index.kind {kind!r} is neither auto nor a FAISS factory string") from None
 
 
-def refuse_untrainable(kind: str, *, num_vectors: int, dimension: int) -> None:
-    """UserError where so few vectors can't train this kind, which FAISS says only when they are all there."""
-    least = _least_training(make_index(kind, dimension))
-    if 0 < num_vectors < least:
-        raise UserError(
-            f"index.kind {kind!r} is trained on {least:,} vectors or more, and there are {num_vectors:,}; {SMALLER}"
-        )
+def least_training(kind: str, dimension: int) -> int:
+    """The fewest vectors that FAISS trains this kind on; 0 where it is not trained."""
+    return _least_training(make_index(kind, dimension))
 
 
 def _least_training(index: Any) -> int:

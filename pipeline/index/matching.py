@@ -65,7 +65,11 @@ class OfIds:
         return frozenset([_ID])
 
     def over(self, schema: pa.Schema) -> pc.Expression:
-        return pc.field(_ID).isin(pa.array(self.ids, pa.string()))
+        try:
+            ids = pa.array(self.ids, pa.string())
+        except UnicodeEncodeError as error:
+            raise UserError(f"id {error.object!a} is no valid UTF-8, and ids are") from None
+        return pc.field(_ID).isin(ids)
 
 
 def matching_vectors(folder: Path, manifest: IndexManifest, wanted: Wanted, folder_of: FolderOf) -> Mask:
@@ -73,7 +77,7 @@ def matching_vectors(folder: Path, manifest: IndexManifest, wanted: Wanted, fold
 
     Its columns are those that were carried over, by their names in the input; where no input column is called so also
     row, id, sample, text (the generation) and job. A job that does not carry a column has it missing everywhere.
-    UserError for a column that no job has; JobError where parts are gone or damaged.
+    UserError for a column that no job with rows left has; JobError where parts are gone or damaged.
     """
     mask = np.zeros(manifest.num_vectors, np.bool_)
     deleted = read_deleted(folder, manifest)
@@ -82,6 +86,8 @@ def matching_vectors(folder: Path, manifest: IndexManifest, wanted: Wanted, fold
         for job, first in zip(manifest.jobs, manifest.first_vectors, strict=True)
         if not is_all_deleted(deleted, first, job.num_vectors)  # or else its directory may be gone
     ]
+    if not tables:
+        return mask
     known = list(dict.fromkeys(name for table, _ in tables for name in table.names))
     for name in sorted(wanted.columns - {*known, _ID}):
         raise UserError(

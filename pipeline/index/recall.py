@@ -60,9 +60,14 @@ class Tuned:
     found: Found
 
 
+def num_queries(num_vectors: int) -> int:
+    """How many of the vectors are queries: NUM_QUERIES, and at most a quarter of all."""
+    return min(NUM_QUERIES, num_vectors // 4)
+
+
 def query_numbers(num_vectors: int) -> Numbers:
-    """Which vectors are queries: NUM_QUERIES of them, and at most a quarter of all. Ascending, always the same."""
-    count = min(NUM_QUERIES, num_vectors // 4)
+    """Which vectors are queries. Ascending, always the same."""
+    count = num_queries(num_vectors)
     drawn: Numbers = np.random.default_rng(_SEED).choice(num_vectors, count, replace=False, shuffle=False)
     return np.sort(drawn).astype(np.int64)
 

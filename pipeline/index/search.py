@@ -260,6 +260,18 @@ def read_centering(folder: Path, manifest: IndexManifest) -> Centering | None:
 
 def prepare_queries(vectors: npt.ArrayLike, manifest: IndexManifest, centering: Centering | None = None) -> Matrix:
     """Queries [q, d] as the index compares them: float32, of length 1 where its vectors are. UserError as `search`."""
+    queries = _compared(vectors, manifest, centering)
+    if centering is not None and not queries.any(axis=1).all():
+        raise UserError("the query vector is the mean that the index is centred on: it has no direction from there")
+    return queries
+
+
+def have_direction(vectors: npt.ArrayLike, manifest: IndexManifest, centering: Centering | None) -> Mask:
+    """[q] which of the vectors [q, d] can be queries: all but the mean that is taken out of them."""
+    return np.asarray(_compared(vectors, manifest, centering).any(axis=1))
+
+
+def _compared(vectors: npt.ArrayLike, manifest: IndexManifest, centering: Centering | None) -> Matrix:
     queries = np.atleast_2d(np.asarray(vectors))
     if queries.dtype.kind not in "fiu":
         raise UserError(f"the query vector is of type {queries.dtype}, not of numbers")
@@ -272,12 +284,7 @@ def prepare_queries(vectors: npt.ArrayLike, manifest: IndexManifest, centering: 
         raise UserError("the query vector holds NaN or infinities, or is all zeros")
     if manifest.provenance.normalisation == "unit":
         exact /= lengths
-    if centering is None:
-        return exact.astype(np.float32)
-    centered = centering.apply(exact.astype(np.float32))
-    if not centered.any(axis=1).all():
-        raise UserError("the query vector is the mean that the index is centred on: it has no direction from there")
-    return centered
+    return exact.astype(np.float32) if centering is None else centering.apply(exact.astype(np.float32))
 
 
 def best(found: Sequence[tuple[Scores, Numbers]], k: int) -> tuple[Scores, Numbers]:

@@ -261,7 +261,7 @@ def test_vectors_that_the_model_has_not_are_refused_before_anything_is_written(j
     ("index", "expected"),
     [
         ({"kind": "PQ7"}, "no FAISS factory string for 60 dimensions"),
-        ({"kind": "IVF8,Flat"}, "trained on 8 vectors or more, and there are 6"),
+        ({"kind": "IVF8,Flat"}, "trained on 8 vectors or more, and of 6 there are 5 to train on"),
         ({"memory_bytes": 1000}, "building SQ8 over 6 vectors"),
         ({"kind": "HNSW8", "memory_bytes": "10MiB"}, "building HNSW8 over 6 vectors"),
     ],

@@ -95,6 +95,12 @@ class TestPythonValues:
             assert type(value).__module__ == "datetime"
             assert value.microsecond == 234567 if hasattr(value, "microsecond") else value.microseconds == 234567
 
+    def test_nanoseconds_inside_of_others_are_cut(self) -> None:
+        moment = pa.array([1_234_567_891], pa.int64()).cast(pa.timestamp("ns"))
+        lists = pa.ListArray.from_arrays([0, 1], pa.StructArray.from_arrays([moment], names=["at"]))
+        ((value,),) = values_of(lists, "t", {})
+        assert value["at"].microsecond == 234567
+
     def test_times_past_pythons_cost_their_row(self) -> None:
         errors: dict[int, Any] = {}
         array = pa.array([0, 2**60, None], pa.int64()).cast(pa.timestamp("s"))

@@ -126,7 +126,8 @@ class FrontActor:
         with self._current() as version:
             if self._model is None:
                 raise UserError(f"{self._name} is served without its model: ask with vectors")
-            return _rows_message(version.search(embedded(self._model, texts), k, filter))
+            vectors = embedded(self._model, texts) if texts else np.empty((0, version.manifest.dimension))
+            return _rows_message(version.search(vectors, k, filter))
 
     def _search_vectors(self, request: Message) -> Message:
         with self._current() as version:

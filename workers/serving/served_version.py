@@ -19,7 +19,7 @@ from pipeline.index.matching import matching_vectors
 from pipeline.index.row_map import Place, RowMap
 from pipeline.index.search import best, prepare_queries, read_centering
 from pipeline.index.selection import Mask
-from pipeline.index.versions import folder_of_version
+from pipeline.index.version_files import read_version
 from pipeline.indexed_jobs import IndexedRows, job_folder
 from workers.serving.shard_group import ShardGroup
 
@@ -46,9 +46,11 @@ class ServedVersion:
         self._masks: dict[str, list[Mask]] = {}  # by filter; the oldest comes first
         self._using = threading.Condition()
         self._num_using = 0
-        where = folder_of_version(folder, manifest)
-        self._rows = RowMap(check_file(where, manifest.rows))
-        self._centering = read_centering(where, manifest)
+        self._rows, self._centering = read_version(
+            folder,
+            manifest,
+            lambda where: (RowMap(check_file(where, manifest.rows)), read_centering(where, manifest)),
+        )
         self._records = IndexedRows(out, manifest, cache_bytes=CACHE_BYTES)
         self.shards.hold()
 
@@ -93,9 +95,13 @@ class ServedVersion:
         """Of each shard's vectors. Those of the last filters stay."""
         with self._filtering:
             if filter not in self._masks:
-                folder = folder_of_version(self._folder, self.manifest)
-                mask = matching_vectors(
-                    folder, self.manifest, Filter.parse(filter), lambda job: job_folder(self._out, job)
+                wanted = Filter.parse(filter)
+                mask = read_version(
+                    self._folder,
+                    self.manifest,
+                    lambda where: matching_vectors(
+                        where, self.manifest, wanted, lambda job: job_folder(self._out, job)
+                    ),
                 )
                 self._masks[filter] = [mask[one.first_vector :][: one.num_vectors] for one in self.manifest.shards]
                 while len(self._masks) > FILTERS_KEPT:

@@ -63,6 +63,12 @@ def test_neighbours_are_positions_in_the_file_nearest_first(indexed: Committed, 
         assert all(table["row"][neighbour].as_py() % 3 == row % 3 for neighbour in found["ids"])
 
 
+def test_the_mean_of_a_centred_index_has_no_neighbours(indexed: Committed) -> None:
+    folder, _ = indexed(1, center=True)
+    (found,) = pq.read_table(export_atlas(folder.root).file)["neighbors"].to_pylist()
+    assert found == {"ids": [], "distances": []}
+
+
 def test_rows_of_other_jobs_in_the_index_are_no_neighbours(indexed: Committed) -> None:
     folder, commits = indexed(60)
     before = pq.read_table(export_atlas(folder.root).file)

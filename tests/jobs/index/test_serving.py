@@ -138,6 +138,15 @@ def test_a_text_is_embedded_by_the_served_model(served: Served) -> None:
     assert len(result.hits) == 3
 
 
+def test_no_texts_have_no_answers_and_what_is_asked_is_checked_all_the_same(served: Served) -> None:
+    assert served.client.search([]) == []
+    with pytest.raises(UserError, match="no column 'rows'"):
+        served.client.search([], filter="rows == 3")
+    for ask in (served.client.search, served.client.search_vectors, served.client.nearest):
+        with pytest.raises(UserError, match=r"^query: k -1 is not in the range k >= 1$"):
+            ask([], k=-1)
+
+
 def test_one_text_that_fails_does_not_fail_those_asked_beside_it(served: Served) -> None:
     texts = [f"text number {row}" for row in range(40)] + ["REFUSE this"]
 

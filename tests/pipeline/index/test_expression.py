@@ -27,6 +27,9 @@ ROWS = pa.table(
         "at": pa.array([dt.time(day) for day in (1, 2, 3, 4)]),
     }
 )
+PARTS = ("day", "when", "seen", "at", "kind", "price")
+INNER = pa.StructArray.from_arrays([ROWS[name].chunk(0) for name in PARTS], names=PARTS)
+ROWS = ROWS.append_column("of", pa.StructArray.from_arrays([INNER], names=["it"]))
 
 
 @pytest.mark.parametrize(
@@ -63,6 +66,11 @@ ROWS = pa.table(
         ("at > '02:00:00'", [2, 3]),
         ("(year - 2019) / 2 == 0.5 or 1 / (year - 2019) > 1", [0, 1]),
         ("ok", [0, 3]),
+        ("of.it.day >= '2024-01-03' and of.it.when < '2024-01-04'", [2]),
+        ("of.it.day in ('2024-01-02',) or '03:00:00' < of.it.at", [1, 3]),
+        ("of.it.seen >= '2024-01-02' and of.it.seen < '2024-01-04T02:00:00Z'", [1, 2]),
+        ("of.it.kind in ('a', 'c') and startswith(of.it.kind, 'a') and of.it.kind != 'b'", [0, 3]),
+        ("of.it.price in (1.5, 3) and of.it.price / 2 > 1", [3]),
     ],
 )
 def test_an_expression_means_these_rows(text: str, rows: list[int]) -> None:
@@ -89,6 +97,8 @@ def test_an_expression_means_these_rows(text: str, rows: list[int]) -> None:
         ("lang in year", "can't stand after `in`"),
         ("when > 'tomorrow'", "'tomorrow' is none; write it like '2024-05-31'"),
         ("meta.b == 1", "has no part|no part of"),
+        ("of.it.dai in ('2024-01-02',)", "of.it.dai is no part of column 'of'"),
+        ("of.it.day > 'tomorrow'", "of.it.day is of type date32.*'tomorrow' is none; write it like '2024-05-31'"),
         ("lang[0] == 'e'", "is not understood; there are comparisons"),
         ("lang.__class__ == 'e'", "no part"),
         ("(lambda: lang)()", "is not understood"),

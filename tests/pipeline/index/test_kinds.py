@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import faiss
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.index.budget import SHARD_VECTORS, build_budget
-from pipeline.index.kinds import index_bytes, make_index, next_kind, refuse_unknown, refuse_untrainable, settled_kinds
+from pipeline.index.budget import SHARD_VECTORS, build_budget, refuse_untrainable
+from pipeline.index.kinds import index_bytes, least_training, make_index, next_kind, refuse_unknown, settled_kinds
+from pipeline.index.recall import num_queries
+from tests.pipeline.index.indexed_job import Make, unit
 
 GIB = 1 << 30
 
@@ -43,15 +46,35 @@ def test_auto_is_exact_while_small_and_quantized_where_memory_demands_it(
     assert index_bytes(kind, num_vectors, 384) <= memory_bytes
 
 
+def refuse(kind: str, num_vectors: int, **options: Any) -> None:
+    refuse_untrainable(build_budget(kind, num_vectors, 16, **options), num_vectors, 16)
+
+
 @pytest.mark.parametrize(
     ("kind", "least"),
-    [("IVF64,Flat", 64), ("PCA4,IVF8,PQ4", 256), ("PQ4x4", 16), ("PQ4,RFlat", 256), ("Flat", 0), ("HNSW32", 0)],
+    [("IVF100,Flat", 100), ("PCA4,IVF8,PQ4", 256), ("PQ4x4", 16), ("PQ4,RFlat", 256), ("Flat", 0), ("HNSW32", 0)],
 )
 def test_too_few_vectors_to_train_a_kind_on_are_told_beforehand(kind: str, least: int) -> None:
-    refuse_untrainable(kind, num_vectors=max(least, 1), dimension=16)
+    assert least_training(kind, 16) == least
+    enough = next(count for count in itertools.count(1) if count - num_queries(count) >= least)
+    refuse(kind, enough)
     if least:
-        with pytest.raises(UserError, match=f"is trained on {least} vectors or more, and there are {least - 1}; leave"):
-            refuse_untrainable(kind, num_vectors=least - 1, dimension=16)
+        few = f"is trained on {least} vectors or more, and of {enough - 1} there are {least - 1} to train on; leave"
+        with pytest.raises(UserError, match=few):
+            refuse(kind, enough - 1)
+
+
+def test_too_little_memory_to_train_a_kind_in_is_told_beforehand() -> None:
+    refuse("IVF20000,PQ8x4", 100_000, memory_bytes=30 << 20)
+    with pytest.raises(UserError, match=r"index\.memory_bytes .* allows [\d,]+ to train on; .*, or give it more"):
+        refuse("IVF20000,PQ8x4", 100_000, memory_bytes=28 << 20)
+
+
+def test_what_is_not_refused_faiss_trains(job: Make) -> None:
+    assert job("one", unit(133, seed=1), kind="IVF100,Flat", recall=0.01).build().num_vectors == 133
+    refuse("IVF100,Flat", 133)
+    with pytest.raises(UserError, match="can't be trained on 99 vectors"):
+        job("other", unit(132, seed=1), kind="IVF100,Flat", recall=0.01)
 
 
 def test_a_factory_string_is_taken_as_it_is_and_any_spelling_of_flat_is_flat() -> None:

@@ -18,7 +18,7 @@ from pipeline.index.compaction import compact
 from pipeline.index.deletions import delete_vectors
 from pipeline.index.expression import Filter
 from pipeline.index.manifest import Provenance, read_manifest
-from pipeline.index.matching import matching_vectors
+from pipeline.index.matching import OfIds, matching_vectors
 from pipeline.index.search import VectorIndex
 from pipeline.index.versions import change_index
 from pipeline.indexed_jobs import latest_commits
@@ -120,9 +120,20 @@ def test_an_unknown_column_names_those_there_are(found: Found) -> None:
         found("years == 3")
 
 
+def test_an_id_that_is_no_text_is_refused_in_one_line(job: JobFolder) -> None:
+    with pytest.raises(UserError, match=r"^id '\\udcff' is no valid UTF-8"):
+        matching_vectors(job.index, read_manifest(job.index), OfIds(["4", "\udcff"]), lambda _: job)
+
+
 def test_what_the_values_make_impossible_is_told_of_the_filter(found: Found) -> None:
     with pytest.raises(UserError, match=r"^--filter 'year \* .*can't be told of the rows there are \(overflow\)"):
         found("year * 9223372036854775807 > 1")
+
+
+def test_where_all_rows_are_deleted_a_filter_means_none(job: JobFolder) -> None:
+    everything = np.arange(read_manifest(job.index).num_vectors)
+    manifest = change_index(job, lambda draft, before: delete_vectors(draft, before, everything))
+    assert not matching_vectors(job.index, manifest, Filter.parse("lang == 'en'"), lambda _: job).any()
 
 
 def test_a_column_that_only_another_job_has_is_missing_here(job: JobFolder, tmp_path: Path) -> None:

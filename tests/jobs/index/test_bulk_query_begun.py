@@ -1,0 +1,84 @@
+"""A bulk search up to where workers are started: what it holds its folder to, and which index it asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import jobs.index.bulk_query
+import workers.index_shard
+from jobs.index.bulk_query import bulk_query
+from jobs.index.index_commands import add_to_index
+from pipeline.errors import UserError
+from pipeline.job_folder import JobFolder
+from pipeline.neighbours import SCHEMA
+
+
+class WorkersAreStartedError(Exception):
+    pass
+
+
+def refuse(*arguments: Any, **options: Any) -> Any:
+    raise WorkersAreStartedError
+
+
+@pytest.fixture
+def queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of two columns; a search for its rows ends where it would start workers."""
+
+    monkeypatch.setattr(jobs.index.bulk_query, "ray_session", refuse)
+    path = tmp_path / "queries.parquet"
+    pq.write_table(pa.table({"one": ["a"], "other": ["b"]}), path)
+    return path
+
+
+@pytest.mark.parametrize("template", ["{{ text }}", "What is {{ text }}?"])
+def test_another_column_is_another_search(
+    made_index: Callable[..., JobFolder], queries: Path, tmp_path: Path, template: str
+) -> None:
+    out, found = made_index(["a", "b"], query_template=template).root, tmp_path / "found"
+    for _ in range(2):
+        with pytest.raises(WorkersAreStartedError):
+            bulk_query(out, str(queries), found, column="one")
+    with pytest.raises(UserError, match=r"--output .*/found holds another search, with another (embed|prompt);"):
+        bulk_query(out, str(queries), found, column="other")
+
+
+def test_a_tilde_is_the_home_folder_from_the_begin_to_the_end(
+    made_index: Callable[..., JobFolder], queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def search(embedded: Path, target: JobFolder, *arguments: Any) -> None:
+        assert embedded == target.root / "queries" == tmp_path / "found" / "queries"
+        pq.write_table(pa.Table.from_pylist([{"query_row": 0, "rank": 1}], SCHEMA), target.parts / "part.parquet")
+
+    monkeypatch.setattr(jobs.index.bulk_query, "ray_session", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(jobs.index.bulk_query, "run", lambda spec, **_: SimpleNamespace(out=Path(spec.output.path)))
+    monkeypatch.setattr(jobs.index.bulk_query, "_search_all", search)
+    answer = bulk_query(made_index(["a"]).root, str(queries), Path("~/found"), column="one")
+    assert (answer["output"], answer["neighbours"]) == (str(tmp_path / "found"), 1)
+
+
+def test_an_index_that_changes_while_queries_are_embedded_is_searched_as_it_was(
+    made_index: Callable[..., JobFolder], queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = made_index(["a", "b"]).root
+
+    def embed(spec: Any, **options: Any) -> Any:
+        made_index(["c"], name="other")
+        add_to_index(out, tmp_path / "other")
+        return SimpleNamespace(out=Path(spec.output.path))
+
+    monkeypatch.setattr(jobs.index.bulk_query, "ray_session", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(jobs.index.bulk_query, "run", embed)
+    monkeypatch.setattr(workers.index_shard, "start_shards", refuse)
+    with pytest.raises(WorkersAreStartedError):
+        bulk_query(out, str(queries), tmp_path / "found", column="one")

@@ -1,0 +1,25 @@
+"""A served version of an index whose directory goes on without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import JobError
+from pipeline.index.manifest import Provenance, read_manifest
+from tests.pipeline.index.indexed_job import finished_job, unit
+from workers.serving.served_version import ServedVersion
+
+
+def test_a_new_filter_for_a_version_whose_files_are_gone_is_to_be_asked_again(tmp_path: Path) -> None:
+    provenance = Provenance(model="tiny", model_files={"model.safetensors": "aa"}, tokenizer="bb", pooling="mean")
+    job = finished_job(tmp_path, "one", unit(30, seed=1), provenance=provenance)
+    job.delete(0)
+    version = ServedVersion(job.folder.root, job.folder.index, read_manifest(job.folder.index), [])
+    job.delete(1)
+    assert version._allowed("key == 'one-3'")
+    job.delete(2)
+    assert version._allowed("key == 'one-3'"), "it is known"
+    with pytest.raises(JobError, match=r"^version 2 of the index in .* is not there any more; ask again in a moment$"):
+        version._allowed("key == 'one-4'")
