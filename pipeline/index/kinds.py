@@ -2,7 +2,7 @@
 
     up to 50,000 vectors     exact: Flat, and where the memory does not hold it, SQ8, then PQ of d/4 and of d/8 bytes
     up to 250,000            HNSW32, and where the memory does not hold it, HNSW32,SQ8 and then as below
-    more                     IVF with about 4 * sqrt(n) lists: Flat, then SQ8, then PQ of d/4 and of d/8 bytes
+    more                     IVF with 2 * sqrt(n) to 4 * sqrt(n) lists: Flat, then SQ8, then PQ of d/4 and of d/8 bytes
 
 The first that fits is built, and where it misses the recall that the job asks, the next that fits and whose codes are
 no coarser. It never depends on the machine, so that the same job has the same index everywhere. Reasons: below 50,000
@@ -116,7 +116,25 @@ def make_index(kind: str, dimension: int) -> Any:
         raise UserError(f"index.kind {kind!r} is no FAISS factory string for {dimension} dimensions: it has no lists")
     if isinstance(index, faiss.IndexRefine):
         index.k_factor = max(index.k_factor, _REFINED)  # FAISS's own 1 would only sort what was found
+    _train_as_searched(index)
     return index
+
+
+def _train_as_searched(index: Any) -> None:
+    """Product quantizers without an order of codes that makes Hamming distances tell something.
+
+    FAISS's factory asks for it (Douze et al. 2016, arXiv 1609.01882). It takes seconds for each byte of a code, and no
+    search here compares by it.
+    """
+    inner: Any = faiss.downcast_index(index)
+    match inner:
+        case faiss.IndexPreTransform() | faiss.IndexIDMap():
+            _train_as_searched(inner.index)
+        case faiss.IndexRefine():
+            _train_as_searched(inner.base_index)
+        case faiss.IndexPQ() | faiss.IndexIVFPQ():
+            codes: Any = inner  # whose type stubs leave this out
+            codes.do_polysemous_training = False
 
 
 def index_bytes(kind: str, num_vectors: int, dimension: int) -> int:

@@ -110,6 +110,24 @@ def test_the_memory_that_is_foretold_is_what_faiss_writes(kind: str) -> None:
     assert faiss.serialize_index(index).nbytes == pytest.approx(index_bytes(kind, 2000, 64), rel=0.2)
 
 
+def test_product_quantizers_are_trained_for_no_search_that_is_never_done() -> None:
+    vectors = np.random.default_rng(0).normal(size=(600, 8)).astype(np.float32)
+    plain: Any = faiss.index_factory(8, "PQ1", faiss.METRIC_INNER_PRODUCT)
+    assert plain.do_polysemous_training, "which takes seconds a byte of a code"
+    ours = make_index("PQ1", 8)
+    for index in (plain, ours):
+        index.train(vectors)
+        index.add(vectors)
+    assert not (ours.sa_encode(vectors) == plain.sa_encode(vectors)).all(), "it numbers codes otherwise"
+    np.testing.assert_array_equal(ours.search(vectors[:20], 5)[0], plain.search(vectors[:20], 5)[0])
+    for kind in ("IVF4,PQ2", "OPQ2,PQ2", "PQ2,RFlat", "OPQ2_4,IVF4,PQ2,RFlat"):
+        whole = make_index(kind, 8)
+        inner: Any = faiss.downcast_index(whole)
+        while not hasattr(inner, "do_polysemous_training"):
+            inner = faiss.downcast_index(inner.base_index if isinstance(inner, faiss.IndexRefine) else inner.index)
+        assert not inner.do_polysemous_training
+
+
 def test_an_index_is_cut_where_it_is_large_and_where_the_memory_does_not_hold_a_shard() -> None:
     assert build_budget("IVF2048,Flat", SHARD_VECTORS, 384).shards == 1
     assert build_budget("IVF2048,Flat", SHARD_VECTORS + 1, 384).shards == 2
