@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import JobError, UserError
+from pipeline.errors import JobError, UserError, one_line
 from pipeline.job_folder import JobFolder, read_job, read_plan
 from pipeline.python_values import UNREADABLE, in_microseconds
 from pipeline.records import carried_names
@@ -146,7 +146,7 @@ class FoundRows:
         try:
             return pq.read_table(path, columns=columns, partitioning=None).combine_chunks()
         except (OSError, pa.ArrowException) as error:
-            raise JobError(f"{path}: can't be read ({' '.join(str(error).split())}); run verify") from error
+            raise JobError(f"{path}: can't be read ({one_line(error)}); run verify") from error
 
     def passages(self, table: pa.Table) -> list[str | None]:
         """For records of a part, with its carried columns, the text that was embedded; None where it is lost."""

@@ -17,7 +17,7 @@ from jobs.embedding import job_provenance
 from jobs.spec import JobSpec, parse_size
 from jobs.status import open_index, open_job
 from jobs.terminal import human_bytes
-from pipeline.errors import JobError, UserError
+from pipeline.errors import JobError, UserError, one_line
 from pipeline.index.check import IndexedParts, is_of_these_parts
 from pipeline.index.compaction import compact, planned_ranges
 from pipeline.index.deletions import delete_vectors, is_all_deleted, read_deleted
@@ -255,7 +255,7 @@ def read_ids(file: Path) -> list[str]:
     try:
         lines = file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--ids {file}: can't be read ({' '.join(str(error).split())})") from None
+        raise UserError(f"--ids {file}: can't be read ({one_line(error)})") from None
     ids = [line for line in lines if line]
     if not ids:
         raise UserError(f"--ids {file}: it holds no id")

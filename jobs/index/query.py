@@ -7,7 +7,6 @@ A text is embedded as index.json says the rows were: by the same model, tokenize
 from __future__ import annotations
 
 import dataclasses
-import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy.typing as npt
 
 from jobs.spec import JobSpec
 from jobs.status import open_index
-from pipeline.errors import RowError, UserError
+from pipeline.errors import RowError, UserError, one_line
 from pipeline.found_rows import FoundRow
 from pipeline.index.deletions import is_all_deleted, read_deleted
 from pipeline.index.expression import Filter
@@ -32,6 +31,7 @@ from pipeline.index.version_files import read_version
 from pipeline.indexed_jobs import IndexedRows, job_folder
 from pipeline.job_folder import read_job
 from pipeline.model_path import resolve_model
+from workers import devices
 from workers.settings import DEFAULT_ENGINE, EngineSettings
 
 
@@ -127,7 +127,7 @@ def read_vectors(file: Path) -> tuple[list[str], npt.NDArray[Any]]:
     except FileNotFoundError:
         raise UserError(f"--vector {file}: no such file") from None
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--vector {file}: not a .npy file of numbers ({' '.join(str(error).split())})") from None
+        raise UserError(f"--vector {file}: not a .npy file of numbers ({one_line(error)})") from None
     if not isinstance(vectors, np.ndarray):
         raise UserError(f"--vector {file}: an archive of arrays; save one array with numpy.save")
     return [str(file)] if vectors.ndim < 2 else [f"{file}[{number}]" for number in range(len(vectors))], vectors
@@ -137,7 +137,7 @@ def embed_queries(texts: Sequence[str], made: Provenance, spec: JobSpec) -> npt.
     """Texts -> vectors [n, d], as `made` says. Loads the model, in this process; device and dtype are the job's."""
     from workers.query_embedder import QueryEmbedder
 
-    engine = query_engine(made, spec, threads=_num_cpus(), max_sequences=min(64, len(texts)))
+    engine = query_engine(made, spec, threads=devices.num_cpus(), max_sequences=min(64, len(texts)))
     return all_vectors(texts, QueryEmbedder(made, engine).embed(texts))
 
 
@@ -215,7 +215,3 @@ def hit_of(row: FoundRow, place: Place, score: float) -> Hit:
 
 def _shown(text: str) -> str:
     return repr(textwrap.shorten(text, 40, placeholder=" …"))
-
-
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0))

@@ -16,15 +16,22 @@ import faiss
 
 from pipeline.errors import UserError
 from pipeline.index.effort import is_graph
-from pipeline.index.kinds import DEFAULT_MEMORY_BYTES, FLAT, SMALLER, bytes_of, least_training, make_index
+from pipeline.index.kinds import (
+    DEFAULT_MEMORY_BYTES,
+    FLAT,
+    SMALLER,
+    TRAINING_OF_CODES,
+    TRAINING_PER_LIST,
+    bytes_of,
+    least_training,
+    make_index,
+)
 from pipeline.index.recall import num_queries
 
 SHARD_VECTORS: Final = 1 << 20  # a larger index is cut, so that its shards can be built and searched side by side
 
 _LEAST_SHARD_VECTORS: Final = 1024
 _MOST_SAMPLE_BYTES: Final = 256 << 20
-_TRAINING_PER_LIST: Final = 64
-_CODES_TRAINING: Final = 1 << 14  # a product quantizer of 8 bits wants about 10,000 vectors
 _MOST_BATCH_BYTES: Final = 4 << 20
 _BATCHES: Final = 8  # read, decoded, centred, cut and compared at one time
 _LIST_GROWTH: Final = 1.5  # lists of an IVF double when they are full
@@ -112,7 +119,7 @@ def num_training_vectors(index: Any, num_vectors: int, memory_bytes: int) -> int
     num_lists = ivf.nlist if ivf is not None else 0
     most = min(_MOST_SAMPLE_BYTES, max(memory_bytes - _BASE_BYTES, 0) // 4) // (4 * index.d)
     left = num_vectors - num_queries(num_vectors)
-    return int(min(max(_TRAINING_PER_LIST * num_lists, _CODES_TRAINING), left, max(most, 1)))
+    return int(min(max(TRAINING_PER_LIST * num_lists, TRAINING_OF_CODES), left, max(most, 1)))
 
 
 def refuse_untrainable(budget: BuildBudget, num_vectors: int, dimension: int) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.durable import HashedFile
-from pipeline.errors import JobError
+from pipeline.errors import JobError, one_line
 from pipeline.index.manifest import Contents
 
 CENTER_NAME: Final = "center.npy"
@@ -45,7 +45,7 @@ class Centering:
         try:
             center = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise JobError(f"{path} can't be read: {' '.join(str(error).split())}") from error
+            raise JobError(f"{path} can't be read: {one_line(error)}") from error
         is_vector = isinstance(center, np.ndarray) and center.dtype == np.float32 and center.shape == (dimension,)
         if not is_vector or not np.isfinite(center).all():
             raise JobError(f"{path} does not hold one vector of width {dimension}")

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.commits import Commit
-from pipeline.errors import JobError
+from pipeline.errors import JobError, one_line
 from pipeline.index import faiss_files
 from pipeline.index.deletions import read_deleted
 from pipeline.index.kinds import FLAT
@@ -142,7 +142,7 @@ class _Records:
             with pq.ParquetFile(self._path) as file:
                 yield from file.iter_batches()
         except (pa.ArrowException, OSError) as error:
-            raise JobError(f"{self._path} can't be read: {' '.join(str(error).split())}") from error
+            raise JobError(f"{self._path} can't be read: {one_line(error)}") from error
 
 
 class _Shards:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.durable import HashedFile
-from pipeline.errors import JobError
+from pipeline.errors import JobError, one_line
 from pipeline.index import faiss_files
 from pipeline.index.manifest import BUILT_AGAIN, Contents, IndexManifest
 
@@ -54,7 +54,7 @@ def read_deleted(folder: Path, manifest: IndexManifest) -> Numbers | None:
             listed = file.metadata.num_rows
             column: Any = file.read()["vector"].combine_chunks() if listed == count else pa.nulls(0)
     except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
-        raise JobError(f"{path} can't be read: {' '.join(str(error).split())[:200]}") from error
+        raise JobError(f"{path} can't be read: {one_line(error)}") from error
     if len(column) == count and column.null_count == 0:
         numbers: Numbers = column.to_numpy(zero_copy_only=False)
         is_within = count == 0 or (numbers[0] >= 0 and numbers[-1] < manifest.num_vectors)

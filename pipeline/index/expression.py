@@ -22,7 +22,7 @@ from typing import Any, Final, NoReturn
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.suggest import did_you_mean
 
 _MOST_CHARACTERS: Final = 10_000
@@ -293,7 +293,7 @@ def _refuse_other_than_truth(text: str, schema: pa.Schema, expression: pc.Expres
         project = acero.Declaration("project", acero.ProjectNodeOptions([expression], ["is_meant"]), [source])
         kind = project.to_table().schema.field(0).type
     except (pa.ArrowException, TypeError, NotImplementedError) as error:
-        raise UserError(f"--filter {_shown(text)}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"--filter {_shown(text)}: {one_line(error)}") from None
     if not pa.types.is_boolean(kind):
         raise UserError(f"--filter {_shown(text)}: it is of type {kind}, and is to say yes or no of a row")
 

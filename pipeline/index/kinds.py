@@ -28,10 +28,10 @@ FLAT: Final = "Flat"
 DEFAULT_MEMORY_BYTES: Final = 8 << 30
 FLAT_VECTORS: Final = 50_000
 HNSW_VECTORS: Final = 250_000
+TRAINING_PER_LIST: Final = 64
+TRAINING_OF_CODES: Final = 1 << 14  # a product quantizer of 8 bits wants about 10,000 vectors
 
 _HNSW_LINKS: Final = 32
-_TRAINING_PER_LIST: Final = 64
-_PQ_TRAINING: Final = 1 << 14  # a product quantizer of 8 bits wants about 10,000 vectors
 _ANY_DIMENSION: Final = 64
 _REFINED: Final = 8  # a kind that refines looks at so many times k candidates
 
@@ -177,13 +177,13 @@ def num_lists(num_vectors: int) -> int:
     >>> num_lists(1_000_000)
     2048
     """
-    most = max(min(int(4 * num_vectors**0.5), num_vectors // _TRAINING_PER_LIST), 1)
+    most = max(min(int(4 * num_vectors**0.5), num_vectors // TRAINING_PER_LIST), 1)
     return 1 << (most.bit_length() - 1)
 
 
 def _candidates(num_vectors: int, dimension: int) -> list[str]:
     if num_vectors <= FLAT_VECTORS:
-        return [FLAT, "SQ8", *(_quantized(dimension) if num_vectors >= _PQ_TRAINING else ())]
+        return [FLAT, "SQ8", *(_quantized(dimension) if num_vectors >= TRAINING_OF_CODES else ())]
     lists = f"IVF{num_lists(num_vectors)}"
     kinds = [f"{lists},Flat", f"{lists},SQ8", *(f"{lists},{codes}" for codes in _quantized(dimension))]
     if num_vectors <= HNSW_VECTORS:

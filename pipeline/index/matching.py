@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import JobError, UserError
+from pipeline.errors import JobError, UserError, one_line
 from pipeline.index.deletions import is_all_deleted, read_deleted
 from pipeline.index.faiss_files import check_file
 from pipeline.index.manifest import IndexedJob, IndexManifest
@@ -186,7 +186,7 @@ def _filtered(table: pa.Table, wanted: Wanted, meant: pc.Expression) -> pa.Table
     try:
         return table.filter(meant)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        why = " ".join(str(error).split())[:300]
+        why = one_line(error)
         raise UserError(f"--filter {wanted.text!r}: can't be told of the rows there are ({why})") from None
 
 
@@ -195,4 +195,4 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        raise JobError(f"{path} can't be filtered: {' '.join(str(error).split())}") from error
+        raise JobError(f"{path} can't be filtered: {one_line(error)}") from error

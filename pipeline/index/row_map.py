@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.durable import HashedFile
-from pipeline.errors import JobError
+from pipeline.errors import JobError, one_line
 from pipeline.index.manifest import BUILT_AGAIN, Contents
 from pipeline.index.vectors import FIELDS, VectorBatch
 
@@ -102,7 +102,7 @@ class RowMapWriter:
                         table = table.set_column(1, SCHEMA.field("job"), known.take(called.indices))
                     self._take(table)
         except (pa.ArrowException, OSError) as error:
-            raise JobError(f"{path} can't be read: {' '.join(str(error).split())}") from error
+            raise JobError(f"{path} can't be read: {one_line(error)}") from error
 
     def contents(self) -> Contents:
         """To be asked after the block."""
@@ -153,7 +153,7 @@ class RowMap:
             offsets = vectors - number * GROUP_ROWS
             is_whole = group.is_whole[offsets]
         except (pa.ArrowException, OSError, UnicodeDecodeError, IndexError) as error:
-            raise JobError(f"{self._path} can't be read: {' '.join(str(error).split())[:200]}") from error
+            raise JobError(f"{self._path} can't be read: {one_line(error)}") from error
         if not is_whole.all():
             silent = vectors[~is_whole][0]
             raise JobError(f"{self._path} does not say what vector {silent} belongs to; remove it and {BUILT_AGAIN}")

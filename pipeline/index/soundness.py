@@ -17,7 +17,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import JobError
+from pipeline.errors import JobError, one_line
 from pipeline.index.effort import effort_name, most_effort
 from pipeline.index.manifest import BUILT_AGAIN, Shard
 
@@ -67,7 +67,7 @@ def _shard_problem(index: Any, shard: Shard, exact: bool) -> str | None:
         if problem is None and shard.num_held and not exact:
             index.search(np.full((1, index.d), index.d**-0.5, np.float32), 1)
     except (RuntimeError, MemoryError) as error:
-        return f"FAISS can't search it ({' '.join(str(error).split())[:200]})"
+        return f"FAISS can't search it ({one_line(error)})"
     return problem
 
 

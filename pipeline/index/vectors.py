@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.commits import Commit
-from pipeline.errors import JobError
+from pipeline.errors import JobError, one_line
 from pipeline.job_folder import JobFolder
 from pipeline.records import EmbedField, embedded_fields
 
@@ -121,7 +121,7 @@ def part_vectors(folder: JobFolder, commit: Commit, *, batch_bytes: int = BATCH_
             for batch in file.iter_batches(batch_rows, columns=["row", "sample", *columns]):
                 yield _vectors_of(batch, columns, width)
     except (pa.ArrowException, OSError) as error:
-        raise JobError(f"{path} can't be read: {' '.join(str(error).split())}") from error
+        raise JobError(f"{path} can't be read: {one_line(error)}") from error
 
 
 def ahead(items: Iterator[_Item]) -> Iterator[_Item]:
@@ -166,4 +166,4 @@ def _read_schema(folder: JobFolder, commit: Commit) -> pa.Schema:
     try:
         return pq.read_schema(path)
     except (pa.ArrowException, OSError) as error:
-        raise JobError(f"{path} can't be read: {' '.join(str(error).split())}") from error
+        raise JobError(f"{path} can't be read: {one_line(error)}") from error

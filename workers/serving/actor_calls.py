@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, NoReturn, cast
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from pipeline.errors import JobError, UserError
+from pipeline.errors import JobError, UserError, one_line
 
 Phase = Literal["loading", "ready", "failed"]
 
@@ -30,7 +30,7 @@ def answer_of(actor: Any, what: str, send: Callable[[], Any], *, patience_s: flo
     try:
         return get(send())
     except RayActorError as error:
-        raise JobError(f"{what} died twice while it was asked ({one_line(error)})") from error
+        raise JobError(f"{what} died twice while it was asked ({death_reason(error)})") from error
 
 
 def get(reference: Any, timeout_s: float | None = None) -> Any:
@@ -45,7 +45,7 @@ def raise_cause(error: RayTaskError) -> NoReturn:
     cause = error.cause
     if isinstance(cause, UserError | JobError | RayError):
         raise cause from None
-    raise JobError(f"a worker failed: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}") from error
+    raise JobError(f"a worker failed: {type(cause).__name__}: {one_line(cause)}") from error
 
 
 def await_replacement(actor: Any, what: str, error: Exception, patience_s: float) -> None:
@@ -56,7 +56,7 @@ def await_replacement(actor: Any, what: str, error: Exception, patience_s: float
     deadline = time.monotonic() + patience_s
     while True:
         if isinstance(error, ActorDiedError):  # for good: with the process that it belongs to, or as it was told to
-            raise JobError(f"{what} is gone: the process that served it has ended ({one_line(error)})") from None
+            raise JobError(f"{what} is gone: the process that served it has ended ({death_reason(error)})") from None
         left = deadline - time.monotonic()
         if left <= 0:
             raise JobError(
@@ -91,7 +91,7 @@ def await_ready(actors: Mapping[str, Any], *, user_errors: Sequence[str] = ()) -
             except GetTimeoutError:
                 raise JobError(f"{what} found no room in the cluster for {PLACING_S:.0f} seconds") from None
             except RayActorError as error:
-                raise JobError(f"{what} died while it was started ({one_line(error)})") from error
+                raise JobError(f"{what} died while it was started ({death_reason(error)})") from error
             if phase == "ready":
                 break
             if phase == "failed":
@@ -105,7 +105,7 @@ def end_actors(actors: Sequence[Any]) -> None:
         ray.kill(actor)
 
 
-def one_line(error: Exception) -> str:
+def death_reason(error: Exception) -> str:
     """Ray's reason for a death, without the page around it."""
     text = " ".join(str(error).split())
     for mark in ("Worker exit detail: ", "reason: ", "because: "):

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, cast
 from ray.exceptions import RayActorError
 
 from pipeline.errors import JobError
-from workers.serving.actor_calls import await_replacement, get, one_line
+from workers.serving.actor_calls import await_replacement, death_reason, get
 from workers.serving.query_messages import Message, answer_in
 from workers.serving.query_wire import Door, Wire
 
@@ -54,7 +54,7 @@ class QueryLine:
             try:
                 self._give_back(self._take())
             except (OSError, RayActorError) as again:
-                raise JobError(f"{self.what} can't be asked ({one_line(again)})") from again
+                raise JobError(f"{self.what} can't be asked ({death_reason(again)})") from again
         assert self._carrier is not None
         return self._carrier
 
@@ -149,7 +149,7 @@ class Call:
                 self._send()
                 reply = self._receive()
             except (OSError, RayActorError) as again:
-                raise JobError(f"{self._line.what} died twice while it was asked ({one_line(again)})") from again
+                raise JobError(f"{self._line.what} died twice while it was asked ({death_reason(again)})") from again
         return answer_in(reply)
 
     def drop(self) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import JobError, UserError
+from pipeline.errors import JobError, UserError, one_line
 
 Array = npt.NDArray[Any]
 
@@ -75,7 +75,7 @@ def respond(methods: Mapping[str, Method], content: bytes | bytearray) -> bytes:
     except (UserError, JobError) as error:
         return _failure("UserError" if isinstance(error, UserError) else "JobError", str(error))
     except Exception as error:
-        return _failure("JobError", f"a worker failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return _failure("JobError", f"a worker failed: {type(error).__name__}: {one_line(error)}")
 
 
 def answer_in(content: bytes | bytearray) -> Message:

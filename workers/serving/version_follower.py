@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 
 from pipeline.errors import JobError, UserError
 from pipeline.index.manifest import MANIFEST_NAME, read_manifest
-from workers.serving.actor_calls import one_line
+from workers.serving.actor_calls import death_reason
 from workers.serving.index_service import IndexService
 
 LOOK_S: Final = 1.0
@@ -63,7 +63,7 @@ class VersionFollower:
             if self._ended.is_set():
                 return
             if stamp != self._seen:
-                reason = str(error) if isinstance(error, UserError | JobError) else one_line(error)
+                reason = str(error) if isinstance(error, UserError | JobError) else death_reason(error)
                 self._on_change(f"still serving version {before.version}, not what is there by now: {reason}")
             self._retry_at = time.monotonic() + RETRY_S
         self._seen = stamp
