@@ -14,7 +14,6 @@ import dataclasses
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -112,7 +111,7 @@ def build_shard(task: ShardTask, *, is_stopped: Callable[[], bool] = lambda: Fal
     centering = None if task.center is None else Centering(task.center)
     draft = task.path.with_suffix(f".{uuid.uuid4().hex}")
     with storage_errors("writing", draft), faiss_files.faiss_threads(task.threads):
-        batches = ahead(_recorded(task, task.batches()))
+        batches = _recorded(task, task.batches())
         vectors = (batch.matrix if centering is None else centering.apply(batch.matrix) for batch in batches)
         matrices = _watched(vectors, is_stopped)
         if task.kind == FLAT:
@@ -191,7 +190,7 @@ def _build_flat(task: ShardTask, path: Path, matrices: Iterator[Matrix]) -> Shar
     numbers = None if task.deleted is None else task.numbers()
     held = task.count if numbers is None else len(numbers)
     with FlatFile(path, dimension=task.dimension, first_vector=task.first, num_vectors=held, numbers=numbers) as file:
-        for matrix in matrices:
+        for matrix in ahead(matrices):
             file.add(matrix)
     return ShardResult(shard=_shard(task, file.contents(), recall=1.0), exact=_NOTHING, found=_NOTHING, seconds=())
 
@@ -203,18 +202,23 @@ def _build_held(task: ShardTask, path: Path, matrices: Iterator[Matrix]) -> Shar
     exact = ExactSearch(queries)
     numbers = task.numbers()
     faiss_files.reserve(index, len(numbers))
-    place = 0
-    with faiss_files.faiss_threads(1 if is_graph(index) else task.threads), ThreadPoolExecutor(1, "exact") as beside:
-        for matrix in matrices:
-            mine = numbers[place : place + len(matrix)]
-            searched = beside.submit(exact.add, matrix, mine)
+    with faiss_files.faiss_threads(1 if is_graph(index) else task.threads):
+        for matrix, mine in ahead(_compared(matrices, numbers, exact)):
             faiss_files.add_numbered(index, matrix, mine)
-            searched.result()
-            place += len(matrix)
     shard = _shard(task, faiss_files.write_index(index, path, first_vector=task.first))
     if not len(numbers):
         return ShardResult(shard=shard, exact=exact.found, found=exact.found, seconds=())
     return _result(shard, tune(index, queries, exact.found, task.target), exact.found)
+
+
+def _compared(matrices: Iterator[Matrix], numbers: Numbers, exact: ExactSearch) -> Iterator[tuple[Matrix, Numbers]]:
+    """The vectors with the numbers that each has, when `exact` has searched them."""
+    place = 0
+    for matrix in matrices:
+        mine = numbers[place : place + len(matrix)]
+        exact.add(matrix, mine)
+        yield matrix, mine
+        place += len(matrix)
 
 
 def _shard(task: ShardTask, contents: Contents, *, recall: float | None = None) -> Shard:
