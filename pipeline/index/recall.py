@@ -29,6 +29,7 @@ K: Final = 10
 KEPT: Final = 64
 NUM_QUERIES: Final = 256
 
+_COMPARED_AT_ONCE: Final = 1024  # with all queries: a megabyte of scores
 _SEED: Final = 0x67726973746D696C
 _LEAST_EF_SEARCH: Final = 16  # less than K does not search less
 _MOST_EF_SEARCH: Final = 4096
@@ -82,9 +83,13 @@ class ExactSearch:
 
     def add(self, matrix: Matrix, numbers: Numbers) -> None:
         """Vectors [n, d] of these numbers [n], ascending."""
+        if len(self._queries.numbers):
+            some = [slice(first, first + _COMPARED_AT_ONCE) for first in range(0, len(matrix), _COMPARED_AT_ONCE)]
+            self.found = merged([self.found, *(self._found_among(matrix[one], numbers[one]) for one in some)], KEPT)
+
+    def _found_among(self, matrix: Matrix, numbers: Numbers) -> Found:
+        """Of each query those that may be among its best."""
         queries = self._queries
-        if not len(queries.numbers) or not len(matrix):
-            return
         scores: npt.NDArray[Any] = queries.matrix @ matrix.T  # [q, n]
         places = np.minimum(np.searchsorted(numbers, queries.numbers), len(numbers) - 1)
         itself = np.flatnonzero(numbers[places] == queries.numbers)
@@ -95,8 +100,7 @@ class ExactSearch:
             k = min(KEPT, len(matrix))
             best_places = np.argpartition(scores, -k, axis=1)[:, -k:]
             found = Found(scores=np.take_along_axis(scores, best_places, axis=1), numbers=best_places)
-        known = np.where(np.isneginf(found.scores), -1, numbers[found.numbers])
-        self.found = merged([self.found, Found(scores=found.scores, numbers=known)], KEPT)
+        return Found(scores=found.scores, numbers=np.where(np.isneginf(found.scores), -1, numbers[found.numbers]))
 
 
 def _better(scores: Matrix, least: Scores) -> Found:

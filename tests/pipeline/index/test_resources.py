@@ -72,7 +72,7 @@ print(len(manifest.shards), memory("VmHWM") - before)
 """
 )
 
-ALLOCATORS_BYTES = 8 << 20  # that the threads' allocators keep: 0 to 4.5 MiB, another each time
+ALLOCATORS_BYTES = 6 << 20  # that the threads' allocators keep: 0 to 4.5 MiB, another each time
 
 
 @pytest.mark.parametrize(
