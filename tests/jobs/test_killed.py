@@ -44,7 +44,7 @@ def test_jobs_with_a_ray_of_their_own_survive_interrupts_and_kills(
     undisturbed, job, run_job, rows_of, controller, shards_of, cheap_model, tmp_path
 ):
     """Ctrl-C at a terminal reaches every process of its group; a killed controller takes its Ray and actors along."""
-    cheap_model(step_s=0.6, rows_a_step=4)
+    cheap_model(step_s=0.4, rows_a_step=4)
     interrupted, killed = (
         job(TEXTS, output={"path": str(tmp_path / name), "rows_per_split": 8}) for name in ("interrupted", "killed")
     )
@@ -76,7 +76,7 @@ def test_jobs_with_a_ray_of_their_own_survive_interrupts_and_kills(
 def test_a_controller_killed_again_and_again_loses_and_repeats_nothing(
     undisturbed, job, run_job, rows_of, controller, cheap_model, ray_cluster
 ):
-    cheap_model(step_s=0.2, rows_a_step=4)
+    cheap_model(step_s=0.1, rows_a_step=4)
     settings = job(TEXTS)
     out = Path(settings["output"]["path"])
     chance = random.Random(7)

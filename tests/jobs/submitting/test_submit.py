@@ -31,7 +31,7 @@ from pipeline.errors import UserError
 ROOT = Path(__file__).parents[3]
 BIN = Path(sys.executable).parent
 TOKEN = "0123456789abcdef0123456789abcdef"
-NUM_ROWS = 480
+NUM_ROWS = 240
 
 pytestmark = [
     pytest.mark.ray,
