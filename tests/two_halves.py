@@ -20,7 +20,7 @@ def main() -> int:
         nicely = ["nice", "-n", "10", *PYTEST, "-p", "no:cacheprovider", "-m", f"{USUAL} and not ray"]
         others = subprocess.Popen(nicely, stdout=said, stderr=subprocess.STDOUT)
         print("The tests that start Ray; the others run meanwhile and are shown below.", flush=True)
-        with_ray = subprocess.Popen([*PYTEST, "-m", f"{USUAL} and ray"])
+        with_ray = subprocess.Popen([*PYTEST, "--durations=12", "-m", f"{USUAL} and ray"])
         statuses = [ended(with_ray), ended(others)]
         said.seek(0)
         sys.stdout.buffer.write(said.read())
