@@ -54,7 +54,7 @@ def _chart(chart: Chart) -> list[str]:
         parts.append(f'<path d="M{_LEFT} {y(value)}H{_WIDTH - _RIGHT}" stroke="#ddd"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y(value) + 4}" text-anchor="end">{value:g}</text>')
     for value in chart.xs:
-        parts.append(f'<text x="{x(value)}" y="{_HEIGHT - _BOTTOM + 15}" text-anchor="middle">{value:g}</text>')
+        parts.append(f'<text x="{x(value)}" y="{_HEIGHT - _BOTTOM + 15}" text-anchor="middle">{value:,}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{_HEIGHT - _BOTTOM + 31}" text-anchor="middle">{escape(chart.x_label)}</text>')
     for i, (name, line) in enumerate(chart.lines.items()):
