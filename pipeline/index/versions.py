@@ -25,7 +25,7 @@ from pipeline.durable import removed_on_failure, replace_folder, seal, storage_e
 from pipeline.errors import JobError, UserError
 from pipeline.index.manifest import BUILT_AGAIN, MANIFEST_NAME, IndexManifest, VersionNote, read_manifest
 from pipeline.job_folder import JobFolder
-from pipeline.lock import lock
+from pipeline.lock import lock_existing
 
 VERSIONS_NAME: Final = "index-versions"
 REPLACED_NAME: Final = "replaced"
@@ -96,7 +96,7 @@ def put_back(folder: JobFolder) -> None:
         if not lacks_name(folder):
             return
         try:
-            with lock(folder):
+            with lock_existing(folder):
                 put_back_locked(folder)
         except JobError:
             if attempt == 9:
