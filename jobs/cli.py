@@ -18,7 +18,7 @@ import typer
 
 from jobs.answers import INTERRUPTED, Answers
 from jobs.index.index_cli import index_app
-from jobs.stop_signals import interrupt_on_signals, leave_signals_alone
+from jobs.stop_signals import expect_end, interrupt_on_signals
 from jobs.submitting.cluster_commands import (
     Address,
     AsJson,
@@ -376,5 +376,5 @@ def _execute(arguments: Sequence[str], answers: Answers) -> int:
 def main() -> NoReturn:
     interrupt_on_signals()
     exit_status = execute(sys.argv[1:])
-    leave_signals_alone()
+    expect_end(exit_status)
     sys.exit(exit_status)

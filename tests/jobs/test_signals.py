@@ -108,3 +108,48 @@ def test_a_command_that_is_stopped_before_it_began_says_how_to_go_on(command, tm
     words = f"stopped; to go on: gristmill run {job_file} --json"
     assert json.loads(stdout) == {"error": words, "exit_status": 130}
     assert stderr.splitlines() == [f"gristmill: {words}"]
+
+
+@pytest.mark.parametrize("moment", ["atexit.register(send)", "last = type('Last', (), {'__del__': send})()"])
+def test_a_signal_that_comes_while_a_command_ends_does_not_change_its_exit_status(moment):
+    # the second of two that are one wish can come this late on a busy machine
+    ending = f"""
+import atexit, os, signal, sys
+from jobs import cli
+def stopped(arguments):
+    try:
+        send()
+    except KeyboardInterrupt:
+        global last
+        print("stopped")
+        {moment}
+        return 130
+def send(*_, kill=os.kill, number=signal.SIGTERM, own=os.getpid()):
+    kill(own, number)
+cli.execute = stopped
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", ending], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "stopped\n", "")
+
+
+def test_another_signal_ends_a_command_at_once_whose_end_takes_long():
+    ending = """
+import atexit, sys, time
+from jobs import cli
+def end():
+    print("at its end")
+    time.sleep(600)
+def execute(arguments):
+    atexit.register(end)
+    return 1
+cli.execute = execute
+cli.main()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-uc", ending], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout.readline() == "at its end\n"
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout, stderr) == (1, "", "")
