@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as LibraryBackend
 
 from pipeline.errors import UserError, one_line
@@ -18,15 +18,19 @@ from pipeline.tokenizers.checkpoint import (
     token_text,
     tokenizer_settings,
 )
-from pipeline.tokenizers.library import LibraryTokenizer
+from pipeline.tokenizers.library import LibraryTokenizer, ends_added
 from pipeline.tokenizers.streaming import UnknownDecoder
+
+# Of these, transformers before version 5 framed a text as tokenizer_config.json says, whatever tokenizer.json says.
+_FRAMED_BY_CONFIGURATION: Final = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
 
 
 def load_hugging_face(folder: Path) -> LibraryTokenizer:
     """Load tokenizer.json and what tokenizer_config.json adds to it.
 
     Whether a beginning-of-text token is added is tokenizer.json's post-processor to say: transformers ignores
-    tokenizer_config.json's `add_bos_token` beside it, and so do we.
+    tokenizer_config.json's `add_bos_token` beside it, and so do we. Not so for embedders: E5-Mistral was published with
+    an `add_eos_token` that its tokenizer.json knows nothing of, and pools that token.
     """
     file = folder / "tokenizer.json"
     try:
@@ -38,12 +42,40 @@ def load_hugging_face(folder: Path) -> LibraryTokenizer:
         raise UserError(f"{file}: corrupt or too new: {one_line(error)}") from None
     config = tokenizer_settings(folder)
     _add_tokens(backend, config, read_json(folder / "added_tokens.json"), file)
-    digest = digest_of(content, {key: value for key, value in config.items() if key != "chat_template"})
-    facts = directory_facts(folder, config, backend.token_to_id, digest=digest)
+    parts: list[Any] = [content, {key: value for key, value in config.items() if key != "chat_template"}]
+    if (folder / "modules.json").is_file() and _frame_as_configured(backend, config):
+        parts.append("framed as configured")  # other ids than tokenizer.json alone would give
+    facts = directory_facts(folder, config, backend.token_to_id, digest=digest_of(*parts))
     try:
         return LibraryTokenizer(backend, facts)
     except UnknownDecoder as error:
         raise UserError(f"{file}: {error}") from None
+
+
+def _frame_as_configured(backend: LibraryBackend, config: Mapping[str, Any]) -> bool:
+    """Put the ends around a text that `add_bos_token` and `add_eos_token` ask for -> whether they were others."""
+    if str(config.get("tokenizer_class")).removesuffix("Fast") not in _FRAMED_BY_CONFIGURATION:
+        return False
+    backend.no_truncation()
+    backend.no_padding()
+    found = ends_added(backend)
+    if found is None:
+        return False
+    roles = special_token_strings(config)
+    ends: list[list[int]] = []
+    for name, ids in zip(("bos_token", "eos_token"), found, strict=True):
+        token_id = backend.token_to_id(roles[name]) if name in roles else None
+        asked = config.get(f"add_{name}")
+        ends.append(ids if token_id is None or not isinstance(asked, bool) else [token_id] if asked else [])
+    before, after = ends
+    if (before, after) == found:
+        return False
+    names = {token_id: backend.id_to_token(token_id) for token_id in (*before, *after)}
+    template = [*(names[token_id] for token_id in before), "$A", *(names[token_id] for token_id in after)]
+    backend.post_processor = processors.TemplateProcessing(
+        single=template, pair=[*template, "$B:1"], special_tokens=[(text, token_id) for token_id, text in names.items()]
+    )
+    return True
 
 
 def _add_tokens(

@@ -55,7 +55,7 @@ class LibraryTokenizer(DescribedTokenizer):
         check_decoder(self._decoder)
         self._words = ascii_words(backend)
         self._plainly_matched = _are_plainly_matched(list(added.values()))
-        self._ends = _ends(backend)
+        self._ends = ends_added(backend)
         self.vocab_size: int = max([backend.get_vocab_size(), *(token_id + 1 for token_id in added)])
 
     def encode(
@@ -194,7 +194,7 @@ def _plain_sibling(backend: LibraryBackend) -> LibraryBackend:
     return sibling
 
 
-def _ends(backend: LibraryBackend) -> tuple[list[int], list[int]] | None:
+def ends_added(backend: LibraryBackend) -> tuple[list[int], list[int]] | None:
     """Return the ids that are put before and after a text by default, None where that can't be told from an example."""
     bare = backend.encode("a", add_special_tokens=False).ids
     framed = backend.encode("a", add_special_tokens=True).ids

@@ -91,6 +91,35 @@ def test_what_is_added_around_a_text_is_what_transformers_adds(
     assert (ours.encode("x")[:1] == [1]) is framed
 
 
+@pytest.mark.parametrize(
+    ("config", "ends"),
+    [
+        ({"add_bos_token": True, "add_eos_token": True}, ([1], [2])),  # E5-Mistral as published
+        ({"add_eos_token": True}, ([1], [2])),
+        ({"add_bos_token": False, "add_eos_token": True}, ([], [2])),
+        ({"add_bos_token": True, "add_eos_token": True, "eos_token": None}, ([1], [])),
+        ({}, ([1], [])),
+    ],
+)
+def test_an_embedders_configuration_says_what_is_added_around_a_text(
+    config: dict[str, Any], ends: tuple[list[int], list[int]], folder: Folder
+) -> None:
+    def begin(content: dict[str, Any]) -> None:
+        template = processors.TemplateProcessing(single=["<|im_start|>", "$A"], special_tokens=[("<|im_start|>", 1)])
+        content["post_processor"] = json.loads(template.__getstate__())
+
+    path = folder(config={"tokenizer_class": "LlamaTokenizer", **config}, change=begin)
+    plain = load_tokenizer(path)
+    assert plain.encode("hello")[:1] == [1]
+    assert plain.encode("hello")[-1:] != [2]
+    (path / "modules.json").write_text("[]")
+    embedder = load_tokenizer(path)
+    for text in ("", "hello", "héllo <|im_end|>"):
+        bare = embedder.encode(text, add_special_tokens=False)
+        assert embedder.encode(text) == [*ends[0], *bare, *ends[1]]
+    assert (embedder.digest == plain.digest) is (ends == ([1], []))
+
+
 def test_tokens_that_only_the_configuration_names_are_added(folder: Folder) -> None:
     listed = {
         "600": {"content": "<tool>", "special": True, "lstrip": False, "rstrip": True, "normalized": False},
