@@ -1,7 +1,8 @@
 """A checkpoint's own sentence-transformers files: how its authors make vectors with it.
 
 modules.json names the steps (a Transformer, a Pooling, perhaps a Normalize); 1_Pooling/config.json the pooling;
-config_sentence_transformers.json the prompts of queries and passages and the similarity that vectors are meant for.
+config_sentence_transformers.json the prompts of queries and passages and the similarity that vectors are meant for;
+sentence_bert_config.json how texts are put to the transformer.
 """
 
 from __future__ import annotations
@@ -51,12 +52,14 @@ def read_embedder(model_path: Path, *, pooling_is_given: bool = False) -> Embedd
     config = read_json(model_path / "config_sentence_transformers.json")
     pooling_file = _pooling_file(model_path, steps)
     pooling_config = read_json(pooling_file) if pooling_file is not None else {}
+    limits = read_json(model_path / "sentence_bert_config.json")
     if not pooling_is_given:
         _refuse_steps(model_path, steps)
         _refuse_similarity(model_path, config, steps)
+        _refuse_chat(model_path, limits)
+        _refuse_own_code(model_path, steps)
     prompts = _prompts(model_path, config)
     default = _default_prompt(model_path, config, prompts)
-    limits = read_json(model_path / "sentence_bert_config.json")
     if limits.get("do_lower_case"):
         raise UserError(f"{model_path / 'sentence_bert_config.json'}: do_lower_case is not supported; lower the rows")
     most = limits.get("max_seq_length")
@@ -109,6 +112,23 @@ def _refuse_similarity(model_path: Path, config: Mapping[str, Any], steps: list[
     raise UserError(
         f"{model_path / 'config_sentence_transformers.json'} asks for {what}; only cosine is supported: {_INSTEAD}"
     )
+
+
+def _refuse_chat(model_path: Path, limits: Mapping[str, Any]) -> None:
+    """sentence-transformers from 5.4 on sends all texts through the chat template where `message` is in this list."""
+    if "message" in (limits.get("modality_config") or ()):
+        raise UserError(
+            f"{model_path / 'sentence_bert_config.json'} puts texts through the chat template (message in "
+            f"modality_config), which is not supported; {_INSTEAD}"
+        )
+
+
+def _refuse_own_code(model_path: Path, steps: list[tuple[str, str]]) -> None:
+    """Embedders that bring code attend to later tokens too, most of them, and their configuration need not say so."""
+    file = model_path / "config.json"
+    own = read_json(file).get("auto_map")
+    if steps and isinstance(own, dict) and "AutoModel" in own:
+        raise UserError(f"{file}: its vectors come of code of its own (auto_map), which is never run; {_INSTEAD}")
 
 
 def _pooling_file(model_path: Path, steps: list[tuple[str, str]]) -> Path | None:

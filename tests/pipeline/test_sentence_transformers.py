@@ -100,6 +100,7 @@ def test_a_prompt_that_is_not_pooled_is_said_to_be(tmp_path):
         ),
         ({"kinds": WHOLE, "pooling": {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}}, "asks for"),
         ({"kinds": WHOLE, "pooling": {}}, "asks for no pooling"),
+        ({"kinds": WHOLE, "limits": {"modality_config": {"text": {}, "message": {}}}}, "through the chat template"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(tmp_path, files, message):
@@ -114,14 +115,30 @@ def test_what_cannot_be_done_is_refused_in_one_line(tmp_path, files, message):
     assert "\n" not in str(caught.value)
 
 
+def test_code_of_the_models_own_is_refused(tmp_path):
+    write(tmp_path, *WHOLE, pooling=LAST)
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoTokenizer": "tokenization_qwen.Qwen2Tokenizer"}}')
+    assert read_embedder(tmp_path).pooling == "last"
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_gritlm7b.MistralModel"}}')
+    with pytest.raises(UserError, match=r"code of its own \(auto_map\), which is never run; set embed\.pooling"):
+        read_embedder(tmp_path)
+    assert read_embedder(tmp_path, pooling_is_given=True) == EmbedderFiles()
+
+
+def test_texts_of_a_model_with_a_chat_template_may_be_put_to_it_as_they_are(tmp_path):
+    write(tmp_path, *WHOLE, pooling=LAST, limits={"modality_config": {"text": {"method": "forward"}}})
+    assert read_embedder(tmp_path).pooling == "last"
+
+
 def test_a_dot_product_of_normalised_vectors_is_a_cosine(tmp_path):
     write(tmp_path, *WHOLE, pooling=LAST, config={"similarity_fn_name": "dot"})
     assert read_embedder(tmp_path).pooling == "last"
 
 
 def test_a_pooling_of_the_jobs_own_leaves_out_what_comes_after_the_transformer(tmp_path):
-    config = {"similarity_fn_name": "dot", "prompts": {"query": "q: "}}
-    write(tmp_path, "Transformer", "Pooling", "Dense", pooling={"pooling_mode_cls_token": True}, config=config)
+    config, limits = {"similarity_fn_name": "dot", "prompts": {"query": "q: "}}, {"modality_config": {"message": {}}}
+    kinds = ("Transformer", "Pooling", "Dense")
+    write(tmp_path, *kinds, pooling={"pooling_mode_cls_token": True}, config=config, limits=limits)
     assert read_embedder(tmp_path, pooling_is_given=True) == EmbedderFiles(query_prompt="q: ")
 
 
