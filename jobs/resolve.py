@@ -58,7 +58,6 @@ def resolve(
     model_path = resolve_model(spec.model)
     refuse_spreading(spec, model_path)
     refuse_attention(spec, model_path)
-    refuse_vectors(spec, model_path)
     if planned is not None and planned.spec.input == spec.input:
         source, is_scanned = Source.from_json(planned.source), False
         _refuse_new_files(spec, [path for path in source.new_files() if path not in extended_by])
@@ -67,6 +66,7 @@ def resolve(
         path = list(spec.input.path) if isinstance(spec.input.path, tuple) else spec.input.path
         source = Source.open(path, job=spec.input.job, format=spec.input.format)
     settled, rows_per_split = _settle(spec, source, model_path, planned)
+    refuse_vectors(settled, model_path)
     covers = fingerprint_parts(
         settled,
         model_digest=model_digest(model_path),
@@ -164,6 +164,7 @@ def _settle_embed(embed: EmbedSpec, model_path: Path) -> EmbedSpec:
             query_prompt="" if embed.query_template != "{{ text }}" else embed.query_prompt,
             echo=embed.echo,
             center=embed.center,
+            dimensions=embed.dimensions,
         ),
         model_path,
     )

@@ -38,6 +38,7 @@ class EmbedderFiles:
     query_prompt: str = ""
     passage_prompt: str = ""
     max_tokens: int | None = None  # longer texts are cut by their authors
+    dimensions: int | None = None  # of a vector, where its authors keep no more
 
 
 def read_embedder(model_path: Path, *, pooling_is_given: bool = False) -> EmbedderFiles:
@@ -62,14 +63,18 @@ def read_embedder(model_path: Path, *, pooling_is_given: bool = False) -> Embedd
     default = _default_prompt(model_path, config, prompts)
     if limits.get("do_lower_case"):
         raise UserError(f"{model_path / 'sentence_bert_config.json'}: do_lower_case is not supported; lower the rows")
-    most = limits.get("max_seq_length")
     return EmbedderFiles(
         pooling=_pooling(pooling_file, pooling_config) if pooling_file is not None and not pooling_is_given else None,
         include_prompt=bool(pooling_config.get("include_prompt", True)),
         query_prompt=prompts.get("query", default),
         passage_prompt=next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), default),
-        max_tokens=most if isinstance(most, int) and not isinstance(most, bool) and most > 0 else None,
+        max_tokens=_count(limits.get("max_seq_length")),
+        dimensions=None if pooling_is_given else _count(config.get("truncate_dim")),
     )
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def _steps(model_path: Path) -> list[tuple[str, str]]:

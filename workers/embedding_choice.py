@@ -22,6 +22,7 @@ class EmbeddingChoice:
     query_prompt: str
     echo: bool | Auto
     center: bool | Auto
+    dimensions: int | None = None  # None: as many as the model's files keep, else all
 
 
 # For models without instructions of their own: what `python -m benchmarks.retrieval` found best (docs/embeddings.md).
@@ -44,4 +45,5 @@ def settle_embedding(asked: EmbeddingChoice, model_path: Path) -> EmbeddingChoic
         query_prompt=files.query_prompt if asked.query_prompt == "auto" else asked.query_prompt,
         echo=(takes_best and BEST.echo is True) if asked.echo == "auto" else asked.echo,
         center=(takes_best and BEST.center is True) if asked.center == "auto" else asked.center,
+        dimensions=files.dimensions if asked.dimensions is None else asked.dimensions,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -255,6 +256,16 @@ def test_vectors_that_the_model_has_not_are_refused_before_anything_is_written(j
         with pytest.raises(UserError, match=expected), open_store(parse_spec(settings)):
             pytest.fail("the job is taken")
         assert not Path(settings["output"]["path"]).exists()
+
+
+def test_dimensions_that_the_model_keeps_are_those_of_the_job_that_names_none(job, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    settings = job(TEXTS, embed={}) | {"model": str(model)}
+    (model / "config_sentence_transformers.json").write_text('{"truncate_dim": 8}')
+    assert resolve(parse_spec(settings)).spec.embed.dimensions == 8
+    (model / "config_sentence_transformers.json").write_text('{"truncate_dim": 61}')
+    with pytest.raises(UserError, match=r"embed\.dimensions: 61, and the model's hidden states have 60"):
+        resolve(parse_spec(settings))
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,12 @@ def test_what_cannot_be_done_is_refused_in_one_line(tmp_path, files, message):
     assert "\n" not in str(caught.value)
 
 
+def test_vectors_are_cut_where_the_models_authors_cut_them(tmp_path):
+    write(tmp_path, *WHOLE, pooling=LAST, config={"truncate_dim": 256})
+    assert read_embedder(tmp_path).dimensions == 256
+    assert read_embedder(tmp_path, pooling_is_given=True).dimensions is None
+
+
 def test_code_of_the_models_own_is_refused(tmp_path):
     write(tmp_path, *WHOLE, pooling=LAST)
     (tmp_path / "config.json").write_text('{"auto_map": {"AutoTokenizer": "tokenization_qwen.Qwen2Tokenizer"}}')

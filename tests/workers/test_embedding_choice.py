@@ -42,3 +42,10 @@ def test_a_model_with_instructions_gets_what_they_say(tmp_path, monkeypatch):
     assert settle_embedding(OPEN, tmp_path) == EmbeddingChoice(
         pooling="last", include_prompt=False, passage_prompt="p: ", query_prompt="q: ", echo=False, center=False
     )
+
+
+def test_dimensions_are_the_jobs_own_else_the_models(tmp_path):
+    (tmp_path / "config_sentence_transformers.json").write_text('{"truncate_dim": 256}')
+    assert settle_embedding(OPEN, tmp_path).dimensions == 256
+    assert settle_embedding(replace(OPEN, dimensions=64), tmp_path).dimensions == 64
+    assert settle_embedding(replace(OPEN, pooling="last"), tmp_path).dimensions is None
