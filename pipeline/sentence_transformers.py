@@ -68,9 +68,17 @@ def read_embedder(model_path: Path, *, pooling_is_given: bool = False) -> Embedd
         include_prompt=bool(pooling_config.get("include_prompt", True)),
         query_prompt=prompts.get("query", default),
         passage_prompt=next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), default),
-        max_tokens=_count(limits.get("max_seq_length")),
+        max_tokens=_max_tokens(model_path, limits, steps),
         dimensions=None if pooling_is_given else _count(config.get("truncate_dim")),
     )
+
+
+def _max_tokens(model_path: Path, limits: Mapping[str, Any], steps: list[tuple[str, str]]) -> int | None:
+    """max_seq_length; where there is none, as in what sentence-transformers writes from 5.4 on, the tokenizer's."""
+    own = _count(limits.get("max_seq_length"))
+    if own is not None or not steps:
+        return own
+    return _count(read_json(model_path / "tokenizer_config.json").get("model_max_length"))
 
 
 def _count(value: object) -> int | None:

@@ -61,7 +61,7 @@ class QueryEmbedder:
             elif self._max_tokens is not None and len(one.ids) > self._max_tokens:  # as of rows
                 found[place] = RowError(
                     "prompt_too_long",
-                    f"{len(one.ids):,} tokens with its prompt, and the model's max_seq_length is {self._max_tokens:,}",
+                    f"{len(one.ids):,} tokens with its prompt, and the model's own limit is {self._max_tokens:,}",
                 )
             else:
                 tokens.append((place, one))

@@ -61,7 +61,7 @@ def passage_kind(
     max_context: int,
     on_too_long: OnTooLong,
 ) -> TextKind | None:
-    """None where only generations are embedded. The model's own max_seq_length is a limit too."""
+    """None where only generations are embedded. The length that the model's files allow is a limit too."""
     if embed.of == "generation":
         return None
     if embed.template is not None:

@@ -115,6 +115,22 @@ def test_what_cannot_be_done_is_refused_in_one_line(tmp_path, files, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("kinds", "limits", "tokenizer", "expected"),
+    [
+        (WHOLE, {"max_seq_length": 512}, {"model_max_length": 32768}, 512),
+        (WHOLE, {"max_seq_length": None}, {"model_max_length": 32768}, 32768),
+        (WHOLE, None, {"model_max_length": 512}, 512),
+        (WHOLE, None, {"model_max_length": None}, None),
+        ((), None, {"model_max_length": 512}, None),  # of a model that is no embedder
+    ],
+)
+def test_a_text_may_be_as_long_as_the_models_authors_say(tmp_path, kinds, limits, tokenizer, expected):
+    write(tmp_path, *kinds, pooling=LAST, limits=limits)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    assert read_embedder(tmp_path).max_tokens == expected
+
+
 def test_vectors_are_cut_where_the_models_authors_cut_them(tmp_path):
     write(tmp_path, *WHOLE, pooling=LAST, config={"truncate_dim": 256})
     assert read_embedder(tmp_path).dimensions == 256

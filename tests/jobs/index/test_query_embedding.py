@@ -67,7 +67,7 @@ def test_a_query_longer_than_the_models_authors_allow_is_refused(spec: JobSpec, 
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 16}')
     limited = spec.model_copy(update={"model": str(folder)})
     assert len(embed_queries(TEXTS, made(limited, pooling="mean"), limited)) == 2
-    with pytest.raises(UserError, match=r"query 'a fox .*tokens with its prompt, and the model's max_seq_length is 16"):
+    with pytest.raises(UserError, match=r"query 'a fox .*tokens with its prompt, and the model's own limit is 16"):
         embed_queries(["a fox " * 20], made(limited, pooling="mean"), limited)
 
 
