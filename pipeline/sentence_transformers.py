@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from pipeline.embedding import Pooling
 from pipeline.errors import UserError
+from pipeline.gguf_metadata import read_gguf_metadata
 from pipeline.tokenizers.checkpoint import read_json, read_json_value
 
 _POOLING_FILES: Final = "*_Pooling/config.json"  # as in model_path.RESULT_FILES
@@ -26,6 +27,8 @@ _MODES: Final[Mapping[str, Pooling]] = {
     "lasttoken": "last",
     "weightedmean": "weighted_mean",
 }
+# llama.cpp's numbers; 2 is the first token's, 4 is for rerankers.
+_GGUF_POOLINGS: Final[Mapping[str, Pooling | None]] = {"0": None, "1": "mean", "3": "last"}
 _INSTEAD: Final = "set embed.pooling to mean, last or weighted_mean to embed without it"
 
 
@@ -42,13 +45,13 @@ class EmbedderFiles:
 
 
 def read_embedder(model_path: Path, *, pooling_is_given: bool = False) -> EmbedderFiles:
-    """The files in a model's folder; all defaults where there are none.
+    """The files in a model's folder, or what a .gguf file says; all defaults where there is nothing.
 
     UserError if they are damaged, or ask for what can't be done, so that nobody gets other vectors in silence. With
     `pooling_is_given`, the steps after the transformer and the similarity are not looked at.
     """
     if not model_path.is_dir():
-        return EmbedderFiles()
+        return EmbedderFiles(pooling=None if pooling_is_given else _gguf_pooling(model_path))
     steps = _steps(model_path)
     config = read_json(model_path / "config_sentence_transformers.json")
     pooling_file = _pooling_file(model_path, steps)
@@ -83,6 +86,17 @@ def _max_tokens(model_path: Path, limits: Mapping[str, Any], steps: list[tuple[s
 
 def _count(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _gguf_pooling(file: Path) -> Pooling | None:
+    """All that a .gguf file says of embedding: its authors' prompts are not in it."""
+    if file.suffix != ".gguf" or not file.is_file():
+        return None
+    key = f"{read_gguf_metadata(file, prefix='general.architecture').get('general.architecture')}.pooling_type"
+    pooling = str(read_gguf_metadata(file, prefix=key).get(key, 0))
+    if pooling in _GGUF_POOLINGS:
+        return _GGUF_POOLINGS[pooling]
+    raise UserError(f"{file} asks for pooling of another kind ({key} {pooling}); set embed.pooling to mean or last")
 
 
 def _steps(model_path: Path) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import gguf
 import pytest
 
 from pipeline.errors import UserError
@@ -129,6 +130,28 @@ def test_a_text_may_be_as_long_as_the_models_authors_say(tmp_path, kinds, limits
     write(tmp_path, *kinds, pooling=LAST, limits=limits)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     assert read_embedder(tmp_path).max_tokens == expected
+
+
+def gguf_file(path, pooling=None):
+    writer = gguf.GGUFWriter(path, "qwen3")
+    if pooling is not None:
+        writer.add_pooling_type(pooling)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_says_how_it_is_pooled_and_no_more(tmp_path):
+    poolings = {None: None, gguf.PoolingType.NONE: None, gguf.PoolingType.MEAN: "mean", gguf.PoolingType.LAST: "last"}
+    for asked, expected in poolings.items():
+        file = gguf_file(tmp_path / "model.gguf", asked)
+        assert read_embedder(file) == EmbedderFiles(pooling=expected)
+        assert read_embedder(file, pooling_is_given=True) == EmbedderFiles()
+    file = gguf_file(tmp_path / "model.gguf", gguf.PoolingType.CLS)
+    with pytest.raises(UserError, match=r"another kind \(qwen3\.pooling_type 2\); set embed\.pooling to mean or last"):
+        read_embedder(file)
+    assert read_embedder(file, pooling_is_given=True) == EmbedderFiles()
 
 
 def test_vectors_are_cut_where_the_models_authors_cut_them(tmp_path):
