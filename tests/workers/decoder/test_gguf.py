@@ -48,7 +48,9 @@ def pairs_together(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows[order]
 
 
-def write_gguf(path: Path, kind: Kind, *, experts: int = 0, single: bool = False, tied: bool = False) -> dict[str, Any]:
+def write_gguf(
+    path: Path, kind: Kind, *, experts: int = 0, single: bool = False, tied: bool = False, causal: bool | None = None
+) -> dict[str, Any]:
     """A random llama of `kind` at `path` -> transformers' state of the same model, as the file's numbers have it."""
     random = np.random.default_rng(kind)
     writer = gguf.GGUFWriter(path, "llama")
@@ -60,6 +62,8 @@ def write_gguf(path: Path, kind: Kind, *, experts: int = 0, single: bool = False
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(5e3)
+    if causal is not None:
+        writer.add_causal_attention(causal)
     if experts:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(2)
@@ -238,6 +242,17 @@ def test_a_tensor_that_is_described_wrongly_gets_one_clear_line(
     with pytest.raises(UserError, match=complaint) as caught:
         Decoder.load(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_whose_tokens_attend_to_later_ones_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    for causal in (True, False):
+        write_gguf(path, Kind.F32, causal=causal)
+        if causal:
+            load_checkpoint(path)
+        else:
+            with pytest.raises(UserError, match="is_causal False is not supported"):
+                load_checkpoint(path)
 
 
 @pytest.fixture(scope="module")

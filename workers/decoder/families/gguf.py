@@ -85,6 +85,7 @@ class GgufModel:
             "partial_rotary_factor": (own.integer("rope.dimension_count", width) + 0.5) / width,
             "sliding_window": own.values.get("attention.sliding_window"),
             "tie_word_embeddings": "output.weight" not in self,
+            "is_causal": own.values.get("attention.causal"),
         }
         return Document(self.where, common | values)
 
