@@ -124,7 +124,10 @@ def _refuse_steps(model_path: Path, steps: list[tuple[str, str]]) -> None:
         kind = _kind(step)
         if kind == "Transformer" and place == 0:
             if folder:
-                raise UserError(f"{file}: its weights are in {folder}/; name that folder as the model")
+                raise UserError(
+                    f"{file}: its weights are in {folder}/; name that folder as the model, and embed.pooling, "
+                    "which is not said there"
+                )
         elif not ((kind == "Pooling" and place == 1) or (kind == "Normalize" and place == 2)):
             raise UserError(f"{file}: step {place} is a {kind} module, which is not supported; {_INSTEAD}")
 

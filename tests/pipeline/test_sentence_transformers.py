@@ -160,6 +160,13 @@ def test_vectors_are_cut_where_the_models_authors_cut_them(tmp_path):
     assert read_embedder(tmp_path, pooling_is_given=True).dimensions is None
 
 
+def test_a_model_in_a_folder_of_its_own_is_named_with_its_pooling(tmp_path):
+    """Which it could not say of itself: the choice for models without instructions would be taken in silence."""
+    (tmp_path / "modules.json").write_text(json.dumps([{"path": "0_Transformer", "type": f"{KINDS}.Transformer"}]))
+    with pytest.raises(UserError, match=r"in 0_Transformer/; name that folder as the model, and embed\.pooling"):
+        read_embedder(tmp_path)
+
+
 def test_code_of_the_models_own_is_refused(tmp_path):
     write(tmp_path, *WHOLE, pooling=LAST)
     (tmp_path / "config.json").write_text('{"auto_map": {"AutoTokenizer": "tokenization_qwen.Qwen2Tokenizer"}}')
