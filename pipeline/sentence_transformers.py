@@ -146,7 +146,8 @@ def _refuse_similarity(model_path: Path, config: Mapping[str, Any], steps: list[
 
 def _refuse_chat(model_path: Path, limits: Mapping[str, Any]) -> None:
     """sentence-transformers from 5.4 on sends all texts through the chat template where `message` is in this list."""
-    if "message" in (limits.get("modality_config") or ()):
+    modalities = limits.get("modality_config")
+    if isinstance(modalities, dict) and "message" in modalities:
         raise UserError(
             f"{model_path / 'sentence_bert_config.json'} puts texts through the chat template (message in "
             f"modality_config), which is not supported; {_INSTEAD}"
@@ -196,7 +197,7 @@ def _default_prompt(model_path: Path, config: Mapping[str, Any], prompts: Mappin
     name = config.get("default_prompt_name")
     if name is None:
         return ""
-    if name not in prompts:
+    if not isinstance(name, str) or name not in prompts:
         raise UserError(
             f"{model_path / 'config_sentence_transformers.json'}: default_prompt_name {name!r} is none of its prompts"
         )

@@ -93,6 +93,10 @@ def test_a_prompt_that_is_not_pooled_is_said_to_be(tmp_path):
         ({"kinds": WHOLE, "config": {"similarity_fn_name": "euclidean"}}, "asks for euclidean similarity"),
         ({"kinds": WHOLE[:2], "config": {"similarity_fn_name": "dot"}}, "dot similarity of vectors that are not norm"),
         ({"kinds": WHOLE, "config": {"default_prompt_name": "x"}}, "default_prompt_name 'x' is none of its prompts"),
+        (
+            {"kinds": WHOLE, "config": {"default_prompt_name": ["x"]}},
+            r"default_prompt_name \['x'\] is none of its prompts",
+        ),
         ({"kinds": WHOLE, "config": {"prompts": ["x"]}}, "prompts must map names to texts"),
         ({"kinds": WHOLE, "limits": {"do_lower_case": True}}, "do_lower_case is not supported"),
         (
