@@ -128,6 +128,20 @@ def test_product_quantizers_are_trained_for_no_search_that_is_never_done() -> No
         assert not inner.do_polysemous_training
 
 
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("NSG16", "takes all its vectors at once"),
+        ("PCA8,NSG16,RFlat", "takes all its vectors at once"),
+        ("IVF4,RQ4x4", "can't leave vectors out of a search"),
+        ("PCA8,IVF4,LSQ2x4fs", "can't leave vectors out of a search"),
+    ],
+)
+def test_a_kind_that_could_not_grow_or_not_be_filtered_is_refused_beforehand(kind: str, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        build_budget(kind, 1000, 16)
+
+
 def test_an_index_is_cut_where_it_is_large_and_where_the_memory_does_not_hold_a_shard() -> None:
     assert build_budget("IVF2048,Flat", SHARD_VECTORS, 384).shards == 1
     assert build_budget("IVF2048,Flat", SHARD_VECTORS + 1, 384).shards == 2
