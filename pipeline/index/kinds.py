@@ -116,7 +116,7 @@ def make_index(kind: str, dimension: int) -> Any:
         raise UserError(f"index.kind {kind!r} is no FAISS factory string for {dimension} dimensions: it has no lists")
     if isinstance(index, faiss.IndexRefine):
         index.k_factor = max(index.k_factor, _REFINED)  # FAISS's own 1 would only sort what was found
-    for layer in _layers(index):
+    for layer in layers(index):
         match layer:
             case faiss.IndexNSG():
                 raise UserError(
@@ -135,15 +135,15 @@ def make_index(kind: str, dimension: int) -> Any:
     return index
 
 
-def _layers(index: Any) -> Iterator[Any]:
-    """An index and those inside of it that are searched first, but for the centroids of an IVF."""
+def layers(index: Any) -> Iterator[Any]:
+    """An index and those inside of it, but for the centroids of an IVF and what only refines."""
     layer: Any = faiss.downcast_index(index)
     yield layer
     match layer:
         case faiss.IndexPreTransform() | faiss.IndexIDMap():
-            yield from _layers(layer.index)
+            yield from layers(layer.index)
         case faiss.IndexRefine():
-            yield from _layers(layer.base_index)
+            yield from layers(layer.base_index)
 
 
 def index_bytes(kind: str, num_vectors: int, dimension: int) -> int:
