@@ -26,7 +26,8 @@ def job_folder(out: Path, job: IndexedJob) -> JobFolder:
     folder = JobFolder(out if job.path == "." else out / job.path)
     if not folder.job_file.is_file():
         raise JobError(
-            f"the rows of job {job.job!r} are in {folder.root}, and there is no job directory there; put it back"
+            f"the rows of job {job.job!r} are in {folder.root}, and there is no job directory there; put it back, or "
+            f"to go on without them: gristmill index delete {out} --filter \"job == '{job.job}'\""
         )
     if read_job(folder)["fingerprint"] != job.fingerprint:
         raise JobError(f"{folder.root} is another job's by now, and the index in {out} holds rows of {job.job!r}")

@@ -16,7 +16,7 @@ from pipeline.errors import JobError
 from pipeline.extensions import Extension
 from pipeline.index import faiss_files
 from pipeline.index.deletions import is_all_deleted, read_deleted
-from pipeline.index.manifest import IndexManifest
+from pipeline.index.manifest import IndexedJob, IndexManifest
 from pipeline.index.row_map import RowMap
 from pipeline.indexed_jobs import job_folder
 from pipeline.input_files import changes_among
@@ -71,30 +71,34 @@ def _refuse(
 ) -> None:
     """JobError for the first of the job's changed files that the index still finds a row of. `must_be_whole`: where it
     holds none of the job yet, for the first of all."""
-    job = next((job for job in manifest.jobs if job.directory(folder.root) == directory), None)
-    if job is None:
+    jobs = [
+        (job, first)
+        for job, first in zip(manifest.jobs, manifest.first_vectors, strict=True)
+        if job.directory(folder.root) == directory
+    ]
+    if not jobs:
         if must_be_whole:
             raise JobError(next(iter(changes.values())))
         return  # its job is done and had no vectors
-    rows = _standing_rows(folder, manifest, directory)
-    end = 0
-    for file in source.files:
-        first, end = end, end + file.num_rows
-        if file.path in changes and ((first <= rows) & (rows < end)).any():
-            raise JobError(
-                f"{changes[file.path]}; put it back, or to go on without its rows: gristmill index delete "
-                f"{folder.root} --filter \"job == '{job.job}' and {first} <= row < {end}\""
-            )
+    for job, first_vector in jobs:  # of which the last has rows, where it was added anew
+        rows = _standing_rows(folder, manifest, job, first_vector)
+        end = 0
+        for file in source.files:
+            first, end = end, end + file.num_rows
+            if file.path in changes and ((first <= rows) & (rows < end)).any():
+                raise JobError(
+                    f"{changes[file.path]}; put it back, or to go on without its rows: gristmill index delete "
+                    f"{folder.root} --filter \"job == '{job.job}' and {first} <= row < {end}\""
+                )
 
 
-def _standing_rows(folder: JobFolder, manifest: IndexManifest, directory: Path) -> npt.NDArray[np.int64]:
-    """The rows of the job in `directory` that the index finds, once for each of their vectors."""
+def _standing_rows(
+    folder: JobFolder, manifest: IndexManifest, job: IndexedJob, first_vector: int
+) -> npt.NDArray[np.int64]:
+    """The rows of the job that the index finds, once for each of their vectors."""
     deleted = read_deleted(folder.index, manifest)
+    numbers = np.arange(first_vector, first_vector + job.num_vectors)
+    standing = numbers if deleted is None else np.setdiff1d(numbers, deleted, assume_unique=True)
     rows = RowMap(faiss_files.check_file(folder.index, manifest.rows))
-    for job, first in zip(manifest.jobs, manifest.first_vectors, strict=True):
-        if job.directory(folder.root) == directory:
-            numbers = np.arange(first, first + job.num_vectors)
-            standing = numbers if deleted is None else np.setdiff1d(numbers, deleted, assume_unique=True)
-            found: npt.NDArray[np.int64] = rows.table(standing)["row"].to_numpy()
-            return found
-    return np.empty(0, np.int64)
+    found: npt.NDArray[np.int64] = rows.table(standing)["row"].to_numpy()
+    return found

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from pipeline.durable import HashedFile, file_sha256, storage_errors
 from pipeline.errors import JobError, UserError
-from pipeline.index.kinds import SMALLER, faiss_reason
+from pipeline.index.kinds import SMALLER, faiss_reason, layers
 from pipeline.index.manifest import BUILT_AGAIN, Contents, Shard
 
 _faiss: Final[Any] = faiss  # its type stubs leave PyCallbackIOWriter out
@@ -35,19 +35,40 @@ def faiss_threads(threads: int | None) -> Iterator[None]:
 
 def train(index: Any, sample: npt.NDArray[np.float32], kind: str) -> None:
     """UserError where there are too few vectors for this kind of index."""
-    ivf = faiss.try_extract_index_ivf(index)
-    if ivf is not None:
-        ivf.cp.min_points_per_centroid = 1  # fewer than FAISS likes are still trained on, and it says nothing of it
-    quantized: Any
-    for quantized in (index, ivf):
-        if hasattr(quantized, "pq"):
-            quantized.pq.cp.min_points_per_centroid = 1
+    rotations = [(rotation, _faiss.ProductQuantizer(rotation.d_out, rotation.M, 8)) for rotation in _rotations(index)]
+    for rotation, quantizer in rotations:
+        rotation.pq = quantizer  # as FAISS makes it itself, and nobody else could tell it anything
+    for clustering in (*_clusterings(index), *(quantizer.cp for _, quantizer in rotations)):
+        clustering.min_points_per_centroid = 1  # fewer than FAISS likes are still trained on, and it says nothing of it
     try:
         index.train(sample)
     except RuntimeError as error:
         raise UserError(
             f"index.kind {kind!r} can't be trained on {len(sample)} vectors: {faiss_reason(error)}; {SMALLER}"
         ) from error
+    finally:
+        for rotation, _ in rotations:
+            rotation.pq = None
+
+
+def _rotations(index: Any) -> Iterator[Any]:
+    """Its OPQ transforms, each of which trains a product quantizer of its own, again and again."""
+    for layer in layers(index):
+        if isinstance(layer, faiss.IndexPreTransform):
+            chain: Any = layer.chain
+            for place in range(chain.size()):
+                transform = faiss.downcast_VectorTransform(chain.at(place))
+                if isinstance(transform, faiss.OPQMatrix):
+                    yield transform
+
+
+def _clusterings(index: Any) -> Iterator[Any]:
+    """The settings of the other k-means that training it runs."""
+    for layer in layers(index):
+        owner: Any
+        for owner in (layer, getattr(layer, "pq", None), getattr(layer, "rq", None)):
+            if hasattr(owner, "cp"):
+                yield owner.cp
 
 
 def with_numbers(index: Any, first_vector: int, *, gaps: bool = False) -> Any:

@@ -15,7 +15,7 @@ n: vectors; d: width of a vector; k: lists.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import faiss
@@ -116,25 +116,34 @@ def make_index(kind: str, dimension: int) -> Any:
         raise UserError(f"index.kind {kind!r} is no FAISS factory string for {dimension} dimensions: it has no lists")
     if isinstance(index, faiss.IndexRefine):
         index.k_factor = max(index.k_factor, _REFINED)  # FAISS's own 1 would only sort what was found
-    _train_as_searched(index)
+    for layer in layers(index):
+        match layer:
+            case faiss.IndexNSG():
+                raise UserError(
+                    f"index.kind {kind!r} takes all its vectors at once in FAISS, and none later; take HNSW32 instead"
+                )
+            case faiss.IndexIVFAdditiveQuantizer() | faiss.IndexIVFAdditiveQuantizerFastScan():
+                raise UserError(
+                    f"index.kind {kind!r} can't leave vectors out of a search in FAISS, as filters and deletions want; "
+                    "take PQ in an IVF"
+                )
+            case faiss.IndexPQ() | faiss.IndexIVFPQ():
+                # Or else codes get an order by which Hamming distances tell something (Douze et al. 2016, arXiv
+                # 1609.01882). That takes seconds for each byte of a code, and no search here compares by it.
+                codes: Any = layer  # whose type stubs leave this out
+                codes.do_polysemous_training = False
     return index
 
 
-def _train_as_searched(index: Any) -> None:
-    """Product quantizers without an order of codes that makes Hamming distances tell something.
-
-    FAISS's factory asks for it (Douze et al. 2016, arXiv 1609.01882). It takes seconds for each byte of a code, and no
-    search here compares by it.
-    """
-    inner: Any = faiss.downcast_index(index)
-    match inner:
+def layers(index: Any) -> Iterator[Any]:
+    """An index and those inside of it, but for the centroids of an IVF and what only refines."""
+    layer: Any = faiss.downcast_index(index)
+    yield layer
+    match layer:
         case faiss.IndexPreTransform() | faiss.IndexIDMap():
-            _train_as_searched(inner.index)
+            yield from layers(layer.index)
         case faiss.IndexRefine():
-            _train_as_searched(inner.base_index)
-        case faiss.IndexPQ() | faiss.IndexIVFPQ():
-            codes: Any = inner  # whose type stubs leave this out
-            codes.do_polysemous_training = False
+            yield from layers(layer.base_index)
 
 
 def index_bytes(kind: str, num_vectors: int, dimension: int) -> int:

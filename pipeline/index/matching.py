@@ -77,12 +77,13 @@ def matching_vectors(folder: Path, manifest: IndexManifest, wanted: Wanted, fold
 
     Its columns are those that were carried over, by their names in the input; where no input column is called so also
     row, id, sample, text (the generation) and job. A job that does not carry a column has it missing everywhere.
-    UserError for a column that no job with rows left has; JobError where parts are gone or damaged.
+    UserError for a column that no job with rows left has; JobError where parts are gone or damaged, but for what names
+    nothing but `job`: it may be asked of a job whose directory is gone.
     """
     mask = np.zeros(manifest.num_vectors, np.bool_)
     deleted = read_deleted(folder, manifest)
     tables = [
-        (_JobTable(job, folder_of(job)), first)
+        (_table_of(job, folder_of, wanted), first)
         for job, first in zip(manifest.jobs, manifest.first_vectors, strict=True)
         if not is_all_deleted(deleted, first, job.num_vectors)  # or else its directory may be gone
     ]
@@ -104,8 +105,11 @@ def matching_vectors(folder: Path, manifest: IndexManifest, wanted: Wanted, fold
         places = pq.ParquetFile(file)
         group_ends = np.cumsum([places.metadata.row_group(n).num_rows for n in range(places.num_row_groups)])
         for table, first in tables:
-            matches = table.matching(wanted, schema)
             end = first + table.num_vectors
+            if isinstance(table, _GoneJob):
+                mask[first:end] = table.is_meant(wanted, schema)
+                continue
+            matches = table.matching(wanted, schema)
             for group in range(int(np.searchsorted(group_ends, first, side="right")), places.num_row_groups):
                 start = int(group_ends[group]) - places.metadata.row_group(group).num_rows
                 if start >= end:
@@ -129,6 +133,31 @@ def _common(wanted: Wanted, name: str, one: pa.DataType, other: pa.DataType) -> 
             f"{other} in another"
         ) from None
     return common
+
+
+def _table_of(job: IndexedJob, folder_of: FolderOf, wanted: Wanted) -> _JobTable | _GoneJob:
+    try:
+        return _JobTable(job, folder_of(job))
+    except JobError:
+        if wanted.columns - {JOB_COLUMN}:
+            raise
+        return _GoneJob(job)
+
+
+class _GoneJob:
+    """A job whose directory is gone or another's by now: its name is all that is known of its rows."""
+
+    def __init__(self, job: IndexedJob) -> None:
+        self._name = job.job
+        self.num_vectors = job.num_vectors
+        self.names = [JOB_COLUMN]
+
+    def types(self, named: Iterable[str]) -> dict[str, pa.DataType]:
+        return {JOB_COLUMN: pa.string()}
+
+    def is_meant(self, wanted: Wanted, schema: pa.Schema) -> bool:
+        named = pa.table({JOB_COLUMN: [self._name]}).cast(schema)
+        return _filtered(named, wanted, wanted.over(schema)).num_rows > 0
 
 
 class _JobTable:

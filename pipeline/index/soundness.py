@@ -25,6 +25,8 @@ Numbers = npt.NDArray[np.int64]
 
 _LEAST_WIDTH: Final = 1024  # an efSearch up to this asks for no memory worth the name, however few the vectors
 _FLOATS_AT_ONCE: Final = 1 << 22
+_faiss: Final[Any] = faiss  # its type stubs leave BlockInvertedLists out
+_LISTS_IN_MEMORY: Final = (faiss.ArrayInvertedLists, _faiss.BlockInvertedLists)  # of fast scans the second
 
 
 def refuse_unsound_shard(index: Any, path: Path, shard: Shard, *, exact: bool, deleted: Numbers | None = None) -> None:
@@ -105,7 +107,7 @@ def _layer_problems(index: Any, count: int, first: int, span: int) -> Iterator[s
         yield f"its {name} was not trained"
     if layer.metric_type != faiss.METRIC_INNER_PRODUCT:
         yield f"its {name} does not compare by inner product"
-    if isinstance(layer, faiss.IndexIVF) and not isinstance(_lists(layer), faiss.ArrayInvertedLists):
+    if isinstance(layer, faiss.IndexIVF) and not isinstance(_lists(layer), _LISTS_IN_MEMORY):
         yield "its lists are in another file"
     numbers = kept_numbers(layer)
     if numbers is None:

@@ -229,6 +229,13 @@ def test_a_file_whose_rows_were_deleted_may_be_gone_and_is_new_where_it_changed(
     drop(corpus, "second", 5)
     assert extend(out) == [], "its rows were deleted, and their job's directory too"
     assert len(texts_found(out)) == 5
+    # A job that was deleted and added anew counts by the rows that stand.
+    delete_from_index(out, filter="job == 'docs-4'")
+    add_to_index(out, out / "extensions" / "000003")
+    drop(corpus, "third", 4)
+    with pytest.raises(JobError, match=r"third\.parquet has changed .* \"job == 'docs-4-2' and 0 <= row < 2\"$"):
+        extend(out)
+    assert len(texts_found(out)) == 5
 
 
 def test_rows_that_somebody_added_or_deleted_are_known(

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.index.budget import SHARD_VECTORS, build_budget, refuse_untrainable
+from pipeline.index.faiss_files import train
 from pipeline.index.kinds import index_bytes, least_training, make_index, next_kind, refuse_unknown, settled_kinds
 from pipeline.index.recall import num_queries
 from tests.pipeline.index.indexed_job import Make, unit
@@ -126,6 +127,31 @@ def test_product_quantizers_are_trained_for_no_search_that_is_never_done() -> No
         while not hasattr(inner, "do_polysemous_training"):
             inner = faiss.downcast_index(inner.base_index if isinstance(inner, faiss.IndexRefine) else inner.index)
         assert not inner.do_polysemous_training
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("NSG16", "takes all its vectors at once"),
+        ("PCA8,NSG16,RFlat", "takes all its vectors at once"),
+        ("IVF4,RQ4x4", "can't leave vectors out of a search"),
+        ("PCA8,IVF4,LSQ2x4fs", "can't leave vectors out of a search"),
+    ],
+)
+def test_a_kind_that_could_not_grow_or_not_be_filtered_is_refused_beforehand(kind: str, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        build_budget(kind, 1000, 16)
+
+
+@pytest.mark.parametrize("kind", ["OPQ2_4,IVF4,PQ2", "OPQ2,PQ2", "PQ2,RFlat", "IVF4_HNSW8,PQ2x4fs,RFlat", "RQ2x4"])
+def test_training_on_few_vectors_is_what_faiss_makes_of_them_without_a_word(kind: str, capfd: Any) -> None:
+    vectors = unit(300, seed=1)
+    ours, plain = make_index(kind, 8), make_index(kind, 8)
+    train(ours, vectors, kind)
+    assert capfd.readouterr().err == ""
+    plain.train(vectors)
+    assert "please provide at least" in capfd.readouterr().err
+    assert (faiss.serialize_index(ours) == faiss.serialize_index(plain)).all()
 
 
 def test_an_index_is_cut_where_it_is_large_and_where_the_memory_does_not_hold_a_shard() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.commits import CommitLog
-from pipeline.errors import RowError, UserError
+from pipeline.errors import JobError, RowError, UserError
 from pipeline.index.build import build_index
 from pipeline.index.check import IndexedParts, index_problems
 from pipeline.index.compaction import compact
@@ -21,7 +22,7 @@ from pipeline.index.manifest import Provenance, read_manifest
 from pipeline.index.matching import OfIds, matching_vectors
 from pipeline.index.search import VectorIndex
 from pipeline.index.versions import change_index
-from pipeline.indexed_jobs import latest_commits
+from pipeline.indexed_jobs import job_folder, latest_commits
 from pipeline.job_folder import JobFolder, write_job, write_plan
 from pipeline.parts import PartBuilder
 from pipeline.records import RecordLayout
@@ -136,6 +137,25 @@ def test_where_all_rows_are_deleted_a_filter_means_none(job: JobFolder) -> None:
     assert not matching_vectors(job.index, manifest, Filter.parse("lang == 'en'"), lambda _: job).any()
 
 
+def test_a_job_whose_directory_is_gone_is_still_known_by_its_name(job: JobFolder) -> None:
+    manifest: Any = read_manifest(job.index)
+    (mine,) = manifest.jobs
+    gone = dataclasses.replace(mine, job="gone", num_vectors=6, path="../gone")
+    rest = dataclasses.replace(mine, num_vectors=mine.num_vectors - 6)
+    both = dataclasses.replace(manifest, jobs=(gone, rest))
+
+    def matching(text: str) -> list[int]:
+        wanted = Filter.parse(text)
+        return np.flatnonzero(
+            matching_vectors(job.index, both, wanted, lambda one: job if one.path == "." else job_folder(job.root, one))
+        ).tolist()
+
+    assert matching("job == 'gone'") == [*range(6)]
+    assert matching("job != 'gone' and job in ('mine', 'gone')") == [*range(6, manifest.num_vectors)]
+    with pytest.raises(JobError, match=r"put it back, or .* index delete .*out --filter \"job == 'gone'\"$"):
+        matching("job == 'gone' and row == 3")
+
+
 def test_a_column_that_only_another_job_has_is_missing_here(job: JobFolder, tmp_path: Path) -> None:
     manifest: Any = read_manifest(job.index)
     bare = JobFolder(tmp_path / "bare")
@@ -143,8 +163,6 @@ def test_a_column_that_only_another_job_has_is_missing_here(job: JobFolder, tmp_
     spec = {"output": {"columns": ["size"]}, "generate": None}
     write_job(bare, fingerprint="bare", document={"spec": spec})
     write_plan(bare, fingerprint="bare", splits=[], document={})
-    import dataclasses
-
     other = dataclasses.replace(manifest.jobs[0], job="bare", num_vectors=0)
     both = dataclasses.replace(manifest, jobs=(*manifest.jobs, other))
 

@@ -44,6 +44,7 @@ KINDS = [
     "HNSW4,SQ8",
     "PCA4,IVF2,PQ2x4",
     "SQ8,RFlat",
+    "IVF2,PQ2x4fs",
 ]
 NUM_MUTATIONS = 60  # a kind
 
