@@ -39,7 +39,7 @@ _ARITHMETIC: Final[Mapping[type, Callable[[Any, Any], pc.Expression]]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
-    ast.Div: lambda one, other: pc.divide(one * pc.scalar(1.0), other),  # of whole numbers too as in Python
+    ast.Div: lambda one, other: pc.divide(one * _float(1.0), other),  # of whole numbers too as in Python
 }
 _WITH_TEXT: Final[Mapping[str, Callable[[Any, str], pc.Expression]]] = {
     "startswith": lambda value, text: pc.starts_with(value, pattern=text),
@@ -128,7 +128,7 @@ class _Translation:
             case ast.Compare():
                 return self._comparison(node)
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
-                return _ARITHMETIC[type(op)](self._value(left), self._value(right))
+                return _ARITHMETIC[type(op)](self._value(left, right), self._value(right, left))
             case ast.Constant(value=bool() | int() | float() | str() as value):
                 return value
             case ast.Name(id=name):
@@ -143,9 +143,9 @@ class _Translation:
         found = self.of(node)
         return found if isinstance(found, pc.Expression) else pc.scalar(found)
 
-    def _value(self, node: ast.expr) -> Any:
+    def _value(self, node: ast.expr, other: ast.expr) -> pc.Expression:
         found = self.of(node)
-        return pc.scalar(found) if not isinstance(found, pc.Expression) else found
+        return found if isinstance(found, pc.Expression) else _literal(self._plain(found, other))
 
     def _comparison(self, node: ast.Compare) -> pc.Expression:
         sides = [node.left, *node.comparators]
@@ -203,12 +203,12 @@ class _Translation:
 
     def _like(self, value: Any, other: ast.expr) -> Any:
         """A literal beside a column of dates or times: its text is read as one."""
-        if isinstance(value, pc.Expression):
-            return value
-        return pc.scalar(self._plain(value, other))
+        return value if isinstance(value, pc.Expression) else _literal(self._plain(value, other))
 
     def _plain(self, value: Any, other: ast.expr) -> Any:
         kind = self._kind(other)
+        if isinstance(value, int) and kind == pa.uint64() and 0 <= value < 1 << 64:
+            return pa.scalar(value, kind)  # else Arrow compares as int64, which the column's values may not fit
         if not isinstance(value, str) or kind is None or not pa.types.is_temporal(kind):
             return value
         try:
@@ -298,13 +298,27 @@ def _refuse_other_than_truth(text: str, schema: pa.Schema, expression: pc.Expres
         raise UserError(f"--filter {_shown(text)}: it is of type {kind}, and is to say yes or no of a row")
 
 
+def _literal(value: Any) -> pc.Expression:
+    return _float(value) if isinstance(value, float) else pc.scalar(value)
+
+
+def _float(value: float) -> pc.Expression:
+    """In 64 bits: Arrow takes a plain 0.5 for a float32, and computes whole numbers beside it as such."""
+    return pc.scalar(value).cast(pa.float64())
+
+
 def _compared_as(kind: pa.DataType) -> pa.DataType:
-    """Categories are compared as what they stand for, decimals as numbers."""
+    """Categories are compared as what they stand for, decimals and half floats as float64, whole numbers in 64 bits.
+
+    What is computed of them is to fit.
+    """
     if pa.types.is_dictionary(kind):
         value: pa.DataType = kind.value_type
         return value
-    if pa.types.is_decimal(kind):
+    if pa.types.is_decimal(kind) or pa.types.is_float16(kind):
         return pa.float64()
+    if pa.types.is_integer(kind) and kind != pa.uint64():
+        return pa.int64()
     return kind
 
 

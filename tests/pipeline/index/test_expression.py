@@ -117,6 +117,31 @@ def test_anything_else_is_refused_in_one_line(text: str, expected: str) -> None:
     assert str(caught.value).startswith("--filter")
 
 
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("views > 1.5", [0, 2, 3]),
+        ("few / 10 == 0.3 or 0.5 * views == 0.5", [0, 1]),
+        ("few + 100 > 200 and few * few > 10000", [2]),
+        ("few in (3, 3000) and few - 1000 < 0", [0]),
+        ("hash > 5", [2, 3]),
+        ("hash == 18446744073709551615 or 9223372036854775808 == hash", [2, 3]),
+        ("half > 1.5 and half in (2, 3.5)", [1]),
+    ],
+)
+def test_numbers_of_every_width_are_compared_and_computed_as_what_they_are(text: str, rows: list[int]) -> None:
+    table = pa.table(
+        {
+            "views": pa.array([10, 1, 20_000_001, 2_000_000_001], pa.int32()),
+            "few": pa.array([3, None, 120, 100], pa.int8()),
+            "hash": pa.array([5, None, 1 << 63, (1 << 64) - 1], pa.uint64()),
+            "half": pa.array([1, 2, None, 3], pa.float16()),
+        }
+    )
+    found = table.append_column("number", pa.array(range(4))).filter(Filter.parse(text).over(table.schema))
+    assert found["number"].to_pylist() == rows
+
+
 def test_it_says_which_columns_it_needs() -> None:
     assert Filter.parse("a == 1 and startswith(b, 'x') and column('c d') in (1, 2)").columns == {"a", "b", "c d"}
     assert Filter.parse("lower == 'x'").columns == {"lower"}
