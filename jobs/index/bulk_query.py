@@ -102,6 +102,7 @@ def bulk_query(
         "filter": filter,
         **{name: settings[name] for name in ("input", "prompt", "embed")},
     }
+    _refuse_other(target)
     with lock(target):
         _begin(target, asked)
         joins = is_joined(address)
@@ -176,12 +177,17 @@ def _only_text_column(source: str) -> str:
     return names[0]
 
 
+def _refuse_other(target: JobFolder) -> None:
+    """UserError where the folder holds a job, or an index without one."""
+    holds_other = target.job_file.exists() or target.index.exists() or any(target.commits.glob("*"))
+    if holds_other and not (target.root / SEARCH_NAME).exists():
+        raise UserError(f"--output {target.root} holds something else; name another folder")
+
+
 def _begin(target: JobFolder, asked: JsonObject) -> None:
-    """Writes down what is asked, or holds it against what was."""
+    """Writes down what is asked, or once something was done of it, holds it against that."""
     path = target.root / SEARCH_NAME
-    if not path.exists():
-        if any(target.commits.iterdir()) or target.job_file.exists():
-            raise UserError(f"--output {target.root} holds something else; name another folder")
+    if not (any(target.commits.iterdir()) or JobFolder(target.root / QUERIES_NAME).job_file.exists()):
         with storage_errors("writing", path):
             replace_file(path, seal(asked), drafts=target.attempts)
         return

@@ -16,9 +16,11 @@ import jobs.index.bulk_query
 import workers.index_shard
 from jobs.index.bulk_query import bulk_query
 from jobs.index.index_commands import add_to_index
+from pipeline.durable import read_sealed
 from pipeline.errors import UserError
-from pipeline.job_folder import JobFolder
-from pipeline.neighbours import SCHEMA
+from pipeline.index.merging import merge_indexes
+from pipeline.job_folder import JobFolder, write_job
+from pipeline.neighbours import QUERIES_NAME, SCHEMA, SEARCH_NAME
 
 
 class WorkersAreStartedError(Exception):
@@ -40,15 +42,39 @@ def queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("template", ["{{ text }}", "What is {{ text }}?"])
-def test_another_column_is_another_search(
+def test_another_column_is_another_search_once_one_has_begun(
     made_index: Callable[..., JobFolder], queries: Path, tmp_path: Path, template: str
 ) -> None:
     out, found = made_index(["a", "b"], query_template=template).root, tmp_path / "found"
-    for _ in range(2):
+    for column in ("other", "one", "one"):
         with pytest.raises(WorkersAreStartedError):
-            bulk_query(out, str(queries), found, column="one")
+            bulk_query(out, str(queries), found, column=column)
+    JobFolder(found / QUERIES_NAME).create()
+    write_job(JobFolder(found / QUERIES_NAME), fingerprint="of queries", document={})
     with pytest.raises(UserError, match=r"--output .*/found holds another search, with another (embed|prompt);"):
         bulk_query(out, str(queries), found, column="other")
+
+
+def test_a_search_that_was_refused_leaves_its_folder_to_the_next(
+    made_index: Callable[..., JobFolder], queries: Path, tmp_path: Path
+) -> None:
+    out, found = made_index(["a", "b"]).root, tmp_path / "found"
+    with pytest.raises(UserError, match="there is no column 'lang'"):
+        bulk_query(out, str(queries), found, column="one", filter="lang == 'en'")
+    with pytest.raises(WorkersAreStartedError):
+        bulk_query(out, str(queries), found, column="one", filter="key == 'b'")
+    assert read_sealed(found / SEARCH_NAME)["filter"] == "key == 'b'"
+
+
+def test_an_index_without_a_job_keeps_its_folder(
+    made_index: Callable[..., JobFolder], queries: Path, tmp_path: Path
+) -> None:
+    out, merged = made_index(["a", "b"]).root, JobFolder(tmp_path / "merged")
+    merge_indexes(merged, [JobFolder(out), made_index(["c"], name="other")])
+    before = sorted(merged.root.iterdir())
+    with pytest.raises(UserError, match=r"--output .*/merged holds something else; name another folder"):
+        bulk_query(out, str(queries), merged.root, column="one")
+    assert sorted(merged.root.iterdir()) == before
 
 
 def test_a_tilde_is_the_home_folder_from_the_begin_to_the_end(
