@@ -43,6 +43,7 @@ from pipeline.index.selection import Mask
 from pipeline.index.version_files import read_version
 from pipeline.indexed_jobs import IndexedRows, latest_commits
 from pipeline.job_folder import JobFolder, read_plan
+from pipeline.locations import is_uri, locate
 from pipeline.lock import lock
 from pipeline.model_path import resolve_model
 from pipeline.neighbours import (
@@ -87,6 +88,7 @@ def bulk_query(
     k is below 1, or `output` holds another search; JobError if the index was built anew since the search began.
     """
     refuse_no_hits(k)
+    source = source if is_uri(source) else locate(source).name  # what it is called from elsewhere, too
     folder = open_index(out)
     output = output.expanduser()
     manifest = read_manifest(folder.index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,8 +20,9 @@ from jobs.index.index_commands import add_to_index
 from pipeline.durable import read_sealed
 from pipeline.errors import UserError
 from pipeline.index.merging import merge_indexes
-from pipeline.job_folder import JobFolder, write_job
+from pipeline.job_folder import JobFolder, write_job, write_plan
 from pipeline.neighbours import QUERIES_NAME, SCHEMA, SEARCH_NAME
+from pipeline.source import Source
 
 
 class WorkersAreStartedError(Exception):
@@ -41,6 +43,15 @@ def queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+def begin(found: Path, queries: Path) -> None:
+    """As a search is once the job of its queries was planned."""
+    folder, source = JobFolder(found / QUERIES_NAME), Source.open(str(queries))
+    folder.create()
+    splits = [{"index": 0, "first_row": 0, "num_rows": source.num_rows}]
+    write_plan(folder, fingerprint="of queries", splits=splits, document={"source": source.to_json()})
+    write_job(folder, fingerprint="of queries", document={})
+
+
 @pytest.mark.parametrize("template", ["{{ text }}", "What is {{ text }}?"])
 def test_another_column_is_another_search_once_one_has_begun(
     made_index: Callable[..., JobFolder], queries: Path, tmp_path: Path, template: str
@@ -49,10 +60,30 @@ def test_another_column_is_another_search_once_one_has_begun(
     for column in ("other", "one", "one"):
         with pytest.raises(WorkersAreStartedError):
             bulk_query(out, str(queries), found, column=column)
-    JobFolder(found / QUERIES_NAME).create()
-    write_job(JobFolder(found / QUERIES_NAME), fingerprint="of queries", document={})
+    begin(found, queries)
     with pytest.raises(UserError, match=r"--output .*/found holds another search, with another (embed|prompt);"):
         bulk_query(out, str(queries), found, column="other")
+
+
+def test_a_file_is_the_same_by_all_its_names_and_no_other_of_the_same_name(
+    made_index: Callable[..., JobFolder], queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, found = made_index(["a", "b"]).root, tmp_path / "found"
+
+    def ask(source: str) -> None:
+        bulk_query(out, source, found, column="one")
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WorkersAreStartedError):
+        ask("queries.parquet")
+    begin(found, queries)
+    monkeypatch.chdir(out)
+    for name in (str(queries), "../queries.parquet", "./../out/../queries.parquet"):
+        with pytest.raises(WorkersAreStartedError):
+            ask(name)
+    shutil.copy(queries, out)
+    with pytest.raises(UserError, match=r"--output .*/found holds another search, with another input;"):
+        ask("queries.parquet")
 
 
 def test_a_search_that_was_refused_leaves_its_folder_to_the_next(
