@@ -331,9 +331,16 @@ def _moment(text: str, kind: pa.DataType) -> Any:
     """`text` as a scalar of a type of dates or times; without an offset it is of the column's own zone."""
     scalar: Any = pa.scalar(text)
     if pa.types.is_time(kind):
-        return pa.scalar(time.fromisoformat(text), kind)
+        at = time.fromisoformat(text)
+        if at.tzinfo is not None:
+            raise ValueError("times of a column have no offset")
+        return pa.scalar(at, kind)
     if pa.types.is_date(kind):
-        return scalar.cast(pa.timestamp("us")).cast(kind)
+        moment = scalar.cast(pa.timestamp("us"))
+        day = moment.cast(kind)
+        if day.cast(moment.type) != moment:
+            raise ValueError("days have no time")
+        return day
     if pa.types.is_timestamp(kind) and kind.tz is not None:
         try:
             return pc.assume_timezone(scalar.cast(pa.timestamp(kind.unit)), kind.tz)
