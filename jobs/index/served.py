@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -85,6 +86,7 @@ class ServedIndex:
     def __init__(self, client: IndexClient, session: ExitStack) -> None:
         self._client = client
         self._session = session
+        weakref.finalize(self, session.close)  # at the latest when the interpreter ends, while it can still do so
 
     def __enter__(self) -> Self:
         return self
