@@ -196,6 +196,8 @@ class _Translation:
         kind = self._kind(left)
         if kind is not None and pa.types.is_integer(kind):  # Arrow would take 1.5 for 1
             values = [value for value in values if not isinstance(value, float) or value.is_integer()]
+        if kind == pa.uint64():
+            values = [value for value in values if not isinstance(value, int | float) or value >= 0]
         try:
             return pa.array(values, kind)
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
@@ -206,7 +208,10 @@ class _Translation:
         return value if isinstance(value, pc.Expression) else _literal(self._plain(value, other))
 
     def _plain(self, value: Any, other: ast.expr) -> Any:
-        kind = self._kind(other)
+        stored = self._stored(other)
+        if isinstance(value, float) and stored in (pa.float16(), pa.float32()):
+            return pa.scalar(value, stored).as_py()  # 0.1 is what the column has for it
+        kind = None if stored is None else _compared_as(stored)
         if isinstance(value, int) and kind == pa.uint64() and 0 <= value < 1 << 64:
             return pa.scalar(value, kind)  # else Arrow compares as int64, which the column's values may not fit
         if not isinstance(value, str) or kind is None or not pa.types.is_temporal(kind):
@@ -219,10 +224,15 @@ class _Translation:
 
     def _kind(self, node: ast.expr) -> pa.DataType | None:
         """The type that a column, or a part of one, is compared as; None of anything else."""
+        stored = self._stored(node)
+        return None if stored is None else _compared_as(stored)
+
+    def _stored(self, node: ast.expr) -> pa.DataType | None:
+        """The type that it has."""
         if isinstance(node, ast.Attribute):
-            return _compared_as(self._part(node)[1])
+            return self._part(node)[1]
         name = node.id if isinstance(node, ast.Name) else _called_column(node)
-        return _compared_as(self._schema.field(name).type) if name in self._schema.names else None
+        return self._schema.field(name).type if name in self._schema.names else None
 
     def _column(self, name: str) -> pc.Expression:
         if name not in self._schema.names:
@@ -308,14 +318,14 @@ def _float(value: float) -> pc.Expression:
 
 
 def _compared_as(kind: pa.DataType) -> pa.DataType:
-    """Categories are compared as what they stand for, decimals and half floats as float64, whole numbers in 64 bits.
+    """Categories are compared as what they stand for, and numbers, decimals too, in 64 bits.
 
     What is computed of them is to fit.
     """
     if pa.types.is_dictionary(kind):
         value: pa.DataType = kind.value_type
         return value
-    if pa.types.is_decimal(kind) or pa.types.is_float16(kind):
+    if pa.types.is_decimal(kind) or pa.types.is_floating(kind):
         return pa.float64()
     if pa.types.is_integer(kind) and kind != pa.uint64():
         return pa.int64()

@@ -129,7 +129,10 @@ def test_anything_else_is_refused_in_one_line(text: str, expected: str) -> None:
         ("few in (3, 3000) and few - 1000 < 0", [0]),
         ("hash > 5", [2, 3]),
         ("hash == 18446744073709551615 or 9223372036854775808 == hash", [2, 3]),
+        ("hash in (-1, 5, 5.5)", [0]),
         ("half > 1.5 and half in (2, 3.5)", [1]),
+        ("single in (0.1, 0.5) and single == 0.1 and not single > 0.1", [0]),
+        ("single < 20000000001 and single * views > 0", [0, 2]),
     ],
 )
 def test_numbers_of_every_width_are_compared_and_computed_as_what_they_are(text: str, rows: list[int]) -> None:
@@ -139,6 +142,7 @@ def test_numbers_of_every_width_are_compared_and_computed_as_what_they_are(text:
             "few": pa.array([3, None, 120, 100], pa.int8()),
             "hash": pa.array([5, None, 1 << 63, (1 << 64) - 1], pa.uint64()),
             "half": pa.array([1, 2, None, 3], pa.float16()),
+            "single": pa.array([0.1, None, 0.75, 1e30], pa.float32()),
         }
     )
     found = table.append_column("number", pa.array(range(4))).filter(Filter.parse(text).over(table.schema))
