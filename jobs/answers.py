@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+import sys
 from collections.abc import Sequence
 from typing import Any, Final, TextIO
 
@@ -23,8 +24,12 @@ class Answers:
     def answer(self, document: Any, words: str) -> None:
         if self._json_stream is not None:
             write_json(document, self._json_stream)
-        else:
+            return
+        try:
             print(words)
+        except UnicodeEncodeError:  # of a terminal that is not UTF-8
+            encoding = sys.stdout.encoding
+            print(words.encode(encoding, "replace").decode(encoding))
 
     def refuse(self, message: str, exit_status: int) -> int:
         self.has_refused = True

@@ -141,7 +141,13 @@ def query(
     as_json: AsJson = False,
 ) -> int | None:
     """The nearest rows by cosine similarity, best first."""
-    from jobs.index.query import describe_results, query_texts, query_vectors, read_vectors
+    from jobs.index.query import (
+        describe_results,
+        query_texts,
+        query_vectors,
+        read_vectors,
+        refuse_other_than_texts,
+    )
     from jobs.index.query_file import read_queries
 
     if bool(text) + (vector is not None) + (file is not None) != 1:
@@ -157,6 +163,7 @@ def query(
     if id is not None:
         raise UserError(f"query: --id {id} is for neighbours that are written with --output DIR, which is not given")
     texts = read_queries(file, column) if file is not None else text or []
+    refuse_other_than_texts(texts)  # before Ray is joined, which takes no argument that is not valid UTF-8
     if address is not None:
         from jobs.index.served import connect
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ from pipeline.index.faiss_files import faiss_threads
 from pipeline.index.manifest import IndexManifest, Shard
 from pipeline.index.search import IndexShard
 from pipeline.index.selection import Mask
+from pipeline.index.version_files import read_version
 from pipeline.index.versions import versions_present
 from workers import devices
 from workers.serving.actor_calls import Phase
@@ -107,13 +109,37 @@ class IndexShardActor:
 
     def _read_version(self, version: str) -> IndexShard:
         assert self._shard is not None
-        for folder, manifest in versions_present(self._folder):
+        for _, manifest in versions_present(self._folder):
             contents = self._contents_in(manifest)
             if manifest.digest == version and contents is not None:
-                return self._shard.as_of(contents, read_deleted(folder, manifest))
+                deleted = read_version(self._folder, manifest, partial(read_deleted, manifest=manifest))
+                return self._shard.as_of(contents, deleted)
         raise JobError(
             f"the version that was asked for of the index in {self._folder} is not there any more; ask again"
         )
+
+    def _read_shard(self) -> tuple[IndexManifest, IndexShard]:
+        """With the version by which it was read. The index may change meanwhile, again and again."""
+        while True:
+            manifest = self._version_with_it()
+            contents = self._contents_in(manifest)
+            assert contents is not None
+            load = partial(IndexShard.load, manifest=manifest, number=manifest.shards.index(contents))
+            try:
+                return manifest, read_version(self._folder, manifest, load)
+            except JobError:
+                if self._version_with_it() == manifest:
+                    raise
+
+    def _version_with_it(self) -> IndexManifest:
+        """The version that it was started for, or where that is gone, one that has its file, too."""
+        found = self._manifest
+        for _, there in versions_present(self._folder):
+            if there == self._manifest:
+                return there
+            if self._contents_in(there) is not None:
+                found = there
+        return found
 
     def _contents_in(self, manifest: IndexManifest) -> Shard | None:
         wanted = self._manifest.shards[self._number].identity
@@ -121,14 +147,8 @@ class IndexShardActor:
 
     def _load(self) -> None:
         try:
-            folder, manifest, number = self._folder, self._manifest, self._number
-            for folder_there, there in versions_present(self._folder):  # it may be called otherwise by now
-                contents = self._contents_in(there)
-                if contents is not None:
-                    folder, manifest, number = folder_there, there, there.shards.index(contents)
-                    if there == self._manifest:
-                        break
-            self._shard = self._versions[manifest.digest] = IndexShard.load(folder, manifest, number)
+            manifest, shard = self._read_shard()
+            self._shard = self._versions[manifest.digest] = shard
         except JobError as error:
             self._failure = str(error)
         except Exception as error:

@@ -106,7 +106,10 @@ class _Asked:
 
 
 class SharedEmbedder:
-    """Lets many threads use one embedder: who gets it embeds in one batch for all who wait by then."""
+    """Lets many threads use one embedder: who gets it embeds in one batch for all who wait by then.
+
+    Who brings more than `batch_texts` waits for each such part of them anew, behind those that came meanwhile.
+    """
 
     def __init__(self, embed: Embed, *, batch_texts: int = 64) -> None:
         self._embed = embed
@@ -116,6 +119,10 @@ class SharedEmbedder:
         self._waiting: list[_Asked] = []
 
     def embed(self, texts: Sequence[str]) -> list[Vector | RowError]:
+        parts = (texts[first : first + self._batch_texts] for first in range(0, len(texts), self._batch_texts))
+        return [one for part in parts for one in self._embed_part(part)]
+
+    def _embed_part(self, texts: Sequence[str]) -> list[Vector | RowError]:
         mine = _Asked(texts)
         with self._arrival:
             self._waiting.append(mine)

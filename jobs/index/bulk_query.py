@@ -43,6 +43,7 @@ from pipeline.index.selection import Mask
 from pipeline.index.version_files import read_version
 from pipeline.indexed_jobs import IndexedRows, latest_commits
 from pipeline.job_folder import JobFolder, read_plan
+from pipeline.locations import is_uri, locate
 from pipeline.lock import lock
 from pipeline.model_path import resolve_model
 from pipeline.neighbours import (
@@ -87,6 +88,7 @@ def bulk_query(
     k is below 1, or `output` holds another search; JobError if the index was built anew since the search began.
     """
     refuse_no_hits(k)
+    source = source if is_uri(source) else locate(source).name  # what it is called from elsewhere, too
     folder = open_index(out)
     output = output.expanduser()
     manifest = read_manifest(folder.index)
@@ -102,6 +104,7 @@ def bulk_query(
         "filter": filter,
         **{name: settings[name] for name in ("input", "prompt", "embed")},
     }
+    _refuse_other(target)
     with lock(target):
         _begin(target, asked)
         joins = is_joined(address)
@@ -176,12 +179,17 @@ def _only_text_column(source: str) -> str:
     return names[0]
 
 
+def _refuse_other(target: JobFolder) -> None:
+    """UserError where the folder holds a job, or an index without one."""
+    holds_other = target.job_file.exists() or target.index.exists() or any(target.commits.glob("*"))
+    if holds_other and not (target.root / SEARCH_NAME).exists():
+        raise UserError(f"--output {target.root} holds something else; name another folder")
+
+
 def _begin(target: JobFolder, asked: JsonObject) -> None:
-    """Writes down what is asked, or holds it against what was."""
+    """Writes down what is asked, or once something was done of it, holds it against that."""
     path = target.root / SEARCH_NAME
-    if not path.exists():
-        if any(target.commits.iterdir()) or target.job_file.exists():
-            raise UserError(f"--output {target.root} holds something else; name another folder")
+    if not (any(target.commits.iterdir()) or JobFolder(target.root / QUERIES_NAME).job_file.exists()):
         with storage_errors("writing", path):
             replace_file(path, seal(asked), drafts=target.attempts)
         return

@@ -68,7 +68,7 @@ def query_texts(out: Path, texts: Sequence[str], k: int, *, filter: str | None =
     UserError where there is no index, the model is another than the index's, the filter is not understood, or k is
     below 1.
     """
-    refuse_empty(texts)
+    refuse_other_than_texts(texts)
     refuse_no_hits(k)
     index = VectorIndex.open(open_index(out).index)
     allowed = allowed_vectors(out, index.manifest, filter)
@@ -102,9 +102,14 @@ def allowed_vectors(out: Path, manifest: IndexManifest, filter: str | None) -> M
     )
 
 
-def refuse_empty(texts: Sequence[str]) -> None:
-    if not all(text.strip() for text in texts):
-        raise UserError("query: the text is empty; say what to look for")
+def refuse_other_than_texts(texts: Sequence[str]) -> None:
+    for text in texts:
+        if not text.strip():
+            raise UserError("query: the text is empty; say what to look for")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # as of an argument that is not valid UTF-8
+            raise UserError(f"query {_shown(text)}: it is not text: it holds a lone surrogate") from None
 
 
 def refuse_no_hits(k: int) -> None:

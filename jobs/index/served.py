@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from jobs.index.query import QueryResult, embedding_spec, hit_of, query_engine, refuse_empty, refuse_no_hits
+from jobs.index.query import QueryResult, embedding_spec, hit_of, query_engine, refuse_no_hits, refuse_other_than_texts
 from jobs.ray_session import is_joined, ray_session
 from jobs.status import open_index
 from pipeline.errors import JobError, UserError
@@ -85,6 +86,7 @@ class ServedIndex:
     def __init__(self, client: IndexClient, session: ExitStack) -> None:
         self._client = client
         self._session = session
+        weakref.finalize(self, session.close)  # at the latest when the interpreter ends, while it can still do so
 
     def __enter__(self) -> Self:
         return self
@@ -110,7 +112,7 @@ class ServedIndex:
         UserError for a text that can't be embedded, a filter that is not understood or a k below 1; JobError where no
         answer comes within seconds.
         """
-        refuse_empty(texts)
+        refuse_other_than_texts(texts)
         refuse_no_hits(k)
         return _results(texts, self._client.search_texts(texts, k, filter))
 

@@ -39,7 +39,7 @@ _ARITHMETIC: Final[Mapping[type, Callable[[Any, Any], pc.Expression]]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
-    ast.Div: lambda one, other: pc.divide(one * pc.scalar(1.0), other),  # of whole numbers too as in Python
+    ast.Div: lambda one, other: pc.divide(one * _float(1.0), other),  # of whole numbers too as in Python
 }
 _WITH_TEXT: Final[Mapping[str, Callable[[Any, str], pc.Expression]]] = {
     "startswith": lambda value, text: pc.starts_with(value, pattern=text),
@@ -128,7 +128,7 @@ class _Translation:
             case ast.Compare():
                 return self._comparison(node)
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
-                return _ARITHMETIC[type(op)](self._value(left), self._value(right))
+                return _ARITHMETIC[type(op)](self._value(left, right), self._value(right, left))
             case ast.Constant(value=bool() | int() | float() | str() as value):
                 return value
             case ast.Name(id=name):
@@ -143,9 +143,9 @@ class _Translation:
         found = self.of(node)
         return found if isinstance(found, pc.Expression) else pc.scalar(found)
 
-    def _value(self, node: ast.expr) -> Any:
+    def _value(self, node: ast.expr, other: ast.expr) -> pc.Expression:
         found = self.of(node)
-        return pc.scalar(found) if not isinstance(found, pc.Expression) else found
+        return found if isinstance(found, pc.Expression) else _literal(self._plain(found, other))
 
     def _comparison(self, node: ast.Compare) -> pc.Expression:
         sides = [node.left, *node.comparators]
@@ -196,6 +196,8 @@ class _Translation:
         kind = self._kind(left)
         if kind is not None and pa.types.is_integer(kind):  # Arrow would take 1.5 for 1
             values = [value for value in values if not isinstance(value, float) or value.is_integer()]
+        if kind == pa.uint64():
+            values = [value for value in values if not isinstance(value, int | float) or value >= 0]
         try:
             return pa.array(values, kind)
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
@@ -203,12 +205,15 @@ class _Translation:
 
     def _like(self, value: Any, other: ast.expr) -> Any:
         """A literal beside a column of dates or times: its text is read as one."""
-        if isinstance(value, pc.Expression):
-            return value
-        return pc.scalar(self._plain(value, other))
+        return value if isinstance(value, pc.Expression) else _literal(self._plain(value, other))
 
     def _plain(self, value: Any, other: ast.expr) -> Any:
-        kind = self._kind(other)
+        stored = self._stored(other)
+        if isinstance(value, float) and stored in (pa.float16(), pa.float32()):
+            return pa.scalar(value, stored).as_py()  # 0.1 is what the column has for it
+        kind = None if stored is None else _compared_as(stored)
+        if isinstance(value, int) and kind == pa.uint64() and 0 <= value < 1 << 64:
+            return pa.scalar(value, kind)  # else Arrow compares as int64, which the column's values may not fit
         if not isinstance(value, str) or kind is None or not pa.types.is_temporal(kind):
             return value
         try:
@@ -219,10 +224,15 @@ class _Translation:
 
     def _kind(self, node: ast.expr) -> pa.DataType | None:
         """The type that a column, or a part of one, is compared as; None of anything else."""
+        stored = self._stored(node)
+        return None if stored is None else _compared_as(stored)
+
+    def _stored(self, node: ast.expr) -> pa.DataType | None:
+        """The type that it has."""
         if isinstance(node, ast.Attribute):
-            return _compared_as(self._part(node)[1])
+            return self._part(node)[1]
         name = node.id if isinstance(node, ast.Name) else _called_column(node)
-        return _compared_as(self._schema.field(name).type) if name in self._schema.names else None
+        return self._schema.field(name).type if name in self._schema.names else None
 
     def _column(self, name: str) -> pc.Expression:
         if name not in self._schema.names:
@@ -298,13 +308,27 @@ def _refuse_other_than_truth(text: str, schema: pa.Schema, expression: pc.Expres
         raise UserError(f"--filter {_shown(text)}: it is of type {kind}, and is to say yes or no of a row")
 
 
+def _literal(value: Any) -> pc.Expression:
+    return _float(value) if isinstance(value, float) else pc.scalar(value)
+
+
+def _float(value: float) -> pc.Expression:
+    """In 64 bits: Arrow takes a plain 0.5 for a float32, and computes whole numbers beside it as such."""
+    return pc.scalar(value).cast(pa.float64())
+
+
 def _compared_as(kind: pa.DataType) -> pa.DataType:
-    """Categories are compared as what they stand for, decimals as numbers."""
+    """Categories are compared as what they stand for, and numbers, decimals too, in 64 bits.
+
+    What is computed of them is to fit.
+    """
     if pa.types.is_dictionary(kind):
         value: pa.DataType = kind.value_type
         return value
-    if pa.types.is_decimal(kind):
+    if pa.types.is_decimal(kind) or pa.types.is_floating(kind):
         return pa.float64()
+    if pa.types.is_integer(kind) and kind != pa.uint64():
+        return pa.int64()
     return kind
 
 
@@ -317,9 +341,16 @@ def _moment(text: str, kind: pa.DataType) -> Any:
     """`text` as a scalar of a type of dates or times; without an offset it is of the column's own zone."""
     scalar: Any = pa.scalar(text)
     if pa.types.is_time(kind):
-        return pa.scalar(time.fromisoformat(text), kind)
+        at = time.fromisoformat(text)
+        if at.tzinfo is not None:
+            raise ValueError("times of a column have no offset")
+        return pa.scalar(at, kind)
     if pa.types.is_date(kind):
-        return scalar.cast(pa.timestamp("us")).cast(kind)
+        moment = scalar.cast(pa.timestamp("us"))
+        day = moment.cast(kind)
+        if day.cast(moment.type) != moment:
+            raise ValueError("days have no time")
+        return day
     if pa.types.is_timestamp(kind) and kind.tz is not None:
         try:
             return pc.assume_timezone(scalar.cast(pa.timestamp(kind.unit)), kind.tz)

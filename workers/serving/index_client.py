@@ -19,7 +19,11 @@ from workers.serving.served_version import Answer
 
 Nearest = list[tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]]  # a query's scores and vector numbers, best first
 
-QUERIES_A_MESSAGE: Final = 512  # so that many need no more memory in the front than few, and nobody waits behind them
+# So that many need no more memory in the front than few, and nobody waits behind them: while rows are written as JSON
+# the front does nothing else, and is taken for dead where that lasts.
+QUERIES_A_MESSAGE: Final = 512
+ROWS_A_MESSAGE: Final = 5120
+NUMBERS_A_MESSAGE: Final = 1 << 20
 
 
 class IndexClient:
@@ -43,15 +47,17 @@ class IndexClient:
         return str(self._said_by_front()["output"])
 
     def search_texts(self, texts: Sequence[str], k: int, filter: str | None = None) -> Answer:
-        requests = (texts_request(texts[some], k, filter) for some in _messages(len(texts)))
+        requests = (texts_request(texts[some], k, filter) for some in _messages(len(texts), k, ROWS_A_MESSAGE))
         return [hits for request in requests for hits in rows_in(self._line.ask(request))]
 
     def search_vectors(self, vectors: npt.NDArray[Any], k: int, filter: str | None = None) -> Answer:
-        requests = (vectors_request(vectors[some], k, filter, rows=True) for some in _messages(len(vectors)))
+        parts = _messages(len(vectors), k, ROWS_A_MESSAGE)
+        requests = (vectors_request(vectors[some], k, filter, rows=True) for some in parts)
         return [hits for request in requests for hits in rows_in(self._line.ask(request))]
 
     def nearest(self, vectors: npt.NDArray[Any], k: int, filter: str | None = None) -> Nearest:
-        requests = (vectors_request(vectors[some], k, filter, rows=False) for some in _messages(len(vectors)))
+        parts = _messages(len(vectors), k, NUMBERS_A_MESSAGE)
+        requests = (vectors_request(vectors[some], k, filter, rows=False) for some in parts)
         return [found for request in requests for found in nearest_in(self._line.ask(request))]
 
     def close(self) -> None:
@@ -62,9 +68,10 @@ class IndexClient:
         return cast(dict[str, Any], answer_of(front, self._line.what, front.about.remote, patience_s=REPLACING_S))
 
 
-def _messages(num_queries: int) -> Iterator[slice]:
+def _messages(num_queries: int, k: int, most_hits: int) -> Iterator[slice]:
     """Which queries go together. One goes without any, which is checked as others are."""
-    return (slice(first, first + QUERIES_A_MESSAGE) for first in range(0, max(num_queries, 1), QUERIES_A_MESSAGE))
+    step = max(min(QUERIES_A_MESSAGE, most_hits // max(int(k), 1)), 1)
+    return (slice(first, first + step) for first in range(0, max(num_queries, 1), step))
 
 
 def served_names() -> list[str]:

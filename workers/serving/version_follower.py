@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from ray.exceptions import RayError
 
-from pipeline.errors import JobError, UserError
+from pipeline.errors import JobError, UserError, one_line
 from pipeline.index.manifest import MANIFEST_NAME, read_manifest
 from workers.serving.actor_calls import death_reason
 from workers.serving.index_service import IndexService
@@ -57,16 +58,25 @@ class VersionFollower:
             if manifest.digest != before.digest:
                 self._service.take_version(manifest)
                 found = manifest.num_vectors - manifest.num_deleted
-                self._on_change(f"now serving version {manifest.version}: {found:,} vectors")
+                self._tell(f"now serving version {manifest.version}: {found:,} vectors")
             self._retry_at = float("inf")
-        except (UserError, JobError, RayError) as error:
+        except Exception as error:  # or else no version would be followed any more
             if self._ended.is_set():
                 return
             if stamp != self._seen:
-                reason = str(error) if isinstance(error, UserError | JobError) else death_reason(error)
-                self._on_change(f"still serving version {before.version}, not what is there by now: {reason}")
+                self._tell(f"still serving version {before.version}, not what is there by now: {_reason(error)}")
             self._retry_at = time.monotonic() + RETRY_S
         self._seen = stamp
+
+    def _tell(self, words: str) -> None:
+        with suppress(OSError, ValueError):  # where it would be said, as on a terminal, is gone
+            self._on_change(words)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UserError | JobError):
+        return str(error)
+    return death_reason(error) if isinstance(error, RayError) else f"{type(error).__name__}: {one_line(error)}"
 
 
 def _stamp(path: Path) -> Stamp | None:

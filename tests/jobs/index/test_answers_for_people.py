@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
+import pytest
+
+from jobs.answers import Answers
 from jobs.index.query import Hit, QueryResult, describe_results
 
 
@@ -22,3 +27,10 @@ def test_hits_name_what_tells_them_apart_and_no_more() -> None:
     apart = QueryResult(query="a query", hits=(hit(3), hit(3, job="second")))
     assert describe_results([apart]).splitlines()[1::2] == ["  0.5000  row 3 of first", "  0.5000  row 3 of second"]
     assert describe_results([QueryResult(query="a query", hits=())]) == "a query\n  nothing found"
+
+
+def test_what_a_terminal_has_no_character_for_is_a_question_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding="latin-1", write_through=True))
+    Answers(["query"], None).answer({}, "né — 😀")
+    assert shown.getvalue() == "né ? ?\n".encode("latin-1")

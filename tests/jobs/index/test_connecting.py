@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import jobs.index.served
 import workers.serving.index_client
 from jobs.index.served import connect
 from pipeline.errors import JobError, UserError
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_one_that_is_just_being_started_does_not_hide_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +36,24 @@ def test_one_that_is_just_being_started_does_not_hide_another(tmp_path: Path, mo
     assert found._client.name == "tour"
     with pytest.raises(UserError, match="no index is served as"):
         connect(tmp_path / "b", "192.0.2.2:45301")
+
+
+def test_a_client_that_nobody_closed_leaves_ray_before_the_interpreter_ends() -> None:
+    script = """
+from contextlib import ExitStack, contextmanager
+from jobs.index.served import ServedIndex
+
+@contextmanager
+def session():
+    try:
+        yield
+    finally:
+        import colorsys  # which Python refuses when it has ended
+        print("left")
+
+with ExitStack() as stack:
+    stack.enter_context(session())
+    index = ServedIndex(None, stack.pop_all())
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("left\n", "")

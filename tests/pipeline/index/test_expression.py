@@ -64,6 +64,7 @@ ROWS = ROWS.append_column("of", pa.StructArray.from_arrays([INNER], names=["it"]
         ("price in (1.5, 3) and price / 2 > 1", [3]),
         ("seen >= '2024-01-02' and seen < '2024-01-04T02:00:00Z'", [1, 2]),
         ("at > '02:00:00'", [2, 3]),
+        ("day == '2024-01-02T00:00'", [1]),
         ("(year - 2019) / 2 == 0.5 or 1 / (year - 2019) > 1", [0, 1]),
         ("ok", [0, 3]),
         ("of.it.day >= '2024-01-03' and of.it.when < '2024-01-04'", [2]),
@@ -88,6 +89,8 @@ def test_an_expression_means_these_rows(text: str, rows: list[int]) -> None:
         ("langg == 'en'", r"no column 'langg'; did you mean 'lang'\?; there are lang, year, when"),
         ("year == 'x'", "int64, string"),
         ("at > '2'", "'2' is none; write it like '13:05:00'"),
+        ("at > '02:00:00+01:00'", "'02:00:00\\+01:00' is none; write it like '13:05:00'"),
+        ("day < '2024-01-02 12:00'", "day is of type date32.*'2024-01-02 12:00' is none; write it like '2024-05-31'"),
         ("lang == '\\ud800'", "half of a surrogate pair"),
         ("year > 99999999999999999999", "a number in it is too large"),
         ("year in ('a',)", "can't be compared with year, which is of type int64"),
@@ -115,6 +118,35 @@ def test_anything_else_is_refused_in_one_line(text: str, expected: str) -> None:
         Filter.parse(text).over(ROWS.schema)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("--filter")
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("views > 1.5", [0, 2, 3]),
+        ("few / 10 == 0.3 or 0.5 * views == 0.5", [0, 1]),
+        ("few + 100 > 200 and few * few > 10000", [2]),
+        ("few in (3, 3000) and few - 1000 < 0", [0]),
+        ("hash > 5", [2, 3]),
+        ("hash == 18446744073709551615 or 9223372036854775808 == hash", [2, 3]),
+        ("hash in (-1, 5, 5.5)", [0]),
+        ("half > 1.5 and half in (2, 3.5)", [1]),
+        ("single in (0.1, 0.5) and single == 0.1 and not single > 0.1", [0]),
+        ("single < 20000000001 and single * views > 0", [0, 2]),
+    ],
+)
+def test_numbers_of_every_width_are_compared_and_computed_as_what_they_are(text: str, rows: list[int]) -> None:
+    table = pa.table(
+        {
+            "views": pa.array([10, 1, 20_000_001, 2_000_000_001], pa.int32()),
+            "few": pa.array([3, None, 120, 100], pa.int8()),
+            "hash": pa.array([5, None, 1 << 63, (1 << 64) - 1], pa.uint64()),
+            "half": pa.array([1, 2, None, 3], pa.float16()),
+            "single": pa.array([0.1, None, 0.75, 1e30], pa.float32()),
+        }
+    )
+    found = table.append_column("number", pa.array(range(4))).filter(Filter.parse(text).over(table.schema))
+    assert found["number"].to_pylist() == rows
 
 
 def test_it_says_which_columns_it_needs() -> None:
