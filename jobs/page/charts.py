@@ -9,7 +9,7 @@ from typing import Any, Final
 from markupsafe import Markup
 
 from jobs.page.axes import Axes
-from jobs.page.canvas import CHAR_WIDTH, Canvas, round_ticks
+from jobs.page.canvas import CHAR_WIDTH, Canvas, round_ticks, short_number
 from jobs.terminal import human_seconds
 
 NUM_STRETCHES: Final = 60  # of time, in the figure of throughput
@@ -80,7 +80,7 @@ def throughput(runs: Sequence[Mapping[str, Any]]) -> Markup | None:
     for low, high, _, rates in bins:
         label = (
             f"{human_seconds(low)} to {human_seconds(high)}: {rates['prompt_tokens']:,.0f} tokens/s read, "
-            f"{rates['completion_tokens']:,.0f} generated, {rates['rows']:,.3g} rows/s"
+            f"{rates['completion_tokens']:,.0f} generated, {short_number(rates['rows'])} rows/s"
         )
         canvas.rect(axes.x(low), axes.top, axes.x(high) - axes.x(low), axes.floor - axes.top, "column", label)
     step = next(step for step in _ROUND_SECONDS if end / step <= 8 or step == _ROUND_SECONDS[-1])

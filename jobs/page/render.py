@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from jobs.corpus.corpus_map import CorpusMap
-from jobs.page.canvas import printable
+from jobs.page.canvas import printable, short_number
 from jobs.page.charts import histogram, shares, throughput
 from jobs.page.heat_map import expert_maps
 from jobs.page.point_map import point_map
@@ -93,7 +93,7 @@ def _tiles(report: Mapping[str, Any]) -> list[Fact]:
         done = sum(run["prompt_tokens"] + run["completion_tokens"] for run in runs)
         tiles += [
             ("tokens a second", f"{done / at_work:,.0f}"),
-            ("rows a second", f"{sum(run['rows'] for run in runs) / at_work:,.3g}"),
+            ("rows a second", short_number(sum(run["rows"] for run in runs) / at_work)),
         ]
     return [*tiles, ("time at work", human_seconds(at_work))]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from jobs.page.canvas import short_number
 from jobs.page.render import render
 from jobs.report import histogram
 
@@ -181,6 +182,22 @@ def test_throughput_is_drawn_over_all_runs_with_a_seam_where_one_was_resumed() -
     assert said[0].startswith("0:00 to 0:01")
     assert said[-1].startswith("0:59 to 1:00")
     assert "resumed 1 time" in text
+
+
+def test_rows_of_many_thousands_a_second_are_written_without_exponents() -> None:
+    fast = run(40)
+    fast["series"]["rows"] = [1850 * tick for tick in fast["series"]["seconds"]]
+    text = render(report(runs=[fast | {"rows": 1850.3 * 40}]), "")
+    assert "<dt>rows a second</dt><dd>1,850</dd>" in text
+    assert "2 generated, 1,850 rows/s" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0, "0"), (0.25, "0.25"), (2.084, "2.08"), (999.7, "1,000"), (51_234.0, "51.2k"), (999_700, "1M"), (2e9, "2G")],
+)
+def test_a_short_number_has_no_exponent(value: float, said: str) -> None:
+    assert short_number(value) == said
 
 
 def test_a_rest_too_short_to_have_a_speed_belongs_to_the_stretch_before_it() -> None:
