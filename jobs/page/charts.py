@@ -56,7 +56,7 @@ def throughput(runs: Sequence[Mapping[str, Any]]) -> Markup | None:
     for number, series in enumerate(parts):
         bins += [(begin + low, begin + high, number, rates) for low, high, rates in _rates(series, stretch)]
         begin += series["seconds"][-1]
-    canvas = Canvas(_WIDTH, _HEIGHT + 20, title="Tokens a second over time")
+    canvas = Canvas(_WIDTH, _HEIGHT + 20, title="Tokens a second over time", style="broad")
     most = max(rates["prompt_tokens"] + rates["completion_tokens"] for *_, rates in bins)
     ticks = round_ticks(most, 4)
     axes = Axes(canvas=canvas, low_x=0.0, high_x=end, high_y=ticks[-1])

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from jobs.corpus.corpus_map import CorpusMap, MapPoint
 from jobs.page.canvas import short_number
 from jobs.page.render import render
 from jobs.report import histogram
@@ -162,6 +163,23 @@ def test_every_figure_is_well_formed_has_a_name_and_keeps_its_text_inside() -> N
             assert begin >= -1, text.text
             assert begin + room <= width + 1, text.text
             assert 0 < y <= height, text.text
+
+
+def test_a_wide_figure_scrolls_in_a_narrow_window_instead_of_shrinking() -> None:
+    corpus = CorpusMap(
+        rows=1,
+        method="PCA",
+        centred=False,
+        grouped_by="",
+        groups=(("all", 1),),
+        points=(MapPoint(x=0.0, y=0.0, row=0, id="0", group=0, text="text", generation=None),),
+        failed=(),
+    )
+    page = render(report(experts=experts(2, 64)), "", corpus)
+    sizes = re.findall(r'(<div class="scroll">)?<svg class="figure( broad)?" viewBox="0 0 (\d+)', page)
+    assert sorted(int(width) for *_, width in sizes) == [460, 460, 460, 460, 940, 940, 940]
+    assert all(bool(scrolls) == bool(broad) == (width == "940") for scrolls, broad, width in sizes)
+    assert "svg.broad { width:" in page
 
 
 def test_bars_are_as_high_as_their_counts() -> None:
