@@ -53,6 +53,8 @@ def index_facts(kind: str, *, num_queries: int = 0, efforts: tuple[int | None, .
         "missed": [],
         "efforts": [{"effort": effort, "recall": 0.96, "trials": []} for effort in efforts],
         "pooling": "mean",
+        "jobs": 1,
+        "deleted": 0,
         "current": True,
     }
 
@@ -359,6 +361,23 @@ def test_an_exact_index_has_no_figure_of_recall() -> None:
     text = render(report(), "")
     assert "Recall against speed" not in text
     assert "<dd>exact</dd>" in text
+
+
+def test_an_index_that_was_changed_says_what_it_holds_beside_the_job_s_rows() -> None:
+    assert "<dd>2 of 8 dimensions</dd>" in render(report(), "")
+    text = render(report(index=index_facts("Flat") | {"vectors": 1500, "jobs": 2, "deleted": 30}), "")
+    assert "<dd>1,500 of 8 dimensions, of 2 jobs, 30 of them deleted</dd>" in text
+
+
+def test_only_of_experts_it_says_why_so_many_ranks_hold_them() -> None:
+    laid_out = [run(4, layout={"replicas": 2, "ranks": 1, "why": "there is one machine for its experts"})]
+    assert "<dd>2 replicas</dd>" in render(report(runs=laid_out, experts=None), "")
+    assert "<dd>2 replicas: there is one machine" in render(report(runs=laid_out, experts=experts(2, 4)), "")
+
+
+def test_an_input_of_several_files_is_named_file_by_file() -> None:
+    spec = report()["spec"] | {"input": {"path": ["a.parquet", "b's.parquet"], "job": None}}
+    assert "<dd>a.parquet, b&#39;s.parquet</dd>" in render(report(spec=spec), "")
 
 
 def test_a_dense_model_has_no_heat_map() -> None:
