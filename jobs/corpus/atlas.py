@@ -30,7 +30,7 @@ from pipeline.index.search import VectorIndex, have_direction
 from pipeline.index.vectors import FIELDS, VectorBatch, committed_vectors, part_vectors
 from pipeline.indexed_jobs import latest_commits
 from pipeline.job_folder import JobFolder
-from pipeline.projection import Projection
+from pipeline.projection import Projection, spread
 
 ATLAS_NAME: Final = "atlas.parquet"
 MAX_LANDMARKS: Final = 5000
@@ -116,7 +116,7 @@ def _laid_out(
     total = sum(sum(commit.vectors.values()) for commit in commits.values())
     if not total:
         raise UserError(f"{folder.root}: no row has a vector yet")
-    wanted = np.unique(np.linspace(0, total - 1, min(MAX_LANDMARKS, total)).astype(np.int64))
+    wanted = spread(total, MAX_LANDMARKS)
     keys, landmarks, first = np.empty(total, np.int64), [], 0
     for batch in committed_vectors(folder, commits):
         low, high = np.searchsorted(wanted, (first, first + len(batch.rows)))

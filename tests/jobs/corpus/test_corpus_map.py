@@ -80,6 +80,14 @@ def test_of_many_rows_few_are_looked_at_evenly(committed: Committed, monkeypatch
     assert found.rows == 200
 
 
+def test_of_rows_that_take_turns_the_map_has_all_kinds(committed: Committed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_map, "MAX_POINTS", 50)
+    found = make_map(*committed(200, kinds=2))
+    assert found is not None
+    assert {name for name, _ in found.groups} == {"kind 0", "kind 1"}
+    assert min(points for _, points in found.groups) > 10
+
+
 def test_the_rows_of_the_first_run_are_the_map_of_a_job_that_limit_cut(committed: Committed) -> None:
     folder, commits = committed(40)
     found = make_map(folder, {split: commit for split, commit in commits.items() if split < 2})
