@@ -239,7 +239,7 @@ def _names(clusters: Sequence[Sequence[set[str]]]) -> list[str]:
         }
         kept: list[str] = []
         for word in sorted(score, key=lambda word: (-score[word], word)):
-            if not any(word[:5] == other[:5] for other in kept):  # method and methods say the same
+            if score[word] > 0 and not any(word[:5] == other[:5] for other in kept):  # method and methods say the same
                 kept.append(word)
             if len(kept) == NUM_WORDS:
                 break

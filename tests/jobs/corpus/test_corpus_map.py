@@ -114,6 +114,13 @@ def test_columns_of_other_types_or_of_nearly_all_different_values_give_no_groups
     assert corpus_map.group([found_row(row) for row in range(24)], ["text"] * 24, vectors) == ("", ["all"], [0] * 24)
 
 
+def test_a_cluster_is_not_named_after_a_word_that_is_as_common_elsewhere() -> None:
+    rows = [found_row(row) for row in range(60)]
+    texts = [f"everywhere {'alpha' if row < 35 else 'beta'}" for row in range(60)]
+    vectors = np.repeat(np.eye(2, dtype=np.float32), [35, 25], axis=0)
+    assert corpus_map.group(rows, texts, vectors)[1] == ["alpha", "beta"]
+
+
 def a_map(points: list[MapPoint], failed: tuple[FailedRow, ...] = ()) -> CorpusMap:
     return CorpusMap(
         rows=len(points),
