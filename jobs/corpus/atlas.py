@@ -31,6 +31,7 @@ from pipeline.index.vectors import FIELDS, VectorBatch, committed_vectors, part_
 from pipeline.indexed_jobs import latest_commits
 from pipeline.job_folder import JobFolder
 from pipeline.projection import Projection, spread
+from pipeline.records import carried_names
 
 ATLAS_NAME: Final = "atlas.parquet"
 MAX_LANDMARKS: Final = 5000
@@ -135,11 +136,9 @@ def _keys(rows: npt.ArrayLike, samples: npt.ArrayLike, fields: npt.ArrayLike) ->
 def _schema(folder: JobFolder, commits: Mapping[int, Commit]) -> pa.Schema:
     """Ours, then the carried columns as parts have them; what is called like one of ours is called `input_NAME`."""
     part = pq.read_schema(folder.part(min(commits)))
-    own = {field.name for field in _OWN_FIELDS}
-    carried = [part.field(name) for name in FoundRows(folder.root).carried.values()]
-    return pa.schema(
-        [*_OWN_FIELDS, *(field.with_name(f"input_{field.name}") if field.name in own else field for field in carried)]
-    )
+    carried = list(FoundRows(folder.root).carried.values())
+    names = carried_names(carried, own={field.name for field in _OWN_FIELDS})
+    return pa.schema([*_OWN_FIELDS, *(part.field(name).with_name(names[name]) for name in carried)])
 
 
 def _tables(
