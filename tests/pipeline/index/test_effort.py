@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import faiss
@@ -11,6 +12,13 @@ import pytest
 from pipeline.index.effort import effort_name, most_effort, search_parameters
 
 VECTORS = np.random.default_rng(0).normal(size=(2000, 16)).astype(np.float32)
+
+
+@cache
+def trained(kind: str) -> Any:
+    index: Any = faiss.index_factory(16, kind, faiss.METRIC_INNER_PRODUCT)
+    index.train(VECTORS)
+    return index
 
 
 @pytest.mark.parametrize(
@@ -29,8 +37,7 @@ VECTORS = np.random.default_rng(0).normal(size=(2000, 16)).astype(np.float32)
 )
 @pytest.mark.parametrize("numbered", [False, True])
 def test_more_effort_finds_more(kind: str, name: str, numbered: bool) -> None:
-    index: Any = faiss.index_factory(16, kind, faiss.METRIC_INNER_PRODUCT)
-    index.train(VECTORS)
+    index = faiss.clone_index(trained(kind))
     if numbered:
         index = faiss.IndexIDMap2(index)
         index.add_with_ids(VECTORS, np.arange(len(VECTORS)))
@@ -50,8 +57,7 @@ def test_more_effort_finds_more(kind: str, name: str, numbered: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["Flat", "SQ8", "PQ8x4", "PQ8x4fs"])
 def test_kinds_that_look_at_all_vectors_have_no_effort_and_take_no_parameters(kind: str) -> None:
-    index: Any = faiss.index_factory(16, kind, faiss.METRIC_INNER_PRODUCT)
-    index.train(VECTORS)
+    index = faiss.clone_index(trained(kind))
     index.add(VECTORS)
     assert effort_name(index) is None
     assert most_effort(index, len(VECTORS)) is None
