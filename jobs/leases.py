@@ -24,6 +24,7 @@ class SplitProgress:
     errors: int  # committed
     retry_errors: bool  # its commit holds failed rows that are to run again
     ceiling: int  # where the next lease ends: target, or less while a suspect is being halved
+    bound: int = 0  # of the rows from `settled` up to here, which killed when they ran alone, one kills; 0: not known
     status: Literal["waiting", "leased", "committing", "publishing", "done"] = "done"
     holder: ShardId | None = None  # exactly while leased
     deaths: int = 0
@@ -40,15 +41,20 @@ class SplitProgress:
         if not alone:
             return
         if self.ceiling - self.settled > 1:
+            self.bound = self.ceiling
             self.ceiling = self.settled + (self.ceiling - self.settled) // 2
             return
         self.row_deaths += 1
         self.condemned = self.row_deaths >= DEATHS_OF_A_ROW
 
     def advance(self, *, revision: int, settled: int, rows: int, errors: int) -> None:
-        """A commit was written."""
+        """A commit was written. Where that was a half that kills nobody, the other half is halved next."""
         self.revision, self.settled, self.rows, self.errors = revision, settled, rows, errors
-        self.ceiling, self.row_deaths, self.condemned = self.target, 0, False
+        if self.condemned or self.bound <= settled:
+            self.ceiling, self.bound = self.target, 0
+        else:
+            self.ceiling = settled + max((self.bound - settled) // 2, 1)
+        self.row_deaths, self.condemned = 0, False
         if settled >= self.target:
             self.retry_errors = False
 

@@ -49,6 +49,17 @@ class Projection:
         return np.asarray(placed, np.float32)
 
 
+def spread(length: int, count: int) -> npt.NDArray[np.int64]:
+    """At most `count` of the places 0 to length - 1, ascending: one drawn from each of `count` stretches of one length.
+
+    Places at equal distances would fall in with whatever repeats at that distance, as every second vector is one of a
+    prompt. Asked again it draws the same.
+    """
+    count = min(length, count)
+    bounds = np.arange(count + 1, dtype=np.int64) * length // max(count, 1)
+    return np.random.default_rng(0).integers(bounds[:-1], bounds[1:])
+
+
 def principal_axes(vectors: Matrix) -> Places:
     """Along the two directions in which the vectors differ most; each axis points to where its largest part is."""
     centred = vectors.astype(np.float64) - vectors.mean(axis=0)

@@ -5,7 +5,7 @@ A failed row has one record, sample 0, with `error_code` and `error_message` set
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -116,17 +116,19 @@ def embedded_fields(schema: pa.Schema) -> dict[str, EmbedField]:
     return found
 
 
-def carried_names(names: Sequence[str]) -> dict[str, str]:
+def carried_names(names: Sequence[str], own: Collection[str] = _OWN_NAMES) -> dict[str, str]:
     """Input column -> its column in the part: the same name, or `input_NAME` where the part has its own such column.
+
+    `own`: the columns of another file than a part.
 
     >>> carried_names(["title", "text"])
     {'title': 'title', 'text': 'input_text'}
     """
-    taken = _OWN_NAMES | {name for name in names if name not in _OWN_NAMES}
+    taken = {*own, *names}
     written: dict[str, str] = {}
     for name in names:
         target = name
-        if name in _OWN_NAMES:
+        if name in own:
             while target in taken:
                 target = f"input_{target}"
             taken |= {target}

@@ -30,7 +30,8 @@ from pipeline.index.search import VectorIndex, have_direction
 from pipeline.index.vectors import FIELDS, VectorBatch, committed_vectors, part_vectors
 from pipeline.indexed_jobs import latest_commits
 from pipeline.job_folder import JobFolder
-from pipeline.projection import Projection
+from pipeline.projection import Projection, spread
+from pipeline.records import carried_names
 
 ATLAS_NAME: Final = "atlas.parquet"
 MAX_LANDMARKS: Final = 5000
@@ -116,7 +117,7 @@ def _laid_out(
     total = sum(sum(commit.vectors.values()) for commit in commits.values())
     if not total:
         raise UserError(f"{folder.root}: no row has a vector yet")
-    wanted = np.unique(np.linspace(0, total - 1, min(MAX_LANDMARKS, total)).astype(np.int64))
+    wanted = spread(total, MAX_LANDMARKS)
     keys, landmarks, first = np.empty(total, np.int64), [], 0
     for batch in committed_vectors(folder, commits):
         low, high = np.searchsorted(wanted, (first, first + len(batch.rows)))
@@ -135,11 +136,9 @@ def _keys(rows: npt.ArrayLike, samples: npt.ArrayLike, fields: npt.ArrayLike) ->
 def _schema(folder: JobFolder, commits: Mapping[int, Commit]) -> pa.Schema:
     """Ours, then the carried columns as parts have them; what is called like one of ours is called `input_NAME`."""
     part = pq.read_schema(folder.part(min(commits)))
-    own = {field.name for field in _OWN_FIELDS}
-    carried = [part.field(name) for name in FoundRows(folder.root).carried.values()]
-    return pa.schema(
-        [*_OWN_FIELDS, *(field.with_name(f"input_{field.name}") if field.name in own else field for field in carried)]
-    )
+    carried = list(FoundRows(folder.root).carried.values())
+    names = carried_names(carried, own={field.name for field in _OWN_FIELDS})
+    return pa.schema([*_OWN_FIELDS, *(part.field(name).with_name(names[name]) for name in carried)])
 
 
 def _tables(

@@ -26,7 +26,7 @@ from pipeline.index.manifest import MANIFEST_NAME, read_manifest
 from pipeline.index.search import read_centering
 from pipeline.index.vectors import part_vectors
 from pipeline.job_folder import JobFolder, read_plan
-from pipeline.projection import Projection
+from pipeline.projection import Projection, spread
 
 MAX_POINTS: Final = 2000
 MAX_PARTS: Final = 100
@@ -84,7 +84,7 @@ class CorpusMap:
 def make_map(folder: JobFolder, commits: Mapping[int, Commit]) -> CorpusMap | None:
     """None where no row has a vector. JobError if a part can't be read."""
     first_rows = [split["first_row"] for split in read_plan(folder)["splits"]]
-    wanted = _spread(commits, first_rows)
+    wanted = _looked_at(commits, first_rows)
     rows, vectors = _vectors(folder, commits, wanted)
     if not len(rows):
         return None
@@ -123,14 +123,14 @@ def make_map(folder: JobFolder, commits: Mapping[int, Commit]) -> CorpusMap | No
     )
 
 
-def _spread(commits: Mapping[int, Commit], first_rows: Sequence[int]) -> dict[int, list[int]]:
+def _looked_at(commits: Mapping[int, Commit], first_rows: Sequence[int]) -> dict[int, list[int]]:
     """Split -> the rows of it to look at: MAX_POINTS in all, evenly spread over MAX_PARTS parts that are so too."""
     splits = sorted(split for split, commit in commits.items() if commit.rows)
     chosen = [splits[place] for place in _evenly(len(splits), MAX_PARTS)]
     rows = np.concatenate(
         [first_rows[split] + np.arange(commits[split].rows) for split in chosen] or [np.empty(0, int)]
     )
-    kept = rows[_evenly(len(rows), MAX_POINTS)]
+    kept = rows[spread(len(rows), MAX_POINTS)]
     return {
         split: [int(row) for row in kept if first_rows[split] <= row < first_rows[split] + commits[split].rows]
         for split in chosen
@@ -239,7 +239,7 @@ def _names(clusters: Sequence[Sequence[set[str]]]) -> list[str]:
         }
         kept: list[str] = []
         for word in sorted(score, key=lambda word: (-score[word], word)):
-            if not any(word[:5] == other[:5] for other in kept):  # method and methods say the same
+            if score[word] > 0 and not any(word[:5] == other[:5] for other in kept):  # method and methods say the same
                 kept.append(word)
             if len(kept) == NUM_WORDS:
                 break

@@ -86,11 +86,11 @@ def round_ticks(most: float, count: int, *, whole: bool = False) -> list[float]:
 
 
 def short_number(value: float) -> str:
-    """As an axis has it: 1234567 -> '1.2M', 950 -> '950', 0.25 -> '0.25'."""
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if value >= unit:
-            return f"{value / (1e3 if name == 'k' else unit):.3g}{name}"
-    return f"{value:,.0f}" if value == int(value) else f"{value:.3g}"
+    """As an axis has it: 1234567 -> '1.23M', 1850.3 -> '1,850', 0.25 -> '0.25'."""
+    for least, unit, name in ((999.5e6, 1e9, "G"), (999.5e3, 1e6, "M"), (1e4, 1e3, "k")):
+        if value >= least:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
 
 
 def _number(value: float) -> str:

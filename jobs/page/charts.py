@@ -9,7 +9,7 @@ from typing import Any, Final
 from markupsafe import Markup
 
 from jobs.page.axes import Axes
-from jobs.page.canvas import CHAR_WIDTH, Canvas, round_ticks
+from jobs.page.canvas import CHAR_WIDTH, Canvas, round_ticks, short_number
 from jobs.terminal import human_seconds
 
 NUM_STRETCHES: Final = 60  # of time, in the figure of throughput
@@ -56,7 +56,7 @@ def throughput(runs: Sequence[Mapping[str, Any]]) -> Markup | None:
     for number, series in enumerate(parts):
         bins += [(begin + low, begin + high, number, rates) for low, high, rates in _rates(series, stretch)]
         begin += series["seconds"][-1]
-    canvas = Canvas(_WIDTH, _HEIGHT + 20, title="Tokens a second over time")
+    canvas = Canvas(_WIDTH, _HEIGHT + 20, title="Tokens a second over time", style="broad")
     most = max(rates["prompt_tokens"] + rates["completion_tokens"] for *_, rates in bins)
     ticks = round_ticks(most, 4)
     axes = Axes(canvas=canvas, low_x=0.0, high_x=end, high_y=ticks[-1])
@@ -80,7 +80,7 @@ def throughput(runs: Sequence[Mapping[str, Any]]) -> Markup | None:
     for low, high, _, rates in bins:
         label = (
             f"{human_seconds(low)} to {human_seconds(high)}: {rates['prompt_tokens']:,.0f} tokens/s read, "
-            f"{rates['completion_tokens']:,.0f} generated, {rates['rows']:,.3g} rows/s"
+            f"{rates['completion_tokens']:,.0f} generated, {short_number(rates['rows'])} rows/s"
         )
         canvas.rect(axes.x(low), axes.top, axes.x(high) - axes.x(low), axes.floor - axes.top, "column", label)
     step = next(step for step in _ROUND_SECONDS if end / step <= 8 or step == _ROUND_SECONDS[-1])

@@ -42,6 +42,7 @@ def heat_map(column: str, layers: Sequence[int], loads: Sequence[Sequence[int]])
         whole,
         _TOP + height * num_rows + _BOTTOM,
         title=f"Load of each {column} in {counts.shape[0]} layers; the busiest has {ratios.max():.2f} times the mean",
+        style="broad" if whole == _WIDTH else "",
     )
     darkest = min(max(float(ratios.max()), 1.0), _DARKEST)
     for row in range(num_rows):

@@ -24,7 +24,7 @@ def point_map(found: CorpusMap) -> Markup:
     height = min(max(_WIDTH * span_y / span_x, _LEAST_HEIGHT), _MOST_HEIGHT)
     strip = 34.0 if found.failed else 0.0
     scale = min((_WIDTH - 2 * _MARGIN) / span_x, (height - 2 * _MARGIN) / span_y)
-    canvas = Canvas(_WIDTH, height + strip, title=f"Map of {len(found.points):,} rows by {found.method}", style="map")
+    canvas = Canvas(_WIDTH, height + strip, title=f"Map of {len(found.points):,} rows by {found.method}", style="broad")
     middle_x, middle_y = (max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2
     radius = 3.2 if len(found.points) > 1000 else 4.0 if len(found.points) > 300 else 5.0
     for point in found.points:

@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from jobs.corpus.corpus_map import CorpusMap
-from jobs.page.canvas import printable
+from jobs.page.canvas import printable, short_number
 from jobs.page.charts import histogram, shares, throughput
 from jobs.page.heat_map import expert_maps
 from jobs.page.point_map import point_map
@@ -93,14 +93,14 @@ def _tiles(report: Mapping[str, Any]) -> list[Fact]:
         done = sum(run["prompt_tokens"] + run["completion_tokens"] for run in runs)
         tiles += [
             ("tokens a second", f"{done / at_work:,.0f}"),
-            ("rows a second", f"{sum(run['rows'] for run in runs) / at_work:,.3g}"),
+            ("rows a second", short_number(sum(run["rows"] for run in runs) / at_work)),
         ]
     return [*tiles, ("time at work", human_seconds(at_work))]
 
 
 def _what_ran(report: Mapping[str, Any]) -> list[Fact]:
     spec, runs = report["spec"], report["runs"]
-    facts = [("model", spec["model"]), ("input", spec["input"]["path"] or f"the rows of {spec['input']['job']}")]
+    facts = [("model", spec["model"]), ("input", _input(spec["input"]))]
     if spec["generate"] is not None:
         facts.append(("generates", f"up to {spec['generate']['max_new_tokens']:,} tokens a row"))
     if spec["embed"] is not None:
@@ -118,9 +118,15 @@ def _what_ran(report: Mapping[str, Any]) -> list[Fact]:
         if layout:
             shards = f"{layout['replicas']} replica{'s' if layout['replicas'] != 1 else ''}"
             shards += f" of {layout['ranks']} ranks" if layout["ranks"] > 1 else ""
-            facts.append(("laid out as", f"{shards}: {layout['why']}" if layout["why"] else shards))
+            why = layout["why"] if report.get("experts") else ""  # it says why so many ranks share the experts
+            facts.append(("laid out as", f"{shards}: {why}" if why else shards))
     facts.append(("fingerprint", report["fingerprint"]))
     return facts
+
+
+def _input(source: Mapping[str, Any]) -> str:
+    path = source["path"]
+    return f"the rows of {source['job']}" if not path else path if isinstance(path, str) else ", ".join(path)
 
 
 def _deaths(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -164,12 +170,17 @@ def _recall(recall: Mapping[str, Any]) -> str:
     return f"{recall['reached']:.3f} of the {recall['k']} nearest are found ({asked})"
 
 
+def _not_its_own(index: Mapping[str, Any]) -> str:
+    of_others = f", of {index['jobs']:,} jobs" if index["jobs"] > 1 else ""
+    return of_others + (f", {index['deleted']:,} of them deleted" if index["deleted"] else "")
+
+
 def _index(index: Mapping[str, Any] | None) -> list[Fact]:
     if index is None:
         return []
     facts = [
         ("kind", index["kind"]),
-        ("vectors", f"{index['vectors']:,} of {index['dimension']:,} dimensions"),
+        ("vectors", f"{index['vectors']:,} of {index['dimension']:,} dimensions{_not_its_own(index)}"),
         ("shards", f"{index['shards']:,}"),
         ("size", human_bytes(index["bytes"])),
         ("pooling", index["pooling"]),

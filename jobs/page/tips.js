@@ -1,4 +1,4 @@
-// What a shape's <title> says, in a box at the pointer; without this script browsers show titles their own way.
+// What a shape's <title> says, in a box at the pointer, or where a finger taps; without this script browsers show titles their own way.
 // A figure takes the keyboard: arrow keys go from shape to shape, Escape hides the box.
 (() => {
   const tip = document.getElementById("tip");
@@ -38,10 +38,12 @@
     }
     if (!shapes.length) continue;
     figure.tabIndex = 0;
-    figure.addEventListener("pointermove", (event) => {
+    const point = (event) => {
       const shape = event.target.closest("[data-tip]");
       if (shape) show(shape, event.clientX, event.clientY); else hide();
-    });
+    };
+    figure.addEventListener("pointermove", point);
+    figure.addEventListener("click", point);  // of a tap nothing else comes after the finger has left
     figure.addEventListener("pointerleave", hide);
     figure.addEventListener("blur", hide);
     figure.addEventListener("keydown", (event) => {
@@ -53,5 +55,5 @@
       show(shape, ...middle(shape));
     });
   }
-  addEventListener("scroll", hide, { passive: true });
+  addEventListener("scroll", hide, { passive: true, capture: true });
 })();

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from jobs.corpus.corpus_map import CorpusMap, MapPoint
+from jobs.page.canvas import short_number
 from jobs.page.render import render
 from jobs.report import histogram
 
@@ -51,6 +53,8 @@ def index_facts(kind: str, *, num_queries: int = 0, efforts: tuple[int | None, .
         "missed": [],
         "efforts": [{"effort": effort, "recall": 0.96, "trials": []} for effort in efforts],
         "pooling": "mean",
+        "jobs": 1,
+        "deleted": 0,
         "current": True,
     }
 
@@ -163,6 +167,23 @@ def test_every_figure_is_well_formed_has_a_name_and_keeps_its_text_inside() -> N
             assert 0 < y <= height, text.text
 
 
+def test_a_wide_figure_scrolls_in_a_narrow_window_instead_of_shrinking() -> None:
+    corpus = CorpusMap(
+        rows=1,
+        method="PCA",
+        centred=False,
+        grouped_by="",
+        groups=(("all", 1),),
+        points=(MapPoint(x=0.0, y=0.0, row=0, id="0", group=0, text="text", generation=None),),
+        failed=(),
+    )
+    page = render(report(experts=experts(2, 64)), "", corpus)
+    sizes = re.findall(r'(<div class="scroll">)?<svg class="figure( broad)?" viewBox="0 0 (\d+)', page)
+    assert sorted(int(width) for *_, width in sizes) == [460, 460, 460, 460, 940, 940, 940]
+    assert all(bool(scrolls) == bool(broad) == (width == "940") for scrolls, broad, width in sizes)
+    assert "svg.broad { width:" in page
+
+
 def test_bars_are_as_high_as_their_counts() -> None:
     lengths = {"prompt_tokens": histogram(Counter({1: 10, 2: 5, 4: 20})), "completion_tokens": histogram(Counter())}
     (drawn,) = [f for f in figures(render(report(lengths=lengths), "")) if "Prompts" in f.get("aria-label", "")]
@@ -181,6 +202,22 @@ def test_throughput_is_drawn_over_all_runs_with_a_seam_where_one_was_resumed() -
     assert said[0].startswith("0:00 to 0:01")
     assert said[-1].startswith("0:59 to 1:00")
     assert "resumed 1 time" in text
+
+
+def test_rows_of_many_thousands_a_second_are_written_without_exponents() -> None:
+    fast = run(40)
+    fast["series"]["rows"] = [1850 * tick for tick in fast["series"]["seconds"]]
+    text = render(report(runs=[fast | {"rows": 1850.3 * 40}]), "")
+    assert "<dt>rows a second</dt><dd>1,850</dd>" in text
+    assert "2 generated, 1,850 rows/s" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0, "0"), (0.25, "0.25"), (2.084, "2.08"), (999.7, "1,000"), (51_234.0, "51.2k"), (999_700, "1M"), (2e9, "2G")],
+)
+def test_a_short_number_has_no_exponent(value: float, said: str) -> None:
+    assert short_number(value) == said
 
 
 def test_a_rest_too_short_to_have_a_speed_belongs_to_the_stretch_before_it() -> None:
@@ -324,6 +361,23 @@ def test_an_exact_index_has_no_figure_of_recall() -> None:
     text = render(report(), "")
     assert "Recall against speed" not in text
     assert "<dd>exact</dd>" in text
+
+
+def test_an_index_that_was_changed_says_what_it_holds_beside_the_job_s_rows() -> None:
+    assert "<dd>2 of 8 dimensions</dd>" in render(report(), "")
+    text = render(report(index=index_facts("Flat") | {"vectors": 1500, "jobs": 2, "deleted": 30}), "")
+    assert "<dd>1,500 of 8 dimensions, of 2 jobs, 30 of them deleted</dd>" in text
+
+
+def test_only_of_experts_it_says_why_so_many_ranks_hold_them() -> None:
+    laid_out = [run(4, layout={"replicas": 2, "ranks": 1, "why": "there is one machine for its experts"})]
+    assert "<dd>2 replicas</dd>" in render(report(runs=laid_out, experts=None), "")
+    assert "<dd>2 replicas: there is one machine" in render(report(runs=laid_out, experts=experts(2, 4)), "")
+
+
+def test_an_input_of_several_files_is_named_file_by_file() -> None:
+    spec = report()["spec"] | {"input": {"path": ["a.parquet", "b's.parquet"], "job": None}}
+    assert "<dd>a.parquet, b&#39;s.parquet</dd>" in render(report(spec=spec), "")
 
 
 def test_a_dense_model_has_no_heat_map() -> None:

@@ -174,6 +174,42 @@ def test_suspects_run_alone_after_all_others():
     assert (half.split, half.alone, half.start, half.stop) == (0, True, 0, 4)
 
 
+@pytest.mark.parametrize("retry_errors", [False, True])
+@pytest.mark.parametrize("killers", [{0}, {1023}, {511}, {341}, {7, 700}])
+def test_few_deaths_tell_which_rows_kill_also_where_failed_rows_run_again(killers: set[int], retry_errors: bool):
+    commits = {0: CommittedSplit(revision=0, rows=1024, errors=len(killers))} if retry_errors else {}
+    state = JobState([1024], commits, num_replicas=1, max_error_rate=0.5, retry_errors=retry_errors)
+    begin(state)
+    generation, received, condemned = 0, 0, set[int]()
+    while state.phase == "running":
+        shard = ShardId(0, generation, 0)
+        (lease,) = leases(state.handle(ShardHungry(shard, received, 1)))
+        if lease.condemned:
+            condemned.add(lease.start)
+        if any(lease.start <= row < lease.stop for row in killers - condemned):
+            state.handle(ReplicaDied(0, generation, "SIGKILL"))
+            generation, received = generation + 1, 0
+            continue
+        rows, errors = (1024, len(killers)) if retry_errors else (lease.stop, len(condemned))
+        result = Result(
+            split=0,
+            revision=lease.revision,
+            start=lease.start,
+            stop=lease.stop,
+            rows=rows,
+            errors=errors,
+            path="attempt",
+        )
+        for event in (AttemptFinished(shard, result), Committed(result)):
+            state.handle(event)
+        again = leases(state.handle(Published(result)))
+        assert not again, "it is hungry no more"
+        received += 1
+    assert state.outcome is None, state.outcome
+    assert condemned == killers
+    assert state.num_deaths <= 2 + 12 * len(killers)
+
+
 def test_a_replica_that_runs_a_suspect_gets_nothing_else_until_it_is_done():
     state = JobState([8] * 6, {}, num_replicas=2, max_error_rate=0.5)
     begin(state)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pipeline.projection import FEWEST_FOR_TSNE, Projection, principal_axes
+from pipeline.projection import FEWEST_FOR_TSNE, Projection, principal_axes, spread
 
 Matrix = npt.NDArray[np.float32]
 
@@ -95,3 +95,12 @@ def test_scikit_learn_is_not_loaded_for_few_vectors() -> None:
         "Projection(np.eye(5, dtype=np.float32)); sys.exit('sklearn' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_places_are_spread_over_all_and_fall_in_with_nothing_that_repeats() -> None:
+    assert spread(0, 5).tolist() == []
+    assert spread(3, 5).tolist() == [0, 1, 2]
+    places = spread(10_000, 5000)
+    assert (places // 2).tolist() == list(range(5000)), "one of each two"
+    assert 0.4 < (places % 2).mean() < 0.6, "of which now the one is drawn, now the other"
+    assert (spread(10_000, 5000) == places).all()

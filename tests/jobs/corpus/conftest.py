@@ -31,9 +31,12 @@ def vector_of(row: int) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 @pytest.fixture
 def committed(tmp_path: Path) -> Callable[..., tuple[JobFolder, dict[int, Commit]]]:
-    """A job over `count` rows whose columns are `body` and `kind`; every tenth of them failed, from row 5 on."""
+    """A job over `count` rows whose columns are `body` and `kind`; every tenth of them failed, from row 5 on.
 
-    def make(count: int, kinds: int = 200) -> tuple[JobFolder, dict[int, Commit]]:
+    `others`: further columns, whose values are their names.
+    """
+
+    def make(count: int, kinds: int = 200, others: tuple[str, ...] = ()) -> tuple[JobFolder, dict[int, Commit]]:
         folder = JobFolder(tmp_path / "out")
         spec = JobSpec.model_validate(
             {
@@ -42,7 +45,7 @@ def committed(tmp_path: Path) -> Callable[..., tuple[JobFolder, dict[int, Commit
                 "input": {"path": "rows.parquet"},
                 "prompt": {"template": "{{ body }}"},
                 "embed": {},
-                "output": {"path": str(folder.root), "columns": ["body", "kind"]},
+                "output": {"path": str(folder.root), "columns": ["body", "kind", *others]},
             }
         )
         folder.create()
@@ -54,7 +57,7 @@ def committed(tmp_path: Path) -> Callable[..., tuple[JobFolder, dict[int, Commit
         write_job(folder, fingerprint="this job", document={"spec": spec.to_json()})
         log = CommitLog(folder, fingerprint="this job")
         log.recover()
-        schema = pa.schema({"body": pa.string(), "kind": pa.string()})
+        schema = pa.schema(dict.fromkeys(("body", "kind", *others), pa.string()))
         layout = RecordLayout.of(samples=0, embeds="prompt", dimension=16, carried=schema)
         for split in splits:
             rows = range(split["first_row"], split["first_row"] + split["num_rows"])
@@ -62,6 +65,7 @@ def committed(tmp_path: Path) -> Callable[..., tuple[JobFolder, dict[int, Commit
                 layout, split=split["index"], first_row=split["first_row"], num_rows=split["num_rows"]
             )
             table = {"body": [body_of(row) for row in rows], "kind": [f"kind {row % kinds}" for row in rows]}
+            table |= {name: [name] * len(rows) for name in others}
             builder.carry(rows[0], pa.record_batch(table, schema=schema))
             for row in rows:
                 if row % 10 == 5:

@@ -26,8 +26,8 @@ Committed = Callable[..., tuple[JobFolder, dict[int, Commit]]]
 
 @pytest.fixture
 def indexed(committed: Committed) -> Callable[..., tuple[JobFolder, dict[int, Commit]]]:
-    def make(count: int, *, center: bool = False) -> tuple[JobFolder, dict[int, Commit]]:
-        folder, commits = committed(count)
+    def make(count: int, *, center: bool = False, others: tuple[str, ...] = ()) -> tuple[JobFolder, dict[int, Commit]]:
+        folder, commits = committed(count, others=others)
         provenance = Provenance(model="tiny", model_files={"model.safetensors": "aa"}, tokenizer="bb", pooling="mean")
         build_index(folder, commits, job="mapped", provenance=provenance, kind="Flat", threads=1, center=center)
         return folder, commits
@@ -49,6 +49,14 @@ def test_each_vector_has_its_text_its_columns_and_a_place(indexed: Committed, te
     places = np.stack([table["projection_x"].to_numpy(), table["projection_y"].to_numpy()], axis=1)
     assert np.isfinite(places).all()
     assert len(np.unique(places, axis=0)) > len(rows) / 2
+
+
+def test_carried_columns_that_are_called_like_others_of_the_file_get_names_of_their_own(indexed: Committed) -> None:
+    folder, _ = indexed(10, others=("neighbors", "input_neighbors", "field"))
+    table = pq.read_table(export_atlas(folder.root).file)
+    assert table.schema.names[-5:] == ["body", "kind", "input_input_neighbors", "input_neighbors", "input_field"]
+    assert set(table["input_input_neighbors"].to_pylist()) == {"neighbors"}
+    assert set(table["input_neighbors"].to_pylist()) == {"input_neighbors"}
 
 
 @pytest.mark.parametrize("center", [False, True])

@@ -80,6 +80,14 @@ def test_of_many_rows_few_are_looked_at_evenly(committed: Committed, monkeypatch
     assert found.rows == 200
 
 
+def test_of_rows_that_take_turns_the_map_has_all_kinds(committed: Committed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_map, "MAX_POINTS", 50)
+    found = make_map(*committed(200, kinds=2))
+    assert found is not None
+    assert {name for name, _ in found.groups} == {"kind 0", "kind 1"}
+    assert min(points for _, points in found.groups) > 10
+
+
 def test_the_rows_of_the_first_run_are_the_map_of_a_job_that_limit_cut(committed: Committed) -> None:
     folder, commits = committed(40)
     found = make_map(folder, {split: commit for split, commit in commits.items() if split < 2})
@@ -104,6 +112,13 @@ def test_columns_of_other_types_or_of_nearly_all_different_values_give_no_groups
     assert (column, names) == ("flag", ["True", "False"])
     assert members == [0, 1] * 12
     assert corpus_map.group([found_row(row) for row in range(24)], ["text"] * 24, vectors) == ("", ["all"], [0] * 24)
+
+
+def test_a_cluster_is_not_named_after_a_word_that_is_as_common_elsewhere() -> None:
+    rows = [found_row(row) for row in range(60)]
+    texts = [f"everywhere {'alpha' if row < 35 else 'beta'}" for row in range(60)]
+    vectors = np.repeat(np.eye(2, dtype=np.float32), [35, 25], axis=0)
+    assert corpus_map.group(rows, texts, vectors)[1] == ["alpha", "beta"]
 
 
 def a_map(points: list[MapPoint], failed: tuple[FailedRow, ...] = ()) -> CorpusMap:
