@@ -92,7 +92,10 @@ class ServedVersion:
         return [[(records[place.record], place, score) for place, score in hits] for hits in each]
 
     def _allowed(self, filter: str) -> list[Mask]:
-        """Of each shard's vectors. Those of the last filters stay."""
+        """Of each shard's vectors. Those of the last filters stay, and who asks by them waits for no other's."""
+        known = self._masks.get(filter)
+        if known is not None:
+            return known
         with self._filtering:
             if filter not in self._masks:
                 wanted = Filter.parse(filter)
