@@ -58,13 +58,12 @@ def resolve(
     model_path = resolve_model(spec.model)
     refuse_spreading(spec, model_path)
     refuse_attention(spec, model_path)
-    if planned is not None and planned.spec.input == spec.input:
-        source, is_scanned = Source.from_json(planned.source), False
+    known = Source.from_json(planned.source) if planned is not None and planned.spec.input == spec.input else None
+    if known is not None and known.means(spec.input.path, spec.input.job):
+        source, is_scanned = known, False
         _refuse_new_files(spec, [path for path in source.new_files() if path not in extended_by])
     else:
-        is_scanned = True
-        path = list(spec.input.path) if isinstance(spec.input.path, tuple) else spec.input.path
-        source = Source.open(path, job=spec.input.job, format=spec.input.format)
+        source, is_scanned = Source.open(spec.input.path, job=spec.input.job, format=spec.input.format), True
     settled, rows_per_split = _settle(spec, source, model_path, planned)
     refuse_vectors(settled, model_path)
     covers = fingerprint_parts(

@@ -106,9 +106,7 @@ class Source:
         """
         if (path is None) == (job is None):
             raise UserError("input needs either path or job")
-        patterns = [path] if isinstance(path, str) else list(path or [])
-        patterns = [pattern if is_uri(pattern) else locate(pattern).name for pattern in patterns]
-        job = None if job is None else locate(job).name
+        patterns, job = _whole(path, job)
         form, places = list_files(patterns, job, format)
         looked = scan_files(form, places, job)
         columns = merge_schemas(
@@ -185,6 +183,10 @@ class Source:
                 self._cursors.put(key, cursor)
             else:
                 cursor.close()
+
+    def means(self, path: str | Sequence[str] | None, job: str | None) -> bool:
+        """Whether `open` would look there: relative paths mean other files in another current directory."""
+        return (list(self._patterns), self._job) == _whole(path, job)
 
     def new_files(self) -> list[str]:
         """What the input means by now and did not when the job was planned, by path.
@@ -265,6 +267,13 @@ class Source:
     def _lacking(self, split: Split, column: KeyError) -> JobError:
         path = self.files[split.file].path
         return JobError(f"input {path} has changed since the job was planned: it lacks column {column}")
+
+
+def _whole(path: str | Sequence[str] | None, job: str | None) -> tuple[list[str], str | None]:
+    """Patterns and job directory by their whole paths."""
+    patterns = [path] if isinstance(path, str) else list(path or [])
+    patterns = [pattern if is_uri(pattern) else locate(pattern).name for pattern in patterns]
+    return patterns, None if job is None else locate(job).name
 
 
 def _text_column(schema: InputSchema, format: Format, *, is_job: bool) -> str | None:

@@ -117,6 +117,25 @@ def test_a_folder_that_holds_other_peoples_parts_is_refused(job):
         pytest.fail("the folder is taken")
 
 
+def test_the_same_relative_path_in_another_directory_is_another_input(job, tmp_path, monkeypatch):
+    settings = job(TEXTS)
+    settings["input"]["path"] = "rows.parquet"
+    monkeypatch.chdir(tmp_path)
+    with open_store(parse_spec(settings)) as store:
+        fingerprint = store.job.fingerprint
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    shutil.copy(tmp_path / "rows.parquet", moved)
+    monkeypatch.chdir(moved)
+    with open_store(parse_spec(settings)) as store:
+        assert store.job.fingerprint == fingerprint
+        assert [file.path for file in store.job.source.files] == [str(moved / "rows.parquet")]
+    pq.write_table(pa.table({"body": ["other", "rows"], "title": ["a", "b"]}), "rows.parquet")
+    with pytest.raises(UserError, match=r"input\.files differs") as caught, open_store(parse_spec(settings)):
+        pytest.fail("the job is taken")
+    assert "\n" not in str(caught.value)
+
+
 def test_an_output_that_is_a_file_is_refused(job):
     settings = job(TEXTS)
     Path(settings["output"]["path"]).write_text("")

@@ -70,7 +70,10 @@ def respond(methods: Mapping[str, Method], content: bytes | bytearray) -> bytes:
     """The reply to a request, which is always one: what fails is told to who asked."""
     try:
         request = Message.of(content)
-        reply = methods[request.values["ask"]](request)
+        asked = request.values["ask"]
+        if asked not in methods:
+            raise JobError(f"the served index does not know {asked!r}: it is of another version than who asks")
+        reply = methods[asked](request)
         return Message({"answer": reply.values}, reply.arrays).to_bytes()
     except (UserError, JobError) as error:
         return _failure("UserError" if isinstance(error, UserError) else "JobError", str(error))
