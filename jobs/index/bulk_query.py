@@ -25,6 +25,7 @@ import pyarrow.dataset as ds
 
 from jobs.client import run
 from jobs.index.query import allowed_vectors, embedding_spec, refuse_no_hits
+from jobs.index.query_file import only_text_column
 from jobs.progress import Progress
 from jobs.ray_session import is_joined, ray_session
 from jobs.spec import JobSpec, JsonObject
@@ -171,12 +172,9 @@ def query_job(
 def _only_text_column(source: str) -> str:
     opened = Source.open(source)
     try:
-        names = opened.columns.text_columns
+        return only_text_column(source, opened.columns)
     finally:
         opened.close()
-    if len(names) != 1:
-        raise UserError(f"query: {source} has the text columns {', '.join(names) or '(none)'}; name one with --column")
-    return names[0]
 
 
 def _refuse_other(target: JobFolder) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import pyarrow as pa
+
 from pipeline.errors import RowError, UserError
 from pipeline.row_text import RowText
+from pipeline.schemas import InputSchema
 from pipeline.source import Source
 
 
@@ -13,12 +16,23 @@ def read_queries(path: str, column: str | None = None) -> list[str]:
     """All of them, in order. UserError naming the first row that is no text, or where nothing says which column."""
     source = Source.open(path)
     try:
-        texts = list(_texts(path, source, RowText(source.columns, column=column, text_column=source.text_column)))
+        name = column or source.text_column or only_text_column(path, source.columns)
+        kind = source.columns.select([name]).field(0).type
+        if not (pa.types.is_string(kind) or pa.types.is_binary(kind)):
+            raise UserError(f"query: column {name!r} of {path} holds {kind}, not text")
+        texts = list(_texts(path, source, RowText(source.columns, column=name)))
     finally:
         source.close()
     if not texts:
         raise UserError(f"--file {path}: holds no rows")
     return texts
+
+
+def only_text_column(path: str, columns: InputSchema) -> str:
+    names = columns.text_columns
+    if len(names) != 1:
+        raise UserError(f"query: {path} has the text columns {', '.join(names) or '(none)'}; name one with --column")
+    return names[0]
 
 
 def _texts(path: str, source: Source, form: RowText) -> Iterator[str]:
