@@ -88,7 +88,7 @@ def job(tmp_path: Path, cheap_model: Callable[..., Path]) -> Callable[..., dict[
     return make
 
 
-NUM_MOE_ROWS = 72
+NUM_MOE_ROWS = 54
 MOE_TEXT = "a tuple is immutable while the with statement closes files when an error occurs inside of it"
 
 

@@ -66,5 +66,5 @@ def test_when_a_rank_of_one_gang_is_killed_the_other_goes_on_and_none_of_its_spl
     again_at = float("inf") if took_s is None else killed_at[0] + took_s
     meanwhile = [done for when, done in steps[other] if killed_at[0] < when < again_at]
     assert len(set(meanwhile)) > 3, "it did not wait for the other gang to be formed again"
-    assert [row["row"] for row in rows_of(out)] == list(range(72))
+    assert [row["row"] for row in rows_of(out)] == list(range(54))
     assert audit(out).ok
