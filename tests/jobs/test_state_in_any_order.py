@@ -41,6 +41,7 @@ from jobs.events import (
     StopRequested,
     WriteReport,
 )
+from jobs.leases import DEATHS_OF_A_ROW, DEATHS_OF_A_SUSPECT
 from jobs.state import MAX_IDLE_DEATHS, JobState
 
 Rows = dict[int, str]  # offset in the split -> ok | bad | worker_killed
@@ -227,8 +228,12 @@ splits = st.lists(st.integers(1, 9), min_size=1, max_size=7)
 chances = st.builds(random.Random, st.integers(0, 2**32))
 
 
-# One idle death more, and a job whose workers die before they take any work is right to end.
-@given(splits, chances, st.integers(1, 3), st.integers(1, 2), st.integers(0, MAX_IDLE_DEATHS - 1))
+# With more, a job whose workers die before they take any work is right to end, and a row that all of them had alone is
+# right to be taken for what killed them.
+DEATHS = min(MAX_IDLE_DEATHS, DEATHS_OF_A_SUSPECT + DEATHS_OF_A_ROW) - 1
+
+
+@given(splits, chances, st.integers(1, 3), st.integers(1, 2), st.integers(0, DEATHS))
 @settings(max_examples=150, deadline=None)
 def test_any_order_of_events_and_deaths_leaves_every_row_committed_once(rows, chance, num_replicas, ranks, deaths):
     world = World(rows, chance, num_replicas, ranks, deaths=deaths)
@@ -242,8 +247,7 @@ def test_any_order_of_events_and_deaths_leaves_every_row_committed_once(rows, ch
 def test_gangs_that_form_again_with_other_ranks_or_wait_for_room_leave_every_row_committed_once(
     rows, chance, num_replicas, ranks
 ):
-    deaths = MAX_IDLE_DEATHS - 1
-    world = World(rows, chance, num_replicas, ranks, deaths=deaths, changes_of_room=8)
+    world = World(rows, chance, num_replicas, ranks, deaths=DEATHS, changes_of_room=8)
     assert world.run(world.state()) == "done"
     assert world.everything() == world.expected()
     assert all(times == 1 for times in world.written.values())
