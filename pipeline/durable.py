@@ -52,7 +52,7 @@ def removed_on_failure(*folders: Path) -> Iterator[None]:
     """What the block was making in these folders goes where it fails, of whatever; what it raised is raised on."""
     try:
         yield
-    except Exception:
+    except Exception:  # raised on below
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
         raise

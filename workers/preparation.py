@@ -120,7 +120,7 @@ class Preparation:
     def _build(self, kind: TextKind, rows: Rows) -> list[Prompt | RowError]:
         try:
             return kind.builder.build(rows)
-        except Exception:
+        except Exception:  # whatever it is: one row's is not to cost the others
             log.exception("building prompts broke, which is done row by row now")
         return [
             _guarded(lambda one: kind.builder.build(one)[0], _select(rows, [row]))
@@ -166,7 +166,7 @@ def _encoded(
     sound = [prompt for prompt in prompts if not isinstance(prompt, RowError)]
     try:
         encoded = encode(sound)
-    except Exception:
+    except Exception:  # likewise: libraries raise what they like
         log.exception("tokenizing broke, which is done row by row now")
         encoded = [_guarded(lambda one: encode([one])[0], prompt) for prompt in sound]
     if len(sound) < len(prompts):
